@@ -1,0 +1,1 @@
+../../quantpress/__init__.py

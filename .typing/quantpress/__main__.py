@@ -1,0 +1,1 @@
+../../quantpress/__main__.py

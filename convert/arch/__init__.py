@@ -1,0 +1,1 @@
+"""One table per model family; everything that depends on a family follows from its table."""

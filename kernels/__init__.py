@@ -1,0 +1,1 @@
+"""GPU kernels with a plain reference beside each; imports nothing of the project."""

@@ -1,0 +1,1 @@
+"""Numbers only: arrays in, quantized arrays out; no files and no architectures."""

@@ -1,0 +1,1 @@
+"""Press language models into the formats that people run, and prove every file."""
