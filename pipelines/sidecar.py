@@ -1,0 +1,88 @@
+"""The file beside every output that says what it was made from, how, and whether it was proved.
+
+The form is an in-toto statement (in-toto attestation framework, spec v1: `_type`, `subject`, `predicateType`, an optional
+predicate and fields that other readers ignore), so tools that sign models can sign it as it is. Two runs with the same
+inputs and options differ only in `timings`.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from quantpress.convert.atomic import write_file
+
+SCHEMA = "urn:quantpress:sidecar:1"
+NUMERIC_PACKAGES = ("gguf", "ml_dtypes", "numpy", "quantpress", "safetensors", "tokenizers", "torch")
+
+
+def version_of(package: str) -> str | None:
+    """Gives the installed version of a package, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Describes what the numbers depend on: package versions, Python and the device type."""
+    packages = {name: version_of(name) for name in NUMERIC_PACKAGES}
+    return {
+        "device": device,
+        "packages": {name: version for name, version in packages.items() if version},
+        "python": platform.python_version(),
+    }
+
+
+def sidecar_path(output: Path) -> Path:
+    """Gives the place of an output's sidecar: `<file>.quantpress.json`, or `quantpress.json` in a folder."""
+    if output.is_dir():
+        return output / "quantpress.json"
+    return output.with_name(output.name + ".quantpress.json")
+
+
+def statement(
+    *,
+    inputs: Sequence[Mapping[str, Any]],
+    stages: Sequence[Mapping[str, Any]],
+    device: str,
+    outputs: Sequence[Mapping[str, Any]],
+    tensors: Sequence[Mapping[str, Any]],
+    parity: Mapping[str, Any] | None,
+    notes: Sequence[str],
+    timings: Mapping[str, Any],
+    adapters: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
+    """Builds the sidecar's contents (INTERFACE: Sidecar)."""
+    return {
+        "_type": "https://in-toto.io/Statement/v1",
+        "predicateType": SCHEMA,
+        "subject": [{"name": item["name"], "digest": {"sha256": item["sha256"]}} for item in outputs],
+        "schema": SCHEMA,
+        "created_by": f"quantpress {version_of('quantpress')}",
+        "inputs": list(inputs),
+        "adapters": list(adapters),
+        "stages": list(stages),
+        "environment": environment(device),
+        "outputs": list(outputs),
+        "tensors": list(tensors),
+        "notes": list(notes),
+        "parity": parity,
+        "timings": dict(timings),
+    }
+
+
+def write_sidecar(output: Path, contents: Mapping[str, Any]) -> Path:
+    """Writes the sidecar of an output atomically, replacing an older one.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    path = sidecar_path(output)
+    data = json.dumps(contents, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_file(path, data.encode(), force=True)
+    return path
