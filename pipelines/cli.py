@@ -1,0 +1,140 @@
+"""The `quantpress` program: global flags, commands found by name, errors turned into one line and an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import NoReturn
+
+import click
+
+from quantpress.pipelines.progress import Progress, terminal_progress
+from quantpress.pipelines.sidecar import version_of
+from quantpress.quant.errors import QuantpressError
+
+COMMANDS = {
+    "architectures": "model families and what works for each",
+    "convert": "press a model into a file, and prove it",
+    "demo": "the main job from end to end on a small model",
+    "doctor": "versions, devices and runtimes on this machine",
+    "inspect": "what a model file holds, without reading its weights",
+    "perplexity": "llama.cpp's perplexity of any model",
+    "verify": "compare a file with the model it was made from",
+}
+INTERRUPTED, TERMINATED = 130, 143
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived; everything that is open is closed and removed on the way out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """What the global flags say."""
+
+    quiet: bool
+    debug: bool
+    log_format: str
+
+    @contextlib.contextmanager
+    def progress(self) -> Iterator[Progress]:
+        """Gives the display for one command's work."""
+        with terminal_progress(quiet=self.quiet, log_format=self.log_format) as display:
+            yield display
+
+
+class CommandGroup(click.Group):
+    """Imports a command's module when it is called, so that `--help` and `--version` start at once."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names of all commands."""
+        del ctx
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Finds a command by its name."""
+        del ctx
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"quantpress.pipelines.commands.{cmd_name}")
+        command = module.command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Lists the commands without importing their modules."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, COMMANDS[name]) for name in self.list_commands(ctx)])
+
+
+@click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(version_of("quantpress"), prog_name="quantpress")
+@click.option("-v", "--verbose", is_flag=True, help="Say more about what is done and why.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress and no messages but errors.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", help="Form of messages on stderr.")
+@click.pass_context
+def cli(ctx: click.Context, verbose: bool, quiet: bool, debug: bool, log_format: str) -> None:
+    """Press language models into the formats that people run, and prove every file.
+
+    \b
+    quantpress convert MODEL model-Q8_0.gguf --outtype q8_0
+    quantpress verify model-Q8_0.gguf --against MODEL
+    quantpress COMMAND --help
+    """
+    level = logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING
+    logging.basicConfig(level=level, stream=sys.stderr, format="%(levelname)s: %(message)s")
+    ctx.obj = Session(quiet=quiet, debug=debug, log_format=log_format)
+
+
+def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
+    del signum, frame
+    raise Terminated
+
+
+def _report(message: str, exit_code: int, arguments: Sequence[str]) -> int:
+    line = " ".join(message.split())
+    if "json" in arguments and "--log-format" in arguments:
+        line = json.dumps({"event": "error", "message": line, "exit_code": exit_code}, ensure_ascii=False)
+    else:
+        line = f"error: {line}"
+    click.echo(line, err=True)
+    return exit_code
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs one command line and gives its exit code (INTERFACE: exit codes)."""
+    debug = "--debug" in arguments
+    try:
+        result = cli.main(args=list(arguments), prog_name="quantpress", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except click.exceptions.Abort:
+        return INTERRUPTED
+    except click.ClickException as error:
+        return _report(error.format_message(), error.exit_code if error.exit_code != 1 else 2, arguments)
+    except QuantpressError as error:
+        if debug:
+            raise
+        return _report(str(error), error.exit_code, arguments)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Terminated:
+        return TERMINATED
+    except BrokenPipeError:
+        # the reader of our output has gone (`| head`): nothing is left to say, and the flush at exit must not say it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def main() -> NoReturn:
+    """Entry point of the program."""
+    signal.signal(signal.SIGTERM, _terminate)
+    sys.exit(run(sys.argv[1:]))
