@@ -1,0 +1,135 @@
+"""What a stage is: frozen options with a version, run on a checkpoint, giving a checkpoint or files.
+
+Lazy stages write nothing and give a view; building stages write one target, atomically, and give an `Artifact`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+from quantpress.convert.checkpoint import Checkpoint
+from quantpress.pipelines.progress import Progress, no_progress
+
+
+def available_threads() -> int:
+    """Gives the number of processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@dataclass(frozen=True, slots=True)
+class RunContext:
+    """What a run may use; nothing here changes the bytes of an output.
+
+    Attributes:
+        progress: told how far the work has come.
+        threads: worker threads.
+        device: "cpu" or "cuda" for stages that compute with torch.
+        max_memory: bytes that weights kept in memory may take, or None for half of what is free.
+        force: replace an existing output.
+        allow_nonfinite: write NaN and Inf instead of refusing them.
+    """
+
+    progress: Progress = no_progress
+    threads: int = field(default_factory=available_threads)
+    device: str = "cpu"
+    max_memory: int | None = None
+    force: bool = False
+    allow_nonfinite: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFile:
+    """A file that was written."""
+
+    name: str
+    sha256: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorResult:
+    """A tensor as it was written; `relative_error` is the root mean square error over the root mean square, or None."""
+
+    name: str
+    type: str
+    nbytes: int
+    relative_error: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """A tensor as it would be written; `note` says why its type is not the one that was asked for."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    nbytes: int
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a building stage would do, found without reading a weight."""
+
+    output: Path
+    tensors: tuple[PlannedTensor, ...]
+    output_bytes: int
+    peak_memory: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """Files that a stage has written.
+
+    Attributes:
+        path: the file or folder.
+        kind: "gguf" or "safetensors".
+        ftype: name of the file's main type, "Q8_0".
+        outputs: every file with its hash.
+        tensors: what became of every tensor.
+        notes: what a user should know about the file.
+    """
+
+    path: Path
+    kind: str
+    ftype: str
+    outputs: tuple[OutputFile, ...]
+    tensors: tuple[TensorResult, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+class Stage(BaseModel):
+    """Options of one step. A change of the bytes it writes raises `version`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: ClassVar[str]
+    version: ClassVar[int]
+
+    def run(self, source: Checkpoint, context: RunContext) -> Checkpoint | Artifact:
+        """Does the work."""
+        raise NotImplementedError
+
+    def describe(self) -> Mapping[str, Any]:
+        """Gives name, version and every option after defaults, for the sidecar and for cache keys."""
+        return {"name": self.name, "version": self.version, "options": self.model_dump(mode="json")}
+
+
+class BuildingStage(Stage):
+    """A stage that writes one target."""
+
+    def plan(self, source: Checkpoint) -> Plan:
+        """Says what would be written, without reading a weight."""
+        raise NotImplementedError
+
+    def run(self, source: Checkpoint, context: RunContext) -> Artifact:
+        """Writes the target."""
+        raise NotImplementedError
