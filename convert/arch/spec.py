@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+
+# tensors that only GGUF files have: what the rotary frequencies are divided by
+GGUF_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
 class Role(enum.Enum):
@@ -78,13 +82,14 @@ class Rope:
         theta: base of the frequencies.
         dim: values per head that are turned; the rest pass through.
         kind: "default", "linear", "dynamic", "llama3", "yarn" or "longrope", as `rope_type` in config.json.
-        parameters: the other keys of config.json's `rope_scaling` / `rope_parameters`, unchanged.
+        parameters: the other keys of config.json's `rope_scaling` / `rope_parameters`, with
+            `original_max_position_embeddings` filled in where the kind needs it.
     """
 
     theta: float
     dim: int
     kind: str = "default"
-    parameters: Mapping[str, Any] = None  # type: ignore[assignment]
+    parameters: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +105,7 @@ class Hyperparameters:
         sliding_window: tokens a sliding layer sees, itself included; None if every layer sees all.
         sliding_layers: per layer, whether it uses the window.
         attention_scale: factor on q·k before the softmax.
+        inverse_layer_scale: that factor is divided by the layer's number, counted from 1 (a GPT-2 option).
         attention_softcap, logit_softcap: `cap * tanh(x / cap)` on attention scores and on logits; None if absent.
         embedding_scale: factor on token embeddings.
         parallel_residual: attention and MLP both read the layer's input (GPT-NeoX).
@@ -126,6 +132,7 @@ class Hyperparameters:
     logit_softcap: float | None = None
     embedding_scale: float = 1.0
     parallel_residual: bool = False
+    inverse_layer_scale: bool = False
     tied: bool = False
     flags: frozenset[str] = frozenset()
 
@@ -165,7 +172,17 @@ class ArchSpec:
         gguf_metadata: hyperparameters, config -> `{key without "<arch>.": (GGUF type, value)}` in the order of the file.
         gguf_tensors: hyperparameters -> tensors that exist only in GGUF: name -> float32 values (rope_freqs.weight,
             rope_factors_long.weight), as tuples.
-        config_from_gguf: GGUF metadata (plain values) and tensor names -> config.json in Hugging Face's form.
+        config_from_gguf: GGUF metadata (plain values, full keys), tensor names, and the values of those of
+            `GGUF_FACTORS` that the file holds -> config.json in Hugging Face's form.
+        gguf_check: hyperparameters, config -> nothing. Raises InputError naming what llama.cpp's graph for this
+            architecture cannot compute; called before a GGUF file is begun.
+        gguf_notes: hyperparameters, config -> sentences a user should read about the GGUF file, e.g. that its context
+            ends where llama.cpp would differ.
+        gguf_head: "optional" (output.weight is written unless the head is tied), "required" (llama.cpp wants it even
+            then) or "never" (it is refused: the embedding is always the head).
+        other_prefixes: what stands in place of `prefix` in checkpoints of a larger model.
+        head_prefixes: what may stand before the names that lack `prefix`.
+        foreign: starts of names that belong to other parts of a larger model (vision tower, projector).
     """
 
     family: str
@@ -180,8 +197,14 @@ class ArchSpec:
     read_config: Callable[[Mapping[str, Any]], Hyperparameters]
     gguf_metadata: Callable[[Hyperparameters, Mapping[str, Any]], dict[str, tuple[str, Any]]]
     gguf_tensors: Callable[[Hyperparameters], dict[str, tuple[float, ...]]]
-    config_from_gguf: Callable[[Mapping[str, Any], frozenset[str]], dict[str, Any]]
+    config_from_gguf: Callable[[Mapping[str, Any], frozenset[str], Mapping[str, tuple[float, ...]]], dict[str, Any]]
     ignored: tuple[str, ...] = ()
+    gguf_check: Callable[[Hyperparameters, Mapping[str, Any]], None] = lambda _hyper, _config: None
+    gguf_notes: Callable[[Hyperparameters, Mapping[str, Any]], tuple[str, ...]] = lambda _hyper, _config: ()
+    gguf_head: str = "optional"
+    other_prefixes: tuple[str, ...] = ()
+    head_prefixes: tuple[str, ...] = ()
+    foreign: tuple[str, ...] = ()
 
     def rows(self, hyper: Hyperparameters) -> list[tuple[TensorSpec, int]]:
         """Rows that a checkpoint with these hyperparameters must hold, layer by layer; layer is -1 outside layers."""
@@ -189,3 +212,19 @@ class ArchSpec:
         before = [(spec, -1) for spec in present if not spec.per_layer]
         layers = [(spec, layer) for layer in range(hyper.layers) for spec in present if spec.per_layer]
         return before + layers
+
+    def names(self, row: TensorSpec, layer: int) -> tuple[str, ...]:
+        """Names under which a checkpoint may hold a row, the usual one first; `layer` is ignored outside layers."""
+        return self._spellings(row.hf.format(layer=layer))
+
+    def ignored_names(self, layers: int) -> frozenset[str]:
+        """Every spelling of every name in `ignored`, for a model of so many layers."""
+        return frozenset(
+            name for text in self.ignored for layer in range(layers) for name in self._spellings(text.format(layer=layer))
+        )
+
+    def _spellings(self, name: str) -> tuple[str, ...]:
+        if not name.startswith(self.prefix):
+            return (name, *(prefix + name for prefix in self.head_prefixes))
+        rest = name.removeprefix(self.prefix)
+        return (name, *(prefix + rest for prefix in self.other_prefixes), rest)
