@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-
 # tensors that only GGUF files have: what the rotary frequencies are divided by
 GGUF_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
@@ -169,7 +168,7 @@ class ArchSpec:
         tensors: the table.
         ignored: names (with `{layer}`) that old checkpoints carry and nothing needs.
         read_config: config.json -> hyperparameters. Raises InputError naming the key.
-        gguf_metadata: hyperparameters, config -> `{key without "<arch>.": (GGUF type, value)}` in the order of the file.
+        gguf_metadata: hyperparameters, config -> `{key without "<arch>.": (GGUF type, value)}` in the file's order.
         gguf_tensors: hyperparameters -> tensors that exist only in GGUF: name -> float32 values (rope_freqs.weight,
             rope_factors_long.weight), as tuples.
         config_from_gguf: GGUF metadata (plain values, full keys), tensor names, and the values of those of
@@ -219,9 +218,8 @@ class ArchSpec:
 
     def ignored_names(self, layers: int) -> frozenset[str]:
         """Every spelling of every name in `ignored`, for a model of so many layers."""
-        return frozenset(
-            name for text in self.ignored for layer in range(layers) for name in self._spellings(text.format(layer=layer))
-        )
+        plain = (text.format(layer=layer) for text in self.ignored for layer in range(layers))
+        return frozenset(spelling for name in plain for spelling in self._spellings(name))
 
     def _spellings(self, name: str) -> tuple[str, ...]:
         if not name.startswith(self.prefix):
