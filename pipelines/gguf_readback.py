@@ -1,0 +1,75 @@
+"""Reads a GGUF file back with llama.cpp's own Python package, for judging where no llama.cpp is installed.
+
+Nothing here uses the exporter's reader, packer or row order: tensors are found, unpacked and named by the `gguf`
+package, and the rotary rows are put back as llama.cpp's converter documents the order it writes (conversion/llama.py,
+`permute`). Hyperparameters come from the file's metadata, so a wrong one shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from quantpress.convert.arch.registry import find_gguf_arch
+from quantpress.convert.arch.spec import GGUF_FACTORS, ArchSpec, Hyperparameters
+from quantpress.quant.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    Weight = Callable[[str, int], "torch.Tensor | None"]
+
+
+def half_split_rows(values: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
+    """Turns interleaved rotary rows (heads, pairs, 2, ...) into half-split ones (heads, 2, pairs, ...)."""
+    pairs = values.shape[0] // heads // 2
+    return values.reshape(heads, pairs, 2, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
+
+
+def read_back(path: Path) -> tuple[ArchSpec, Hyperparameters, Weight]:
+    """Opens a GGUF file with the `gguf` package.
+
+    Returns:
+        The family, the hyperparameters its metadata says, and a function `(slot, layer) -> float32 tensor or None` in
+        the decoder's form; `layer` is -1 outside layers.
+
+    Raises:
+        InputError: the package cannot read the file.
+    """
+    import gguf
+
+    try:
+        reader = gguf.GGUFReader(path)
+    except (ValueError, OSError, IndexError, KeyError) as error:
+        raise InputError(f"{path}: the gguf package cannot read it: {error}") from error
+    metadata = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+
+    def values(name: str) -> np.ndarray[Any, Any]:
+        tensor = tensors[name]
+        unpacked = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        return np.asarray(unpacked, dtype=np.float32).reshape(tuple(int(size) for size in reversed(tensor.shape)))
+
+    spec = find_gguf_arch(str(metadata["general.architecture"]), metadata)
+    factors = {name: tuple(float(value) for value in values(name)) for name in GGUF_FACTORS if name in tensors}
+    hyper = spec.read_config(spec.config_from_gguf(metadata, frozenset(tensors), factors))
+    rotary = {row.slot: row.rotary for row in spec.tensors if row.rotary and spec.gguf_rope == "norm"}
+    heads = {"heads": hyper.heads, "kv_heads": hyper.kv_heads}
+
+    def weight(slot: str, layer: int) -> torch.Tensor | None:
+        import torch
+
+        name = slot if layer < 0 else f"blk.{layer}.{slot}"
+        if name not in tensors and slot == "output.weight":
+            name = "token_embd.weight"
+        if name not in tensors:
+            return None
+        found = values(name)
+        if slot in rotary:
+            found = half_split_rows(found, heads[rotary[slot]])
+        return torch.from_numpy(np.ascontiguousarray(found))
+
+    return spec, hyper, weight
