@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import re
 import stat
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from quantpress.quant.errors import InputError
 
-__all__ = ["MAX_SMALL_FILE", "inside", "open_regular", "read_bounded", "shown"]
+__all__ = ["MAX_SMALL_FILE", "FileStamp", "inside", "open_regular", "read_at", "read_bounded", "shown"]
 
 MAX_SMALL_FILE = 64 << 20  # bytes of a JSON or tokenizer file; the largest in use (Gemma 3) has 33 MB
 _MAX_NAME = 1024  # characters of a file name inside a model folder
@@ -91,6 +92,50 @@ def read_bounded(path: Path | str, limit: int = MAX_SMALL_FILE) -> bytes:
     if missing <= 0:
         raise InputError(f"{path}: the file grew past {limit} bytes while it was read")
     return b"".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class FileStamp:
+    """What tells that a file is still the one that was opened before: identity, size in bytes, time of change in ns."""
+
+    device: int
+    inode: int
+    nbytes: int
+    changed: int
+
+    @classmethod
+    def of(cls, file: BinaryIO) -> FileStamp:
+        """Takes the stamp of an open file."""
+        status = os.fstat(file.fileno())
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+    def check(self, file: BinaryIO, name: str) -> None:
+        """Checks that an open file has this stamp.
+
+        Raises:
+            InputError: it was replaced or written to.
+        """
+        if (now := FileStamp.of(file)) != self:
+            raise InputError(f"{name}: the file changed while it was in use ({self.nbytes} bytes, now {now.nbytes})")
+
+
+def read_at(file: BinaryIO, offset: int, buffer: memoryview) -> int:
+    """Fills a buffer of bytes from a place in an unbuffered file.
+
+    Returns:
+        The number of bytes read: fewer than the buffer holds if the file ends before.
+
+    Raises:
+        InputError: the disk does not give the bytes.
+    """
+    done = 0
+    try:
+        file.seek(offset)
+        while done < len(buffer) and (count := file.readinto(buffer[done:])):  # type: ignore[attr-defined]
+            done += count
+    except OSError as error:
+        raise InputError(f"{file.name}: cannot be read at byte {offset + done}: {_reason(error)}") from error
+    return done
 
 
 def inside(folder: Path | str, name: str) -> Path:
