@@ -1,0 +1,264 @@
+"""Whether one model speaks like another: KL divergence, top-1 agreement and perplexity on the same tokens.
+
+Both models score the same windows (``perplexity.cut_windows``) and are compared at the same positions. A verdict is
+"passed" only when every figure was computed, is finite and lies within its limit; everything else is a failure with
+a reason. Figures follow llama.cpp's ``--kl-divergence`` (tools/perplexity/perplexity.cpp, ``kl_divergence``), but
+from float32 logits instead of 16-bit log-probabilities and over all of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantpress.pipelines.parity_limits import Limits
+from quantpress.pipelines.perplexity import Progress, Score, row_blocks, score
+from quantpress.pipelines.runtime import Runtime
+from quantpress.quant.errors import QuantpressError
+
+__all__ = ["Judged", "Parity", "compare", "kl_divergence", "unjudged"]
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """One side of a comparison: what ran it, its perplexity and the standard error (NaN when not known)."""
+
+    runtime: str
+    perplexity: float = math.nan
+    stderr: float = math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """The verdict on a candidate model and the figures behind it.
+
+    Attributes:
+        text_sha256: identity of the scored text.
+        tokens: scored tokens.
+        context: tokens per window.
+        baseline, candidate: perplexity of each side.
+        ppl_ratio: candidate's perplexity over the baseline's.
+        mean_kld, kld_p99, max_kld: KL(baseline || candidate) in nats per token: mean, 99 % quantile, maximum.
+        top1_agreement: share of tokens whose likeliest next token is the same.
+        limits: what was asked for.
+        passed: true only if all figures are finite and within the limits.
+        reason: why it did not pass, or what was shown.
+        ppl_ratio_stderr, mean_kld_stderr, top1_stderr: standard errors; paired for the ratio. Not in the report's
+            ``parity`` object.
+    """
+
+    text_sha256: str
+    tokens: int
+    context: int
+    baseline: Judged
+    candidate: Judged
+    ppl_ratio: float
+    mean_kld: float
+    kld_p99: float
+    max_kld: float
+    top1_agreement: float
+    limits: Limits
+    passed: bool
+    reason: str
+    ppl_ratio_stderr: float = math.nan
+    mean_kld_stderr: float = math.nan
+    top1_stderr: float = math.nan
+
+    def to_json(self) -> dict[str, Any]:
+        """The ``parity`` object of sidecars and of ``verify --json``; figures that are not finite become null."""
+        sides = {
+            name: {"runtime": side.runtime, "perplexity": _json(side.perplexity), "stderr": _json(side.stderr)}
+            for name, side in (("baseline", self.baseline), ("candidate", self.candidate))
+        }
+        figures = ("ppl_ratio", "mean_kld", "kld_p99", "max_kld", "top1_agreement")
+        return {
+            "text_sha256": self.text_sha256,
+            "tokens": self.tokens,
+            "context": self.context,
+            **sides,
+            **{name: _json(getattr(self, name)) for name in figures},
+            "limits": self.limits.to_json(),
+            "passed": self.passed,
+            "reason": self.reason,
+        }
+
+
+def _json(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def kl_divergence(baseline: NDArray[np.float32], candidate: NDArray[np.float32]) -> NDArray[np.float64]:
+    """KL divergence of each row's next-token distribution, in float64.
+
+    With logits a (baseline) and b, p = softmax(a) and d = (b - max b) - (a - max a):
+    ``KL = log(sum exp(b)) - log(sum exp(a)) - sum(p * d)``, all sums over the shifted logits.
+
+    Args:
+        baseline: (n, V) float32 logits.
+        candidate: (n, V) float32 logits.
+
+    Returns:
+        (n,) float64 nats, >= 0 but for rounding (about 1e-15); NaN where logits are not finite.
+    """
+    divergence = np.empty(len(baseline), np.float64)
+    with np.errstate(invalid="ignore"):
+        for rows in row_blocks(*baseline.shape):
+            a, b = baseline[rows].astype(np.float64), candidate[rows].astype(np.float64)
+            a -= a.max(axis=1, keepdims=True)
+            b -= b.max(axis=1, keepdims=True)
+            weights = np.exp(a)
+            total = weights.sum(axis=1)
+            mean_change = np.einsum("nv,nv->n", weights, np.subtract(b, a, out=a)) / total
+            divergence[rows] = np.log(np.exp(b, out=b).sum(axis=1)) - np.log(total) - mean_change
+    return divergence
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What is kept of the windows seen so far: numbers per token, never logits."""
+
+    divergence: list[NDArray[np.float64]]
+    baseline: list[NDArray[np.float64]]
+    candidate: list[NDArray[np.float64]]
+    agreeing: int = 0
+
+    def add(
+        self, baseline: NDArray[np.float32], candidate: NDArray[np.float32], targets: NDArray[np.int32]
+    ) -> str | None:
+        """Take one window's (n, V) logits in; returns what is wrong with them, None if nothing is."""
+        for side, logits in (("baseline", baseline), ("candidate", candidate)):
+            finite = np.isfinite(logits)
+            if not finite.all():
+                return f"{logits.size - int(finite.sum())} logits of the {side} are NaN or infinite"
+        self.divergence.append(kl_divergence(baseline, candidate))
+        self.baseline.append(score(baseline, targets))
+        self.candidate.append(score(candidate, targets))
+        self.agreeing += int((baseline.argmax(axis=1) == candidate.argmax(axis=1)).sum())
+        return None
+
+
+def compare(
+    baseline: Runtime,
+    candidate: Runtime,
+    windows: Sequence[NDArray[np.int32]],
+    limits: Limits,
+    *,
+    text_sha256: str,
+    vocabulary: int | None = None,
+    progress: Progress | None = None,
+) -> Parity:
+    """Score the windows with both models and judge the difference; holds one window of logits of each side.
+
+    Args:
+        baseline: the source model.
+        candidate: the model to judge.
+        windows: windows of equal length from ``cut_windows``.
+        limits: what still passes.
+        text_sha256: identity of the text, for the report.
+        vocabulary: tokens the tokenizer knows. When the two sides have different numbers of rows, only these are
+            compared, for rows beyond them are padding; without it, different numbers fail.
+        progress: called after each window.
+
+    Returns:
+        a verdict in every case: a runtime that fails, logits that are not finite and an empty text all give
+        ``passed=False`` with the reason.
+    """
+    rows = min(baseline.vocab_size, candidate.vocab_size)
+    if baseline.vocab_size != candidate.vocab_size:
+        rows = vocabulary or 0
+    tally = _Tally([], [], [])
+    problem = _unfit(baseline, candidate, windows, rows)
+    context = len(windows[0]) if len(windows) else 0
+    first = context // 2
+    for index, window in enumerate(windows if problem is None else ()):
+        try:
+            sides = [runtime.logits(window, first)[:-1, :rows] for runtime in (baseline, candidate)]
+        except QuantpressError as error:
+            problem = f"could not be judged: {error}"
+            break
+        problem = tally.add(sides[0], sides[1], window[first + 1 :])
+        if problem is not None:
+            problem = f"{problem} (chunk {index})"
+            break
+        if progress is not None:
+            progress(index + 1, len(windows))
+    if problem is not None:
+        names = Judged(baseline.name), Judged(candidate.name)
+        return unjudged(problem, limits, text_sha256=text_sha256, context=context, sides=names)
+    return _verdict(tally, limits, text_sha256, context, (baseline.name, candidate.name))
+
+
+def unjudged(
+    reason: str,
+    limits: Limits,
+    *,
+    text_sha256: str = "",
+    context: int = 0,
+    sides: tuple[Judged, Judged] = (Judged("none"), Judged("none")),
+) -> Parity:
+    """The verdict "not passed" for a comparison that could not be made."""
+    nan = math.nan
+    return Parity(text_sha256, 0, context, *sides, nan, nan, nan, nan, nan, limits, False, reason)
+
+
+def _unfit(baseline: Runtime, candidate: Runtime, windows: Sequence[NDArray[np.int32]], rows: int) -> str | None:
+    """Why the two cannot be compared on these windows, or None."""
+    sizes = baseline.vocab_size, candidate.vocab_size
+    if sizes[0] != sizes[1] and not 0 < rows <= min(sizes):
+        return f"vocabularies of {sizes[0]} (baseline) and {sizes[1]} (candidate) tokens cannot be compared"
+    if not len(windows) or len(windows[0]) < 4:
+        return "no token was scored: the text is empty or shorter than two windows"
+    if len({len(window) for window in windows}) != 1:
+        return "windows of different lengths"
+    low, high = min(int(window.min()) for window in windows), max(int(window.max()) for window in windows)
+    if low < 0 or high >= rows:
+        return f"token ids from {low} to {high} in the text, vocabulary of {rows}"
+    return None
+
+
+def _verdict(tally: _Tally, limits: Limits, text_sha256: str, context: int, names: tuple[str, str]) -> Parity:
+    """Figures and judgement from the tokens of all windows."""
+    divergence = np.concatenate(tally.divergence)
+    losses = np.concatenate(tally.baseline), np.concatenate(tally.candidate)
+    count = divergence.size
+    sides = [Judged(name, *Score().add(loss).perplexity()) for name, loss in zip(names, losses, strict=True)]
+    difference = losses[1] - losses[0]
+    ratio = math.exp(min(float(difference.mean()), 700.0))
+    agreement = tally.agreeing / count
+    figures = {
+        "ppl_ratio": ratio,
+        "mean_kld": float(divergence.mean()),
+        "kld_p99": float(np.quantile(divergence, 0.99)),
+        "max_kld": float(divergence.max()),
+        "top1_agreement": agreement,
+    }
+    errors = {
+        "ppl_ratio_stderr": ratio * _stderr(difference),
+        "mean_kld_stderr": _stderr(divergence),
+        "top1_stderr": math.sqrt(agreement * (1 - agreement) / (count - 1)) if count > 1 else math.nan,
+    }
+    finite = all(map(math.isfinite, (*figures.values(), sides[0].perplexity, sides[1].perplexity)))
+    exceeded = limits.exceeded(mean_kld=figures["mean_kld"], ppl_ratio=ratio, top1_agreement=agreement)
+    reason = exceeded if finite else "a figure is not finite"
+    return Parity(
+        text_sha256=text_sha256,
+        tokens=count,
+        context=context,
+        baseline=sides[0],
+        candidate=sides[1],
+        **figures,
+        limits=limits,
+        passed=finite and not reason,
+        reason=reason or "all figures are within the limits",
+        **errors,
+    )
+
+
+def _stderr(values: NDArray[np.float64]) -> float:
+    """Standard error of the mean."""
+    return float(values.std(ddof=1) / math.sqrt(values.size)) if values.size > 1 else math.nan
