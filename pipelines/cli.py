@@ -83,7 +83,7 @@ class CommandGroup(click.Group):
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", help="Form of messages on stderr.")
 @click.pass_context
 def cli(ctx: click.Context, verbose: bool, quiet: bool, debug: bool, log_format: str) -> None:
-    """Press language models into the formats that people run, and prove every file.
+    r"""Press language models into the formats that people run, and prove every file.
 
     \b
     quantpress convert MODEL model-Q8_0.gguf --outtype q8_0

@@ -32,6 +32,7 @@ class PlainProgress:
         self._phase, self._last = "", 0.0
 
     def __call__(self, phase: str, done: int, total: int) -> None:
+        """Writes a line when the phase is new, finished, or the last line is old."""
         now = time.monotonic()
         finished = done >= total
         if phase == self._phase and not finished and now - self._last < PLAIN_INTERVAL:
@@ -64,6 +65,7 @@ class BarProgress:
         self._tasks: dict[str, TaskID] = {}
 
     def __call__(self, phase: str, done: int, total: int) -> None:
+        """Moves the phase's bar."""
         if phase not in self._tasks:
             self._tasks[phase] = self._bars.add_task(phase, total=total)
             self._bars.start()

@@ -1,8 +1,8 @@
 """The file beside every output that says what it was made from, how, and whether it was proved.
 
-The form is an in-toto statement (in-toto attestation framework, spec v1: `_type`, `subject`, `predicateType`, an optional
-predicate and fields that other readers ignore), so tools that sign models can sign it as it is. Two runs with the same
-inputs and options differ only in `timings`.
+The form is an in-toto statement (in-toto attestation framework, spec v1: `_type`, `subject`, `predicateType`, an
+optional predicate and fields that other readers ignore), so tools that sign models can sign it as it is. Two runs with
+the same inputs and options differ only in `timings`.
 """
 
 from __future__ import annotations
