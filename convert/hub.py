@@ -1,0 +1,87 @@
+"""Fetches models from the Hugging Face Hub into its own cache; HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE are honoured."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from pathlib import Path
+
+from quantpress.convert.files import shown
+from quantpress.convert.hf_folder import EXTRA_TEMPLATES, TOKENIZER_FILES
+from quantpress.quant.errors import InputError, OutputError, QuantpressError
+
+__all__ = ["download"]
+
+_SMALL = (
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",  # so that an adapter's id gets a message that says so
+    *TOKENIZER_FILES,
+    f"{EXTRA_TEMPLATES}/*.jinja",
+)
+_SAFETENSORS = (*_SMALL, "*.safetensors", "model.safetensors.index.json")
+_BIN = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+# Second copies of the weights that many models carry: in folders, and in the form of Mistral's own loader.
+_COPIES = ("*/*.safetensors", "consolidated*.safetensors")
+_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EFBIG})
+
+
+def download(model_id: str) -> Path:
+    """Fetches what is needed of a model: configuration, tokenizer and safetensors, or .bin where there are none.
+
+    Args:
+        model_id: `org/name` or `org/name@revision`, a branch, tag or commit.
+
+    Returns:
+        The folder in the Hub's cache.
+
+    Raises:
+        InputError: no such model or revision, no permission to read it, or the Hub cannot be reached and the model is
+            not in the cache.
+        OutputError: the cache cannot be written.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    name, _, revision = model_id.partition("@")
+    # Errors of the connection: the parent of HfHubHTTPError is the HTTP library's own, which library it is depends on
+    # the version of huggingface_hub; with requests that is an OSError.
+    failures = (OSError, ValueError, HfHubHTTPError.__mro__[1])
+    try:
+        folder = Path(
+            snapshot_download(name, revision=revision or None, allow_patterns=_SAFETENSORS, ignore_patterns=_COPIES)
+        )
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=(*_SMALL, *_BIN)))
+    except failures as error:
+        raise _explain(model_id, error) from error
+    return folder
+
+
+def _explain(model_id: str, error: Exception) -> QuantpressError:
+    from huggingface_hub import errors
+
+    reason = shown((str(error).strip().splitlines() or [""])[0], 160)
+    if isinstance(error, errors.GatedRepoError):
+        return InputError(
+            f"{model_id}: access must be granted: accept its terms on the Hub and log in with `hf auth login`"
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return InputError(
+            f"{model_id}: no such folder here and no such model on the Hub; a private one needs `hf auth login`"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return InputError(f"{model_id}: the model has no such branch, tag or commit")
+    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+        return InputError(
+            f"{model_id}: no such folder here, not whole in the Hub's cache, and the Hub cannot be reached; check the"
+            " connection, HF_ENDPOINT and HF_HUB_OFFLINE, or give a folder"
+        )
+    if isinstance(error, OSError) and error.errno in _DISK:
+        return OutputError(
+            f"{model_id}: the Hub's cache cannot be written: {error.strerror}; free space or set HF_HOME"
+        )
+    return InputError(f"{model_id}: cannot be fetched from the Hub: {type(error).__name__} {reason}")
