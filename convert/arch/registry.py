@@ -1,0 +1,81 @@
+"""The families this program knows, and how to find the one a config.json or a GGUF file speaks of."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from quantpress.convert.arch.fields import short
+from quantpress.convert.arch.gemma import GEMMA, GEMMA2, GEMMA3
+from quantpress.convert.arch.gpt2 import GPT2
+from quantpress.convert.arch.gptneox import GPTNEOX
+from quantpress.convert.arch.llama import LLAMA, MISTRAL
+from quantpress.convert.arch.phi3 import PHI3
+from quantpress.convert.arch.qwen import QWEN2, QWEN3
+from quantpress.convert.arch.spec import ArchSpec
+from quantpress.quant.errors import InputError
+
+ARCHITECTURES: tuple[ArchSpec, ...] = (
+    LLAMA,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    GEMMA,
+    GEMMA2,
+    GEMMA3,
+    PHI3,
+    GPT2,
+    GPTNEOX,
+)
+
+
+def find_arch(config: Mapping[str, Any]) -> ArchSpec:
+    """Finds the family of a config.json: by `architectures`, or by `model_type` where that is missing.
+
+    Raises:
+        InputError: neither key names a known family, the message has the nearest known names.
+    """
+    classes = config.get("architectures")
+    if classes is not None and not (
+        isinstance(classes, list | tuple) and all(isinstance(name, str) for name in classes)
+    ):
+        raise InputError(f"config.json: 'architectures' is {short(classes)}, wanted a list of names")
+    if classes:
+        return _by_name("architectures", classes[0], {name: spec for spec in ARCHITECTURES for name in spec.classes})
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise InputError("config.json: neither 'architectures' nor 'model_type' says what family the model is of")
+    return _by_name("model_type", model_type, {name: spec for spec in ARCHITECTURES for name in spec.model_types})
+
+
+def find_gguf_arch(architecture: str, metadata: Mapping[str, Any]) -> ArchSpec:
+    """Finds the family of a GGUF file; the first of those that share an architecture (Llama, not Mistral).
+
+    Args:
+        architecture: `general.architecture`.
+        metadata: the file's other keys.
+
+    Raises:
+        InputError: the architecture is unknown, or the file is no model (an adapter, a projector).
+    """
+    kind = metadata.get("general.type", "model")
+    if kind != "model":
+        raise InputError(f"GGUF: 'general.type' is {short(kind)}, wanted a model")
+    known: dict[str, ArchSpec] = {}
+    for spec in ARCHITECTURES:
+        known.setdefault(spec.gguf, spec)
+    return _by_name("general.architecture", architecture, known)
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
+
+
+def _by_name(key: str, name: str, known: Mapping[str, ArchSpec]) -> ArchSpec:
+    if name in known:
+        return known[name]
+    lowered = {spelling.lower(): spelling for spelling in known}
+    near = [lowered[match] for match in difflib.get_close_matches(name.lower()[:80], lowered, n=3, cutoff=0.4)]
+    hint = f"nearest: {', '.join(near)}" if near else f"known: {', '.join(known)}"
+    raise InputError(f"{key} is {short(name)}, a family that is not implemented; {hint}")
