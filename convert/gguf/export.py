@@ -1,0 +1,254 @@
+"""From a checkpoint to the tensors of a GGUF file: what each will be, and then their bytes, in bounded memory.
+
+`plan_tensors` touches no weight. `write_gguf` reads every weight once, in chunks of rows that threads check, reorder
+and encode while the file is written in order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from quantpress.convert.arch.spec import ArchSpec, Hyperparameters, Layout, Role, TensorSpec
+from quantpress.convert.checkpoint import Array, LazyTensor
+from quantpress.convert.gguf.container import MetadataValue
+from quantpress.convert.gguf.encode import Encoded, encode_rows, relative_error
+from quantpress.convert.gguf.mixture import FILE_TYPES, Mixture, TypeOptions, resolve_outtype
+from quantpress.convert.gguf.rows import IN_PLACE, ReadRows, RowOrder, Transposed, row_order
+from quantpress.convert.gguf.stream import in_order
+from quantpress.convert.gguf.writer import FilePlan, Slot, write_container
+from quantpress.quant.errors import InputError, LayoutError
+from quantpress.quant.floats import count_nonfinite
+from quantpress.quant.ggml.types import ggml_type, row_bytes
+
+_CHUNK_VALUES = 1 << 20  # values that one task reads and encodes: 2 MB of bf16, and a few MB beside it
+
+Binding = tuple[TensorSpec, int, LazyTensor]
+"""A row of a family's table, its layer (-1 outside layers), and the tensor that a checkpoint has for it."""
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """A tensor of the file to be written.
+
+    Attributes:
+        name: in GGUF.
+        shape: in the file, outermost dimension first.
+        type: name of the type it will have.
+        nbytes: bytes of its data.
+        note: why the type is not the one that was asked for, or empty.
+        source: where the values come from.
+        order: how the rows are reordered.
+        transposed: the source is (K, N) and the file holds (N, K).
+        offset: added to every value.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    nbytes: int
+    note: str
+    source: LazyTensor = field(repr=False)
+    order: RowOrder = field(default=IN_PLACE, repr=False)
+    transposed: bool = False
+    offset: float = 0.0
+
+    def reader(self) -> ReadRows:
+        """Gives a function that reads rows as the file holds them; a transposed tensor stays in memory with it."""
+        read = Transposed(self.source).read_rows if self.transposed else self.source.read_rows
+        return partial(self.order.read, read)
+
+    def row_ranges(self) -> Iterator[tuple[int, int]]:
+        """Gives the rows to be read together; independent of the number of threads."""
+        rows = self.shape[0] if self.shape else 1
+        step = max(1, _CHUNK_VALUES // max(1, math.prod(self.shape[1:])))
+        step = max(1, step // self.order.block) * self.order.block
+        return ((start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlan:
+    """Every tensor of a file, in its order, and the type that the file is named after."""
+
+    outtype: str
+    tensors: tuple[PlannedTensor, ...]
+
+    @property
+    def file_type(self) -> int:
+        """llama.cpp's number of the file type."""
+        return FILE_TYPES[self.outtype]
+
+    @property
+    def parameters(self) -> int:
+        """Number of values in the file."""
+        return sum(math.prod(tensor.shape) for tensor in self.tensors)
+
+    @property
+    def quantized(self) -> bool:
+        """Whether any tensor is stored in blocks."""
+        return any(ggml_type(tensor.type).block_size > 1 for tensor in self.tensors)
+
+    def file(self, metadata: Mapping[str, MetadataValue]) -> FilePlan:
+        """Gives header and table of the file, for its size and for writing it."""
+        slots = [Slot(each.name, each.shape, ggml_type(each.type).type_id, each.nbytes) for each in self.tensors]
+        return FilePlan(metadata, slots)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorOutcome:
+    """A tensor that was written; `relative_error` is the root mean square error over the root mean square.
+
+    It is measured on about eight rows of every chunk of a million values, on all values of vectors.
+    """
+
+    name: str
+    type: str
+    nbytes: int
+    relative_error: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class WriteResult:
+    """A GGUF file that was written: SHA-256 in hexadecimal, bytes, and what became of each tensor."""
+
+    sha256: str
+    nbytes: int
+    tensors: tuple[TensorOutcome, ...]
+
+
+def plan_tensors(
+    bindings: Iterable[Binding], arch: ArchSpec, hyper: Hyperparameters, options: TypeOptions
+) -> TensorPlan:
+    """Plans the tensors of a GGUF file without reading a weight.
+
+    Args:
+        bindings: the table bound to a checkpoint, in the order of the file.
+        arch: the family.
+        hyper: its sizes.
+        options: which types are asked for.
+
+    Raises:
+        UsageError: an option names an unknown type, or a pattern meets no tensor.
+        InputError: the head is missing and not tied.
+    """
+    rows = _with_head(list(bindings), arch, hyper)
+    outtype = resolve_outtype(options.outtype, (tensor for _, _, tensor in rows))
+    mixture = Mixture(options, outtype, tied=all(row.role is not Role.HEAD for row, _, _ in rows))
+    extra = [_plan_extra(name, values) for name, values in arch.gguf_tensors(hyper).items()]
+    tensors = (*extra, *(_plan_row(arch, hyper, mixture, binding) for binding in rows))
+    mixture.check_used()
+    return TensorPlan(outtype, tensors)
+
+
+def _with_head(bindings: list[Binding], arch: ArchSpec, hyper: Hyperparameters) -> list[Binding]:
+    """Drops or adds the head as llama.cpp's graph for this architecture wants it."""
+    if arch.gguf_head == "never" or (arch.gguf_head == "optional" and hyper.tied):
+        return [binding for binding in bindings if binding[0].role is not Role.HEAD]
+    if any(row.role is Role.HEAD for row, _, _ in bindings):
+        return bindings
+    embedding = next(tensor for row, _, tensor in bindings if row.role is Role.EMBEDDING)
+    head = next((row for row in arch.tensors if row.role is Role.HEAD), None)
+    if head is None or not hyper.tied:
+        raise InputError(f"{embedding.source}: the head is missing and config.json does not say that it is tied")
+    return [*bindings, (head, -1, embedding)]
+
+
+def _plan_extra(name: str, values: tuple[float, ...]) -> PlannedTensor:
+    array = np.asarray(values, np.float32)
+    tensor = LazyTensor(name, array.shape, "F32", "config.json", lambda start, stop: array[start:stop])
+    return PlannedTensor(name, array.shape, "F32", array.nbytes, "", tensor)
+
+
+def _plan_row(arch: ArchSpec, hyper: Hyperparameters, mixture: Mixture, binding: Binding) -> PlannedTensor:
+    row, layer, tensor = binding
+    name = row.gguf.format(layer=layer)
+    transposed = row.layout is Layout.TRANSPOSED and len(tensor.shape) == 2
+    shape = tensor.shape[::-1] if transposed else tensor.shape
+    choice = mixture.choose(name, row.role, shape, tensor.dtype)
+    nbytes = math.prod(shape[:-1]) * row_bytes(ggml_type(choice.type), shape[-1] if shape else 1)
+    order = row_order(arch, row, hyper)
+    return PlannedTensor(name, shape, choice.type, nbytes, choice.note, tensor, order, transposed, row.offset)
+
+
+def write_gguf(
+    path: Path | str,
+    metadata: Mapping[str, MetadataValue],
+    plan: TensorPlan,
+    *,
+    threads: int,
+    force: bool = False,
+    allow_nonfinite: bool = False,
+    measure_error: bool = True,
+    progress: Progress = lambda _phase, _done, _total: None,
+) -> WriteResult:
+    """Writes a GGUF file atomically, reading every weight once.
+
+    Args:
+        path: the output.
+        metadata: pairs in the order of the file.
+        plan: what `plan_tensors` gave.
+        threads: that read and encode; the bytes do not depend on it.
+        force: replace an existing file.
+        allow_nonfinite: write NaN and infinities instead of refusing them.
+        measure_error: measure the error of each tensor on a sample of its rows.
+        progress: told the bytes that are written.
+
+    Raises:
+        InputError: a tensor holds NaN or infinities, or values its type cannot hold; or it cannot be read.
+        UsageError, BusyError, OutputError: see `atomic_file`.
+    """
+    errors = [[0.0, 0.0] for _ in plan.tensors]
+    encode = partial(_encode, allow_nonfinite=allow_nonfinite, sample=measure_error)
+    total = sum(tensor.nbytes for tensor in plan.tensors)
+
+    def chunks() -> Iterator[tuple[int, Array]]:
+        done = 0
+        for number, encoded in in_order(_tasks(plan, encode), threads=threads, window=2 * threads + 2):
+            errors[number][0] += encoded.squared_error
+            errors[number][1] += encoded.squared_values
+            yield number, encoded.data
+            done += encoded.data.nbytes
+            progress("write", done, total)
+
+    written = write_container(path, plan.file(metadata), chunks(), force=force)
+    outcomes = tuple(
+        TensorOutcome(tensor.name, tensor.type, tensor.nbytes, relative_error(*sums) if measure_error else None)
+        for tensor, sums in zip(plan.tensors, errors, strict=True)
+    )
+    return WriteResult(written.sha256, written.nbytes, outcomes)
+
+
+def _tasks(
+    plan: TensorPlan, encode: Callable[[PlannedTensor, ReadRows, int, int], Encoded]
+) -> Iterator[Callable[[], tuple[int, Encoded]]]:
+    for number, tensor in enumerate(plan.tensors):
+        read = tensor.reader()
+        for start, stop in tensor.row_ranges():
+            yield partial(_numbered, number, partial(encode, tensor, read, start, stop))
+
+
+def _numbered(number: int, task: Callable[[], Encoded]) -> tuple[int, Encoded]:
+    return number, task()
+
+
+def _encode(
+    tensor: PlannedTensor, read: ReadRows, start: int, stop: int, *, allow_nonfinite: bool, sample: bool
+) -> Encoded:
+    rows = read(start, stop)
+    where = f"{tensor.source.source}: tensor {tensor.source.name!r}"
+    if not allow_nonfinite and count_nonfinite(rows):
+        bad = sum(count_nonfinite(read(*part)) for part in tensor.row_ranges())
+        raise InputError(
+            f"{where}: {bad} of {tensor.source.size} values are NaN or infinite; "
+            "the checkpoint is damaged (--allow-nonfinite writes them anyway)"
+        )
+    try:
+        return encode_rows(rows, tensor.type, offset=tensor.offset, sample=sample)
+    except LayoutError as error:
+        raise InputError(f"{where}: {error}; choose another type, for this tensor with --tensor-type") from error

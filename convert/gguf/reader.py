@@ -1,0 +1,148 @@
+"""Opens GGUF files, and models split into several, without trusting a number in them."""
+
+from __future__ import annotations
+
+import os
+import re
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from quantpress.convert.files import inside, open_regular, shown
+from quantpress.convert.gguf.container import MetadataValue
+from quantpress.convert.gguf.table import Part, TensorInfo, read_part
+from quantpress.quant.errors import InputError
+
+_MAX_PARTS = 1000
+_PART_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """A GGUF file, or all parts of a split one, whose headers are read and whose data are not.
+
+    Attributes:
+        paths: the files, in the order of their parts.
+        sizes: their bytes when they were opened.
+        version: of the container.
+        metadata: pairs of the first part, without `split.*` where there are several.
+        tensors: name -> tensor, in the order of the files.
+    """
+
+    paths: tuple[Path, ...]
+    sizes: tuple[int, ...]
+    version: int
+    metadata: Mapping[str, MetadataValue] = field(repr=False)
+    tensors: Mapping[str, TensorInfo] = field(repr=False)
+    _files: tuple[BinaryIO, ...] = field(repr=False, default=())
+
+    def __post_init__(self) -> None:
+        weakref.finalize(self, _close, self._files)
+
+    def read(self, tensor: TensorInfo, start: int, nbytes: int) -> bytes:
+        """Gives `nbytes` bytes of a tensor's data from byte `start` on; safe to call from several threads.
+
+        Raises:
+            InputError: the file became shorter or cannot be read.
+        """
+        path = self.paths[tensor.part]
+        try:
+            data = os.pread(self._files[tensor.part].fileno(), nbytes, tensor.offset + start)
+        except OSError as error:
+            raise InputError(f"{path}: tensor {tensor.name!r} cannot be read: {error.strerror}") from error
+        if len(data) != nbytes:
+            raise InputError(f"{path}: the file ended inside tensor {tensor.name!r}; it changed while it was read")
+        return data
+
+
+def _close(files: tuple[BinaryIO, ...]) -> None:
+    for file in files:
+        file.close()
+
+
+def open_gguf_file(path: Path | str) -> GgufFile:
+    """Reads the header of a GGUF file, or of every part of a split one, and checks it against the size of the file.
+
+    Args:
+        path: the file; for a split model its first part, `...-00001-of-0000N.gguf`.
+
+    Raises:
+        InputError: the file is not GGUF of version 2 or 3, is damaged, or a part is missing or of another model.
+    """
+    path = Path(path)
+    first = _open_part(path, 0)
+    files = [first.file]
+    try:
+        count = _split_value(path, first, "split.count", default=1)
+        if count <= 1:
+            parts, paths = [first], [path]
+        else:
+            paths = _part_paths(path, count)
+            parts = [first]
+            for number in range(1, count):
+                parts.append(_open_part(paths[number], number))
+                files.append(parts[-1].file)
+        return _joined(paths, parts)
+    except BaseException:
+        _close(tuple(files))
+        raise
+
+
+def _joined(paths: list[Path], parts: list[Part]) -> GgufFile:
+    metadata = parts[0].metadata
+    tensors: dict[str, TensorInfo] = {}
+    for number, part in enumerate(parts):
+        if len(parts) > 1:
+            _check_part(paths[number], part, number, len(parts))
+        for tensor in part.tensors:
+            if tensor.name in tensors:
+                raise InputError(f"{paths[number]}: tensor {shown(tensor.name)} is in an earlier part as well")
+            tensors[tensor.name] = tensor
+    if len(parts) > 1:
+        promised = _split_value(paths[0], parts[0], "split.tensors.count", default=len(tensors))
+        if promised != len(tensors):
+            raise InputError(f"{paths[0]}: split.tensors.count is {promised}, the parts hold {len(tensors)} tensors")
+        metadata = {key: value for key, value in metadata.items() if not key.startswith("split.")}
+    sizes = tuple(part.nbytes for part in parts)
+    return GgufFile(tuple(paths), sizes, parts[0].version, metadata, tensors, tuple(part.file for part in parts))
+
+
+def _check_part(path: Path, part: Part, number: int, count: int) -> None:
+    found = (_split_value(path, part, "split.no"), _split_value(path, part, "split.count"))
+    if found != (number, count):
+        raise InputError(
+            f"{path}: split.no and split.count are {found[0]} and {found[1]}, wanted {number} and {count}; "
+            "open the first part, and keep the parts' names"
+        )
+
+
+def _split_value(path: Path, part: Part, key: str, default: int | None = None) -> int:
+    kind, value = part.metadata.get(key, ("missing", default))
+    if value is None:
+        raise InputError(f"{path}: {key} is missing; this is not a part of a split model")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 31:
+        raise InputError(f"{path}: {key} is {shown(value)} of type {kind}, a number is wanted")
+    return value
+
+
+def _part_paths(path: Path, count: int) -> list[Path]:
+    match = _PART_NAME.fullmatch(path.name)
+    if count > _MAX_PARTS:
+        raise InputError(f"{path}: split.count is {count}, at most {_MAX_PARTS} parts are read")
+    if match is None or int(match["count"]) != count or int(match["number"]) != 1:
+        raise InputError(
+            f"{path}: the model is split into {count} parts; open the first one, ...-00001-of-{count:05d}.gguf"
+        )
+    names = [f"{match['stem']}-{number + 1:05d}-of-{count:05d}.gguf" for number in range(1, count)]
+    return [path, *(inside(path.parent, name) for name in names)]
+
+
+def _open_part(path: Path, number: int) -> Part:
+    file = open_regular(path)
+    try:
+        return read_part(path, file, number)
+    except BaseException:
+        file.close()
+        raise
