@@ -1,0 +1,244 @@
+"""Text to token ids and back, from whatever tokenizer files a checkpoint has."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from threading import Lock
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from quantpress.convert.files import shown
+from quantpress.convert.tokenizer_files import TOKENIZER_FILE_NAMES, TokenizerFiles
+from quantpress.quant.errors import InputError
+
+__all__ = ["TOKENIZER_FILE_NAMES", "Tokenizer", "TokenizerFiles", "adds_bos_eos", "special_ids"]
+
+SPECIAL_KINDS = ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
+
+# Classes whose constructor adds BOS when no file says otherwise (transformers: models/llama, models/gemma).
+_BOS_CLASSES = frozenset(
+    name + suffix for name in ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer") for suffix in ("", "Fast")
+)
+
+
+class _Backend(Protocol):
+    """A tokenizer library with one tokenizer loaded."""
+
+    size: int
+
+    def encode(self, text: str, *, special: bool) -> Sequence[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def token_id(self, token: str) -> int | None: ...
+
+
+class Tokenizer:
+    """Text to ids as the checkpoint's own tokenizer gives them; never adds BOS or EOS by itself.
+
+    Attributes:
+        files: the files it was made from.
+        size: number of ids, one more than the greatest.
+        bos_id, eos_id, unk_id, pad_id: ids of the special tokens, None where there is none.
+        add_bos, add_eos: whether the checkpoint's tokenizer puts them around a text by default.
+        chat_template: the default Jinja chat template, or None.
+    """
+
+    def __init__(self, files: TokenizerFiles) -> None:
+        """Loads the tokenizer.
+
+        Args:
+            files: the checkpoint's tokenizer files.
+
+        Raises:
+            InputError: there is no tokenizer, or its files are damaged or contradict each other.
+        """
+        self.files = files
+        self._backend = _open_backend(files)
+        self.size = self._backend.size
+        ids = special_ids(files, self._backend.token_id)
+        self.bos_id, self.eos_id = ids.get("bos"), ids.get("eos")
+        self.unk_id, self.pad_id = ids.get("unk"), ids.get("pad")
+        self.add_bos, self.add_eos = adds_bos_eos(files)
+        self.chat_template = files.chat_templates.get("default")
+
+    def encode(self, text: str, *, special: bool) -> npt.NDArray[np.int32]:
+        """Gives the ids of a text, (T,) int32, without BOS and EOS.
+
+        Args:
+            text: any text.
+            special: read special tokens that stand in the text as such (llama.cpp: `parse_special`); without it
+                `<s>` in a text is three characters. Added tokens that are not special are always read.
+        """
+        return np.asarray(self._backend.encode(text, special=special), np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Gives the text of ids, special tokens included."""
+        return self._backend.decode([int(one) for one in ids])
+
+    def token_id(self, token: str) -> int | None:
+        """Gives the id of a token by its stored text, or None."""
+        return self._backend.token_id(token)
+
+
+def special_ids(files: TokenizerFiles, token_id: Any) -> dict[str, int]:
+    """Gives the ids of the special tokens a checkpoint names ("bos", "eos", "unk", "pad", "sep", "cls", "mask").
+
+    The order is llama.cpp's (gguf-py, `SpecialVocab`): the token text in the tokenizer's own files, then the ids in
+    generation_config.json or config.json.
+
+    Args:
+        files: the checkpoint's tokenizer files.
+        token_id: token text -> id or None.
+    """
+    result: dict[str, int] = {}
+    for kind in SPECIAL_KINDS:
+        text = files.special_token(kind)
+        found = None if text is None else token_id(text)
+        if found is None and (ids := files.config_ids(kind)):
+            found = ids[0]
+        if found is not None:
+            result[kind] = int(found)
+    return result
+
+
+def adds_bos_eos(files: TokenizerFiles) -> tuple[bool, bool]:
+    """Says whether the checkpoint's tokenizer puts BOS before and EOS after a text by default.
+
+    `add_bos_token` / `add_eos_token` of tokenizer_config.json win, then the template in tokenizer.json's
+    post-processor, then what the tokenizer class does (Llama's and Gemma's classes add BOS).
+    """
+    bos, eos = files.tokenizer_class in _BOS_CLASSES or files.tokenizer_json is None, False
+    for template in _templates((files.tokenizer_json or {}).get("post_processor")):
+        marks = [next(iter(part), "") for part in template]
+        if "Sequence" in marks:
+            bos, eos = marks[0] == "SpecialToken", marks[-1] == "SpecialToken"
+    for key in ("add_bos_token", "add_eos_token"):
+        value = files.config.get(key)
+        if isinstance(value, bool):
+            bos, eos = (value, eos) if key == "add_bos_token" else (bos, value)
+    return bos, eos
+
+
+def _templates(processor: object) -> list[list[Mapping[str, Any]]]:
+    """Templates for one text inside a post-processor, in the order they run; trivial ones are left out."""
+    if not isinstance(processor, dict):
+        return []
+    if processor.get("type") == "Sequence":
+        return [found for part in processor.get("processors") or [] for found in _templates(part)]
+    if processor.get("type") in ("RobertaProcessing", "BertProcessing"):
+        return [[{"SpecialToken": {}}, {"Sequence": {}}, {"SpecialToken": {}}]]
+    single = processor.get("single")
+    return [single] if isinstance(single, list) and len(single) > 1 else []
+
+
+def _open_backend(files: TokenizerFiles) -> _Backend:
+    if files.tokenizer_json is not None:
+        return _HuggingFace(files, files.tokenizer_json)
+    if "tokenizer.model" in files:
+        return _SentencePiece(files)
+    raise InputError(
+        f"{files.name}: no tokenizer: tokenizer.json, tokenizer.model, or vocab.json with merges.txt is needed"
+    )
+
+
+class _HuggingFace:
+    """The `tokenizers` library."""
+
+    def __init__(self, files: TokenizerFiles, tokenizer_json: Mapping[str, Any]) -> None:
+        from tokenizers import Tokenizer as Library
+
+        where = files.where("tokenizer.json")
+        try:
+            self._library = Library.from_str(json.dumps(tokenizer_json, ensure_ascii=False))
+        except Exception as error:
+            raise InputError(f"{where}: not a tokenizer: {shown(str(error), 200)}") from error
+        self._library.no_padding()
+        self._library.no_truncation()
+        for token in files.added_tokens:
+            if self._library.token_to_id(token["content"]) != token["id"]:
+                found = self._library.token_to_id(token["content"])
+                raise InputError(
+                    f"{where}: added token {shown(token['content'])} is said to have id {token['id']} but gets "
+                    f"{found}; ids of added tokens must follow the vocabulary without gaps"
+                )
+        self.size = 1 + max(self._library.get_vocab(with_added_tokens=True).values(), default=-1)
+        self._lock = Lock()
+
+    def encode(self, text: str, *, special: bool) -> Sequence[int]:
+        with self._lock:  # the switch belongs to the tokenizer, not to the call
+            self._library.encode_special_tokens = not special
+            ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._library.decode(ids, skip_special_tokens=False))
+
+    def token_id(self, token: str) -> int | None:
+        found: int | None = self._library.token_to_id(token)
+        return found
+
+
+class _SentencePiece:
+    """The `sentencepiece` library plus added tokens, for folders with tokenizer.model only."""
+
+    def __init__(self, files: TokenizerFiles) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        try:
+            self._library = SentencePieceProcessor(model_proto=files.files["tokenizer.model"])
+        except (RuntimeError, OSError, ValueError) as error:
+            raise InputError(f"{files.where('tokenizer.model')}: not a SentencePiece model: {error}") from error
+        pieces = self._library.get_piece_size()
+        self._added = {token["content"]: token for token in files.added_tokens}
+        self._texts = {token["id"]: token["content"] for token in files.added_tokens}
+        self._control = {
+            self._library.id_to_piece(one): one
+            for one in range(pieces)
+            if self._library.is_control(one) or self._library.is_unknown(one)
+        }
+        self.size = max([pieces, *(one + 1 for one in self._texts)])
+
+    @cached_property
+    def _splitters(self) -> dict[bool, re.Pattern[str] | None]:
+        ordinary = {content for content, token in self._added.items() if not token["special"]}
+        every = set(self._added) | set(self._control)
+        return {False: _alternatives(ordinary), True: _alternatives(every)}
+
+    def encode(self, text: str, *, special: bool) -> Sequence[int]:
+        splitter = self._splitters[special]
+        ids: list[int] = []
+        for part in splitter.split(text) if splitter else [text]:
+            if splitter and splitter.fullmatch(part):
+                token = self._added.get(part)
+                ids.append(token["id"] if token else self._control[part])
+            elif part:
+                ids.extend(self._library.encode(part))
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        parts: list[str] = []
+        run: list[int] = []
+        for one in [*ids, -1]:
+            if one in self._texts or one < 0:
+                parts += [self._library.decode(run) if run else "", self._texts.get(one, "")]
+                run = []
+            else:
+                run.append(one)
+        return "".join(parts)
+
+    def token_id(self, token: str) -> int | None:
+        if token in self._added:
+            return int(self._added[token]["id"])
+        found: int = self._library.piece_to_id(token)
+        return found if self._library.id_to_piece(found) == token else None
+
+
+def _alternatives(tokens: Iterable[str]) -> re.Pattern[str] | None:
+    ordered = sorted(tokens, key=len, reverse=True)
+    return re.compile("(" + "|".join(map(re.escape, ordered)) + ")") if ordered else None
