@@ -100,6 +100,8 @@ class Checkpoint:
         files: every file that was opened, for hashing and for the sidecar.
         metadata: GGUF metadata to keep when the source is a GGUF file (`general.*`, `tokenizer.*`), else empty.
             Values are `(type, value)` pairs as convert/gguf/container.py writes them.
+        storage_types: name -> type in the file, for tensors that are stored in another type than `read` gives (the
+            block types of a GGUF source).
         format: "safetensors", "torch" (weights-only .bin) or "gguf".
     """
 
@@ -110,6 +112,7 @@ class Checkpoint:
     generation_config: Mapping[str, Any] = field(default_factory=dict)
     files: tuple[SourceFile, ...] = ()
     metadata: Mapping[str, tuple[str, Any]] = field(default_factory=dict, repr=False)
+    storage_types: Mapping[str, str] = field(default_factory=dict, repr=False)
     format: str = "safetensors"
 
     @property

@@ -25,6 +25,11 @@ _STOP_SECONDS = 2.0  # an idle worker ends in milliseconds once its input is clo
 _LOG_TAIL_NBYTES = 16384
 _LOG_TAIL_LINES = 4
 _LOG_TAIL_CHARS = 700
+_TELLING = ("error", "assert", "fail", "what()", "invalid", "expected", "unknown", "missing")
+_ENVIRONMENT = {
+    "GGML_NO_BACKTRACE": "1",  # a debugger attached by an abort helps nobody here
+    "OMP_WAIT_POLICY": "passive",  # threads that spin at barriers cost 5 x on a machine that is busy otherwise
+}
 _MAX_HEADER_NBYTES = 1 << 20  # headers hold a few numbers and one error text
 
 
@@ -58,7 +63,7 @@ class WorkerProcess:
     """One running worker; used from one thread at a time."""
 
     def __init__(self) -> None:
-        environment = os.environ | {"GGML_NO_BACKTRACE": "1"}  # a debugger attached by an abort helps nobody here
+        environment = _ENVIRONMENT | os.environ
         log = tempfile.TemporaryFile(prefix="quantpress-llama-cpp-")  # noqa: SIM115 (closed by _reap)
         try:
             self._process = subprocess.Popen(
@@ -99,6 +104,8 @@ class WorkerProcess:
             RefusedError: llama.cpp said no; the worker still answers.
             WorkerDiedError: it crashed, was killed, or showed no progress for ``seconds``; it is gone now.
         """
+        if not self._stop.alive:
+            raise WorkerDiedError("llama.cpp was closed or has died before", out_of_memory=False)
         try:
             self._send(header, payload)
             return self._receive(seconds, rows)

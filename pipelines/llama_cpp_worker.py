@@ -42,10 +42,6 @@ class _Batch(ctypes.Structure):
     )
 
 
-class RefusalError(Exception):
-    """llama.cpp answered no; the text goes back to the process that asked."""
-
-
 _SETTINGS = ("n_ctx", "n_batch", "n_ubatch", "n_threads", "n_threads_batch")
 _POINTER, _INT, _TEXT, _BOOL = ctypes.c_void_p, ctypes.c_int32, ctypes.c_char_p, ctypes.c_bool
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
@@ -96,27 +92,26 @@ class Engine:
         self._libraries = _load_libraries(path)
         missing = [name for name, types in _SIGNATURES.items() if self._function(name, *types) is None]
         if missing:
-            raise RefusalError(f"{path.name} lacks {missing[0]}; llama.cpp of January 2025 or later is needed")
+            raise RuntimeError(f"{path.name} lacks {missing[0]}; llama.cpp of January 2025 or later is needed")
         self._call("llama_backend_init")
         devices = self._function("ggml_backend_dev_count", ctypes.c_size_t, [])
         load_from = self._function("ggml_backend_load_all_from_path", None, [_TEXT])
         if devices is not None and devices() == 0 and load_from is not None:
-            load_from(_path_bytes(str(path.parent)))
+            load_from(os.fsencode(path.parent))
         if devices is not None and devices() == 0:
-            raise RefusalError(f"{path.name} has no CPU backend beside it (libggml-cpu*)")
+            raise RuntimeError(f"{path.name} has no CPU backend beside it (libggml-cpu*)")
         version = self._function("llama_version", _TEXT, []) or self._function("ggml_version", _TEXT, [])
         blobs = [bytes(self._call(f"llama_{kind}_default_params").blob) for kind in ("model", "context")]
-        text = (version() or b"").decode("utf-8", "replace") if version is not None else ""
-        yield {"ok": True, "version": text}, b"".join(blobs)
+        yield {"ok": True, "version": version().decode() if version is not None else ""}, b"".join(blobs)
 
     def load(self, request: dict[str, Any], blob: bytes) -> Iterator[_Reply]:
         """Load a model with the given parameters; answer with what it says of itself."""
         params = _Params.from_buffer_copy(blob)
         address = struct.pack("<Q", ctypes.addressof(self._no_devices))
         ctypes.memmove(ctypes.addressof(params) + request["devices_offset"], address, len(address))
-        self._model = self._call("llama_model_load_from_file", _path_bytes(request["path"]), params)
+        self._model = self._call("llama_model_load_from_file", os.fsencode(request["path"]), params)
         if not self._model:
-            raise RefusalError("llama.cpp cannot load it")
+            raise RuntimeError("llama.cpp cannot load it")
         vocab = self._vocab = self._call("llama_model_get_vocab", self._model)
         info: dict[str, Any] = {"ok": True, "description": self._text("llama_model_desc")}
         info["file_type"] = self._text("llama_model_meta_val_str", b"general.file_type")
@@ -137,7 +132,7 @@ class Engine:
         """Make the context; answer with what the library took from the parameters."""
         self._context = self._call("llama_init_from_model", self._model, _Params.from_buffer_copy(blob))
         if not self._context:
-            raise RefusalError("llama.cpp cannot make a context for it")
+            raise RuntimeError("llama.cpp cannot make a context for it")
         yield {"ok": True} | {name: self._call(f"llama_{name}", self._context) for name in _SETTINGS}, b""
 
     def tokenize(self, request: dict[str, Any], text: bytes) -> Iterator[_Reply]:
@@ -184,8 +179,7 @@ class Engine:
                 stop = min(start + batch, len(tokens))
                 self._decode(window, start, stop, range(len(tokens) - 1, stop))
                 start = stop
-            row = array("f")
-            row.frombytes(self._rows(1))
+            row = array("f", bytes(self._rows(1)))
             tokens.append(row.index(max(row)))
             yield {"rows": 0}, b""
             if self._call("llama_vocab_is_eog", self._vocab, tokens[-1]):
@@ -201,7 +195,7 @@ class Engine:
         older = [self._function(f"llama_kv_{name}_clear", None, [_POINTER]) for name in ("self", "cache")]
         clear = older[0] or older[1]
         if clear is None:
-            raise RefusalError("llama.cpp has none of the functions that clear its memory")
+            raise RuntimeError("llama.cpp has none of the functions that clear its memory")
         clear(self._context)
 
     def _decode(self, tokens: Any, start: int, stop: int, wanted: range) -> None:
@@ -215,12 +209,12 @@ class Engine:
         batch = _Batch(count, ctypes.addressof(tokens) + 4 * start, None, *arrays)
         status = self._call("llama_decode", self._context, batch)
         if status != 0:
-            raise RefusalError(f"llama_decode returned {status} at positions {start} to {stop - 1}")
+            raise RuntimeError(f"llama_decode returned {status} at positions {start} to {stop - 1}")
 
     def _rows(self, rows: int) -> memoryview:
         address = self._call("llama_get_logits", self._context)
         if not address:
-            raise RefusalError("llama.cpp gives no logits; the model is no causal language model")
+            raise RuntimeError("llama.cpp gives no logits; the model is no causal language model")
         count = rows * self._call("llama_vocab_n_tokens", self._vocab)
         return memoryview((ctypes.c_float * count).from_address(address)).cast("B")
 
@@ -233,15 +227,11 @@ def _ask_twice(item: type[Any], room: int, fill: Callable[[Any, int], Any]) -> b
         if count >= 0:
             return bytes(memoryview(buffer).cast("B")[: count * ctypes.sizeof(item)])
         room = -count
-    raise RefusalError("llama.cpp cannot translate between this text and tokens")
+    raise RuntimeError("llama.cpp cannot translate between this text and tokens")
 
 
 def _int32(raw: bytes) -> Any:
     return (ctypes.c_int32 * (len(raw) // 4)).from_buffer_copy(raw)
-
-
-def _path_bytes(path: str) -> bytes:
-    return path.encode("utf-8") if os.name == "nt" else os.fsencode(path)
 
 
 def _load_libraries(path: Path) -> list[ctypes.CDLL]:
@@ -261,11 +251,6 @@ def _load_libraries(path: Path) -> list[ctypes.CDLL]:
     return loaded
 
 
-def _read_exactly(stream: BinaryIO, nbytes: int) -> bytes | None:
-    data = stream.read(nbytes)
-    return data if len(data) == nbytes else None
-
-
 def _write_frame(stream: BinaryIO, header: dict[str, Any], payload: bytes | memoryview) -> None:
     text = json.dumps(header | {"nbytes": len(payload)}).encode("ascii")
     stream.write(struct.pack("<I", len(text)) + text)
@@ -275,17 +260,14 @@ def _write_frame(stream: BinaryIO, header: dict[str, Any], payload: bytes | memo
 
 def _serve(requests: BinaryIO, replies: BinaryIO) -> None:
     engine = Engine()
-    while (prefix := _read_exactly(requests, 4)) is not None:
-        text = _read_exactly(requests, *struct.unpack("<I", prefix))
-        request = json.loads(text or b"{}")
-        payload = _read_exactly(requests, request["nbytes"])
-        if payload is None:
-            return
+    while len(prefix := requests.read(4)) == 4:
+        request = json.loads(requests.read(*struct.unpack("<I", prefix)))
+        payload = requests.read(request["nbytes"])
         operation = getattr(engine, _OPERATIONS[_OPERATIONS.index(request["op"])])
         try:
             for header, raw in operation(request, payload):
                 _write_frame(replies, header, raw)
-        except (RefusalError, OSError) as error:
+        except (RuntimeError, OSError) as error:
             _write_frame(replies, {"ok": False, "error": str(error)}, b"")
 
 

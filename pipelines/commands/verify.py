@@ -1,0 +1,67 @@
+"""`quantpress verify`: runs a file and compares it with the model it was made from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from quantpress.pipelines.cli import Session
+from quantpress.pipelines.commands.options import limit_options, machine_options, resolve_device, text_options
+from quantpress.pipelines.parity import Parity
+from quantpress.pipelines.verification import RUNTIMES, JudgeOptions, verify
+from quantpress.quant.errors import ParityError
+
+EXAMPLES = r"""
+Examples:
+
+\b
+  quantpress verify model-Q8_0.gguf --against ./model
+  quantpress verify model-Q4_0.gguf --against org/name --text wiki.test.raw --chunks 20 --max-kld 0.1
+"""
+
+
+def show_parity(parity: Parity) -> None:
+    """Prints the figures of a comparison as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("figure", "value", "limit")
+    limits = parity.limits
+    error = f" ± {parity.mean_kld_stderr:.2g}" if parity.tokens > 1 else ""
+    table.add_row("perplexity of the source", f"{parity.baseline.perplexity:.4f} ± {parity.baseline.stderr:.4f}", "")
+    table.add_row("perplexity of the file", f"{parity.candidate.perplexity:.4f} ± {parity.candidate.stderr:.4f}", "")
+    table.add_row("ratio", f"{parity.ppl_ratio:.6f} ± {parity.ppl_ratio_stderr:.2g}", f"1 ± {limits.max_ppl_change:g}")
+    table.add_row("mean KL divergence", f"{parity.mean_kld:.3g}{error}", f"{limits.max_kld:g}")
+    table.add_row("99 % KL divergence", f"{parity.kld_p99:.3g}", "")
+    table.add_row("greatest KL divergence", f"{parity.max_kld:.3g}", "")
+    table.add_row("top-1 agreement", f"{100 * parity.top1_agreement:.2f} %", f"{100 * limits.min_top1:g} %")
+    console = Console()
+    console.print(table)
+    runtimes = f"{parity.baseline.runtime} (source) and {parity.candidate.runtime} (file)"
+    console.print(f"{'passed' if parity.passed else 'FAILED'} on {parity.tokens} tokens in {runtimes}: {parity.reason}")
+
+
+@click.command(name="verify", epilog=EXAMPLES)
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--against", required=True, help="The model it was made from: folder, Hub id or GGUF file.")
+@click.option("--runtime", type=click.Choice(RUNTIMES), default="auto", show_default=True, help="What runs ARTIFACT.")
+@click.option("--json", "as_json", is_flag=True, help="Print the parity report as JSON.")
+@text_options
+@limit_options
+@machine_options
+@click.option("--max-memory", type=int, hidden=True)
+@click.pass_obj
+def command(session: Session, artifact: Path, against: str, as_json: bool, device: str, **flags: Any) -> None:
+    """Run ARTIFACT and compare it with the model it was made from; exit code 4 if it fails or cannot be judged."""
+    options = JudgeOptions(device=resolve_device(device), **flags)
+    with session.progress() as progress:
+        parity = verify(artifact, against, options=options, progress=progress)
+    if as_json:
+        click.echo(json.dumps(parity.to_json(), indent=2))
+    elif not session.quiet:
+        show_parity(parity)
+    if not parity.passed:
+        raise ParityError(f"{artifact}: {parity.reason}")

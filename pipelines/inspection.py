@@ -1,0 +1,122 @@
+"""What a model file holds, told from its headers alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from quantpress.convert.arch.spec import Hyperparameters
+from quantpress.convert.checkpoint import Checkpoint
+from quantpress.convert.gguf.export import plan_tensors
+from quantpress.convert.gguf.mixture import FILE_TYPES, TypeOptions
+from quantpress.convert.json_reader import read_json
+from quantpress.convert.open import open_checkpoint
+from quantpress.convert.preflight import Preflight, preflight
+from quantpress.convert.tokenizer_files import TokenizerFiles
+from quantpress.quant.errors import InputError, LayoutError
+
+KV_BYTES = 2  # llama.cpp and most servers keep keys and values in 16 bit unless told otherwise
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def inspect(model: Checkpoint | Path | str) -> dict[str, Any]:
+    """Describes a model (INTERFACE: inspect).
+
+    Args:
+        model: folder, GGUF file, Hub id, open checkpoint, or the folder of an adapter.
+
+    Returns:
+        Plain values for JSON. `problem` says why a model could not be converted; None if nothing speaks against it.
+
+    Raises:
+        InputError: the files cannot be opened.
+    """
+    if not isinstance(model, Checkpoint) and (Path(model) / ADAPTER_CONFIG).is_file():
+        return _adapter(Path(model))
+    source = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+    report = {
+        "model": source.name,
+        "format": source.format,
+        "architecture": (source.config.get("architectures") or [None])[0],
+        "parameters": source.parameters,
+        "bytes": sum(file.nbytes for file in source.files),
+        "tensors": len(source.tensors),
+        "tensor_types": _types(source),
+        "tokenizer": _tokenizer(source),
+        "quantization": source.config.get("quantization_config"),
+    }
+    try:
+        checked = preflight(source)
+    except InputError as error:
+        return report | {"problem": str(error)}
+    return report | _sizes(checked) | {"problem": None}
+
+
+def _adapter(folder: Path) -> dict[str, Any]:
+    config = read_json(folder / ADAPTER_CONFIG)
+    if not isinstance(config, Mapping):
+        raise InputError(f"{folder / ADAPTER_CONFIG}: a JSON object is wanted")
+    return {
+        "model": folder.name,
+        "format": "adapter",
+        "type": config.get("peft_type"),
+        "rank": config.get("r"),
+        "alpha": config.get("lora_alpha"),
+        "targets": config.get("target_modules"),
+        "dora": bool(config.get("use_dora")),
+        "rslora": bool(config.get("use_rslora")),
+        "base": config.get("base_model_name_or_path"),
+    }
+
+
+def _types(source: Checkpoint) -> dict[str, dict[str, int]]:
+    kinds: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    for tensor in source.tensors.values():
+        kind = source.storage_types.get(tensor.name, tensor.dtype)
+        kinds[kind] += 1
+        sizes[kind] += tensor.size
+    return {kind: {"tensors": kinds[kind], "parameters": sizes[kind]} for kind in sorted(kinds)}
+
+
+def _tokenizer(source: Checkpoint) -> dict[str, Any] | None:
+    files = TokenizerFiles(source.tokenizer_files, name=source.name)
+    if files.tokenizer_json is not None:
+        return {"kind": files.tokenizer_json["model"].get("type"), "file": "tokenizer.json"}
+    if "tokenizer.model" in files:
+        return {"kind": "SentencePiece", "file": "tokenizer.model"}
+    return None
+
+
+def _sizes(checked: Preflight) -> dict[str, Any]:
+    hyper = checked.hyper
+    return {
+        "family": checked.spec.family,
+        "layers": hyper.layers,
+        "hidden_size": hyper.hidden,
+        "heads": hyper.heads,
+        "kv_heads": hyper.kv_heads,
+        "vocabulary": hyper.vocab,
+        "context": hyper.context,
+        "kv_cache_bytes_per_token": kv_cache_bytes(hyper),
+        "estimated_bytes": estimated_bytes(checked),
+    }
+
+
+def kv_cache_bytes(hyper: Hyperparameters) -> int:
+    """Gives the bytes of keys and values, in 16 bit, that one token of context takes."""
+    return 2 * hyper.layers * hyper.kv_heads * hyper.head_dim * KV_BYTES
+
+
+def estimated_bytes(checked: Preflight) -> dict[str, int]:
+    """Gives the bytes of all tensors in a GGUF file of each type."""
+    sizes = {}
+    for ftype in FILE_TYPES:
+        try:
+            plan = plan_tensors(checked.bindings, checked.spec, checked.hyper, TypeOptions(outtype=ftype))
+        except LayoutError:
+            continue
+        sizes[ftype] = sum(tensor.nbytes for tensor in plan.tensors)
+    return sizes

@@ -1,0 +1,36 @@
+"""How much memory work will take, said before it is begun, and how much a process has taken."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+BASE_BYTES = 150 << 20  # interpreter, numpy, tokenizer and the chunks in flight, measured by benchmarks/run.py
+
+
+def peak_memory(held: int = 0) -> int:
+    """Estimates the bytes that a data-free conversion takes at its peak.
+
+    Args:
+        held: bytes of the largest tensor that must be held whole, as one that is stored transposed (Conv1D). All
+            others pass in row chunks, so the peak does not grow with the model.
+    """
+    return BASE_BYTES + held
+
+
+def peak_rss() -> int:
+    """Gives the greatest resident size of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def free_memory() -> int:
+    """Gives the bytes that can be taken without swapping; half of 8 GB where the system does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 4 << 30

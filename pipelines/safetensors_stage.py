@@ -1,0 +1,80 @@
+"""Writes a checkpoint as a Hugging Face folder, in its own types or cast to one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+from quantpress.convert.checkpoint import Checkpoint
+from quantpress.convert.preflight import preflight
+from quantpress.convert.safetensors_writer import planned_tensors, write_checkpoint
+from quantpress.pipelines.gguf_stage import fill_name
+from quantpress.pipelines.hashing import hash_files
+from quantpress.pipelines.memory import peak_memory
+from quantpress.pipelines.stage import (
+    Artifact,
+    BuildingStage,
+    OutputFile,
+    Plan,
+    PlannedTensor,
+    RunContext,
+    TensorResult,
+)
+
+
+class Safetensors(BuildingStage):
+    """Options of the stage.
+
+    Attributes:
+        output: the folder; may hold `{ftype}` and `{name}`.
+        dtype: "f32", "f16" or "bf16" for all floating-point tensors; None keeps each tensor's type.
+    """
+
+    name: ClassVar[str] = "safetensors"
+    version: ClassVar[int] = 1
+
+    output: Path
+    dtype: str | None = None
+
+    def plan(self, source: Checkpoint) -> Plan:
+        """Says what would be written, without reading a weight."""
+        preflight(source)
+        tensors = tuple(
+            PlannedTensor(name, shape, dtype, nbytes)
+            for name, shape, dtype, nbytes in planned_tensors(source, self.dtype)
+        )
+        return Plan(self._path(source), tensors, sum(tensor.nbytes for tensor in tensors), peak_memory())
+
+    def run(self, source: Checkpoint, context: RunContext) -> Artifact:
+        """Writes the folder."""
+        plan = self.plan(source)
+        files = write_checkpoint(
+            source,
+            plan.output,
+            dtype=self.dtype,
+            force=context.force,
+            allow_nonfinite=context.allow_nonfinite,
+            progress=context.progress,
+            threads=context.threads,
+        )
+        hashed = hash_files(files)
+        return Artifact(
+            path=plan.output,
+            kind="safetensors",
+            ftype=self._ftype(source),
+            outputs=tuple(
+                OutputFile(path.relative_to(plan.output).as_posix(), *hashed[path]) for path in sorted(hashed)
+            ),
+            tensors=tuple(TensorResult(t.name, t.type, t.nbytes) for t in plan.tensors),
+        )
+
+    def _ftype(self, source: Checkpoint) -> str:
+        """Name of the main type, as parity limits are kept by it."""
+        named = {"f32": "F32", "f16": "F16", "bf16": "BF16", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+        if self.dtype is not None:
+            return named.get(self.dtype.lower(), self.dtype.upper())
+        largest = max(source.tensors.values(), key=lambda tensor: tensor.nbytes)
+        return largest.dtype if largest.dtype in ("F32", "F16", "BF16") else "F32"
+
+    def _path(self, source: Checkpoint) -> Path:
+        return fill_name(self.output, {"ftype": self._ftype(source), "name": Path(source.name).name})

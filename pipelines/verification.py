@@ -1,0 +1,220 @@
+"""Proves a file: runs it in its real runtime on the same tokens as its source and compares what both say.
+
+The source runs in the torch decoder, in float32. The file runs in llama.cpp; where that is not installed, it is read
+back by the `gguf` package into the torch decoder, and the report says so by its runtime.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantpress.convert.checkpoint import Checkpoint
+from quantpress.convert.files import read_bounded
+from quantpress.convert.open import open_checkpoint
+from quantpress.convert.tokenizer import Tokenizer, TokenizerFiles
+from quantpress.pipelines.default_text import Text, default_text
+from quantpress.pipelines.llama_cpp_find import HOW_TO_INSTALL, find_llama_cpp
+from quantpress.pipelines.parity import Parity, compare, unjudged
+from quantpress.pipelines.parity_limits import LIMITS_BY_TYPE, Limits, limits_for
+from quantpress.pipelines.perplexity import cut_windows, plain_text
+from quantpress.pipelines.progress import Progress, no_progress
+from quantpress.pipelines.runtime import Runtime
+from quantpress.pipelines.stage import available_threads
+from quantpress.quant.errors import InputError, OutputError, QuantpressError, UsageError
+
+log = logging.getLogger(__name__)
+
+DEFAULT_CONTEXT = 512
+MAX_TEXT = 256 << 20  # bytes of a text file; wikitext-103 has 540 MB, and nobody judges a file on all of it
+RUNTIMES = ("auto", "torch", "llama.cpp", "onnxruntime")
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeOptions:
+    """How to judge.
+
+    Attributes:
+        text: UTF-8 file, or None for the built-in text.
+        context: tokens per window, or None for 512 or the model's context where that is less.
+        chunks: number of windows, or None for `default_chunks`.
+        runtime: what runs the candidate: "auto", "llama.cpp" or "torch".
+        max_kld, max_ppl_change, min_top1: limits that replace the defaults of the file's type.
+        device: where the source runs, "cpu" or "cuda".
+        threads: processor threads of both runtimes.
+        max_memory: bytes of weights that are kept in memory, or None for half of what is free.
+    """
+
+    text: Path | None = None
+    context: int | None = None
+    chunks: int | None = None
+    runtime: str = "auto"
+    max_kld: float | None = None
+    max_ppl_change: float | None = None
+    min_top1: float | None = None
+    device: str = "cpu"
+    threads: int | None = None
+    max_memory: int | None = None
+
+    def limits(self, ftype: str) -> Limits:
+        """Gives the limits for a file type, with the user's in place of the defaults."""
+        base = limits_for(ftype if ftype.upper() in LIMITS_BY_TYPE else "F32")
+        own = {name: getattr(self, name) for name in ("max_kld", "max_ppl_change", "min_top1")}
+        return dataclasses.replace(base, **{name: value for name, value in own.items() if value is not None})
+
+
+def read_text(path: Path | None) -> Text:
+    """Reads a UTF-8 text, or the built-in one.
+
+    Raises:
+        InputError: the file cannot be read, is not UTF-8 or is empty.
+    """
+    if path is None:
+        return default_text()
+    data = read_bounded(path, MAX_TEXT)
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 at byte {error.start}; give a plain text file") from error
+    if not text.strip():
+        raise InputError(f"{path}: the text is empty, there is nothing to judge on")
+    return Text(text, hashlib.sha256(data).hexdigest(), path.name)
+
+
+def default_chunks(parameters: int) -> int:
+    """Gives the windows that `convert` judges on: enough tokens for steady figures, few enough for a laptop."""
+    return 8 if parameters < 2_000_000_000 else 4 if parameters < 10_000_000_000 else 2
+
+
+def text_windows(tokenizer: Tokenizer, text: str, *, context: int, chunks: int | None) -> list[NDArray[np.int32]]:
+    """Cuts a text into the windows that llama.cpp's perplexity would score, with the checkpoint's own tokenizer."""
+    ids = tokenizer.encode(plain_text(text), special=False)
+    bos = tokenizer.bos_id if tokenizer.add_bos else None
+    if bos is not None:
+        ids = np.concatenate([np.array([bos], np.int32), ids])
+    return cut_windows(ids, context=context, chunks=chunks, bos=bos)
+
+
+class Reference:
+    """The source model with the windows on which files are judged; what it computes once serves every file."""
+
+    def __init__(self, source: Checkpoint, options: JudgeOptions, progress: Progress = no_progress) -> None:
+        """Tokenizes the text; the model is run when the first file is judged.
+
+        Raises:
+            InputError: the text or the tokenizer cannot be used.
+        """
+        from quantpress.pipelines.torch_runtime import TorchRuntime
+
+        self.options, self._progress = options, progress
+        self.text = read_text(options.text)
+        tokenizer = Tokenizer(TokenizerFiles(source.tokenizer_files, name=source.name))
+        self.vocabulary = tokenizer.size
+        self.runtime = TorchRuntime.of_checkpoint(source, device=options.device, max_memory=options.max_memory)
+        self.context = options.context or min(DEFAULT_CONTEXT, self.runtime.context)
+        if self.context > self.runtime.context:
+            raise UsageError(f"--context {self.context}: {source.name} was made for {self.runtime.context} tokens")
+        chunks = options.chunks or default_chunks(source.parameters)
+        self.windows = text_windows(tokenizer, self.text.text, context=self.context, chunks=chunks)
+
+    def judge(self, artifact: Path, ftype: str) -> Parity:
+        """Runs a file and compares; what cannot be judged is a verdict that is not passed."""
+        limits = self.options.limits(ftype)
+        try:
+            self.runtime.prepare(self.windows, self.context // 2, progress=partial(self._progress, "source"))
+            with self._open(artifact) as candidate:
+                return compare(
+                    self.runtime,
+                    candidate,
+                    self.windows,
+                    limits,
+                    text_sha256=self.text.sha256,
+                    vocabulary=self.vocabulary,
+                    progress=partial(self._progress, "prove"),
+                )
+        except QuantpressError as error:
+            reason = f"could not be judged: {error}"
+            return unjudged(reason, limits, text_sha256=self.text.sha256, context=self.context)
+
+    def _open(self, artifact: Path) -> Runtime:
+        return open_runtime(artifact, self.options, context=self.context)
+
+
+def open_runtime(model: Checkpoint | Path, options: JudgeOptions, *, context: int) -> Runtime:
+    """Loads a model into the runtime that was asked for, or into the one it is made for.
+
+    Raises:
+        UsageError: the runtime cannot run files of this kind.
+        OutputError: the runtime is not installed.
+        InputError: the file is refused by the runtime.
+    """
+    from quantpress.pipelines.llama_cpp import LlamaCppRuntime
+    from quantpress.pipelines.torch_runtime import TorchRuntime
+
+    if options.runtime == "onnxruntime":
+        raise UsageError("--runtime onnxruntime: runs ONNX models only")
+    is_gguf = model.suffix.lower() == ".gguf"
+    if options.runtime == "llama.cpp" and not is_gguf:
+        raise UsageError(f"--runtime llama.cpp: runs GGUF files only, and {model} is none; use --runtime torch")
+    if is_gguf and options.runtime != "torch":
+        if find_llama_cpp() is not None:
+            return LlamaCppRuntime(model, context=context, threads=options.threads or available_threads())
+        if options.runtime == "llama.cpp":
+            raise OutputError(f"--runtime llama.cpp: not found; {HOW_TO_INSTALL}")
+        log.warning("llama.cpp is not installed: reading %s back with the gguf package instead", model.name)
+    if is_gguf:
+        return TorchRuntime.of_gguf(model, device=options.device, max_memory=options.max_memory)
+    return TorchRuntime.of_checkpoint(open_checkpoint(model), device=options.device, max_memory=options.max_memory)
+
+
+def ftype_of(artifact: Path) -> str:
+    """Gives the type that an artifact is named after, for its default limits.
+
+    Raises:
+        InputError: it cannot be opened.
+    """
+    from quantpress.convert.gguf.mixture import FILE_TYPES
+
+    checkpoint = open_checkpoint(artifact)
+    if "general.file_type" in checkpoint.metadata:
+        number = checkpoint.metadata["general.file_type"][1]
+        return next((name for name, value in FILE_TYPES.items() if value == number), "F32")
+    return max(checkpoint.tensors.values(), key=lambda tensor: tensor.nbytes).dtype
+
+
+def verify(
+    artifact: Path | str,
+    against: Checkpoint | Path | str,
+    *,
+    text: Path | str | None = None,
+    options: JudgeOptions | None = None,
+    progress: Progress = no_progress,
+) -> Parity:
+    """Compares a file with the model it was made from (INTERFACE: verify).
+
+    Args:
+        artifact: GGUF file or checkpoint folder.
+        against: the source, opened or not.
+        text: UTF-8 file, or None for the built-in text; stands before `options.text`.
+        options: how to judge.
+        progress: told how far the work has come.
+
+    Returns:
+        The verdict; `passed` is False with a reason where nothing could be judged.
+
+    Raises:
+        InputError: the source, the text or the artifact cannot be opened.
+    """
+    chosen = options or JudgeOptions()
+    if text is not None:
+        chosen = dataclasses.replace(chosen, text=Path(text))
+    source = against if isinstance(against, Checkpoint) else open_checkpoint(against)
+    ftype = ftype_of(Path(artifact))
+    return Reference(source, chosen, progress).judge(Path(artifact), ftype)
