@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import sys
 from pathlib import Path
+from typing import cast
 
 from quantpress.convert.files import shown
 from quantpress.convert.hf_folder import EXTRA_TEMPLATES, TOKENIZER_FILES
@@ -42,20 +43,21 @@ def download(model_id: str) -> Path:
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if not sys.stderr.isatty():
         disable_progress_bars()
     name, _, revision = model_id.partition("@")
-    # Errors of the connection: the parent of HfHubHTTPError is the HTTP library's own, which library it is depends on
-    # the version of huggingface_hub; with requests that is an OSError.
-    failures = (OSError, ValueError, HfHubHTTPError.__mro__[1])
+    wanted = revision or None
+    # Errors of the connection: the parent of HfHubHTTPError is the HTTP library's own, and which library that is
+    # depends on the version of huggingface_hub; with requests it is an OSError.
+    failures = (OSError, ValueError, cast(type[Exception], HfHubHTTPError.__mro__[1]))
     try:
         folder = Path(
-            snapshot_download(name, revision=revision or None, allow_patterns=_SAFETENSORS, ignore_patterns=_COPIES)
+            snapshot_download(name, revision=wanted, allow_patterns=list(_SAFETENSORS), ignore_patterns=list(_COPIES))
         )
         if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=(*_SMALL, *_BIN)))
+            folder = Path(snapshot_download(name, revision=wanted, allow_patterns=[*_SMALL, *_BIN]))
     except failures as error:
         raise _explain(model_id, error) from error
     return folder

@@ -17,10 +17,10 @@ from quantpress.convert.atomic import atomic_folder, check_replaceable, new_file
 from quantpress.convert.checkpoint import DTYPES, Array, Checkpoint, LazyTensor
 from quantpress.convert.files import inside, shown
 from quantpress.convert.safetensors_reader import Entry
-from quantpress.quant.errors import InputError, UsageError
+from quantpress.quant.errors import InputError, LayoutError, UsageError
 from quantpress.quant.floats import count_nonfinite, to_bfloat16, to_float16, to_float32
 
-__all__ = ["CAST_TYPES", "MAX_SHARD", "encode_header", "write_checkpoint"]
+__all__ = ["CAST_TYPES", "MAX_SHARD", "encode_header", "planned_tensors", "write_checkpoint"]
 
 MAX_SHARD = 5_000_000_000  # bytes, as transformers' save_pretrained had it for years
 # names a user may give -> safetensors' name
@@ -105,6 +105,17 @@ def write_checkpoint(
                 _write_shard(file, checkpoint, entries, allow_nonfinite, threads, counter)
         names = sorted(path.relative_to(new).as_posix() for path in new.rglob("*") if path.is_file())
     return tuple(Path(folder) / name for name in names)
+
+
+def planned_tensors(checkpoint: Checkpoint, dtype: str | None = None) -> list[tuple[str, tuple[int, ...], str, int]]:
+    """Says what `write_checkpoint` would store: name, shape, type and bytes of each tensor, in order; reads none.
+
+    Raises:
+        UsageError: the type is not known.
+    """
+    target = _target_type(dtype)
+    shards = _plan(checkpoint, target, MAX_SHARD)
+    return [(entry.name, entry.shape, entry.dtype, entry.end - entry.begin) for shard in shards for entry in shard]
 
 
 class _Counter:
@@ -229,7 +240,10 @@ def _convert(job: _Job) -> _Piece:
     before = count_nonfinite(values)
     if job.dtype == job.tensor.dtype:
         return _Piece(values, before, 0)
-    values = _CASTS[job.dtype](values)
+    try:
+        values = _CASTS[job.dtype](values)
+    except LayoutError as error:
+        raise LayoutError(f"{job.tensor.source}: tensor {shown(job.tensor.name)}: {error}") from error
     after = count_nonfinite(values)
     return _Piece(values, after, after - before)
 
