@@ -25,7 +25,6 @@ _STOP_SECONDS = 2.0  # an idle worker ends in milliseconds once its input is clo
 _LOG_TAIL_NBYTES = 16384
 _LOG_TAIL_LINES = 4
 _LOG_TAIL_CHARS = 700
-_TELLING = ("error", "assert", "fail", "what()", "invalid", "expected", "unknown", "missing")
 _ENVIRONMENT = {
     "GGML_NO_BACKTRACE": "1",  # a debugger attached by an abort helps nobody here
     "OMP_WAIT_POLICY": "passive",  # threads that spin at barriers cost 5 x on a machine that is busy otherwise
@@ -196,15 +195,12 @@ class WorkerProcess:
         return WorkerDiedError(message, out_of_memory=killed)
 
     def log_tail(self) -> str:
-        """The last lines that the library wrote, on one line, errors preferred; "" if it wrote none."""
+        """The last lines that the library wrote, on one line; "" if it wrote none."""
         self._log.seek(0, os.SEEK_END)
         self._log.seek(max(0, self._log.tell() - _LOG_TAIL_NBYTES))
         lines = [line.strip() for line in self._log.read().decode("utf-8", "replace").splitlines()]
         lines = [line for line in lines if line.strip(".")]
-        telling = [
-            line for line in lines if any(word in line.lower() for word in ("error", "assert", "fail", "what()"))
-        ]
-        text = " | ".join((telling or lines)[-_LOG_TAIL_LINES:])
+        text = " | ".join(lines[-_LOG_TAIL_LINES:])
         return f"; its last words: {text[-_LOG_TAIL_CHARS:]}" if text else ""
 
     def close(self) -> None:

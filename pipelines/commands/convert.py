@@ -113,8 +113,9 @@ def show_result(pressed: Pressed, as_json: bool) -> None:
     if parity is None:
         click.echo("not verified (--no-verify)")
     elif parity.tokens:
+        verdict = "verified" if parity.passed else "NOT VERIFIED"
         click.echo(
-            f"{'verified' if parity.passed else 'NOT VERIFIED'} in {parity.candidate.runtime} on {parity.tokens} tokens: "
+            f"{verdict} in {parity.candidate.runtime} on {parity.tokens} tokens: "
             f"perplexity {parity.candidate.perplexity:.4f} (source {parity.baseline.perplexity:.4f}), "
             f"KL divergence {parity.mean_kld:.2g} mean, {parity.kld_p99:.2g} p99, "
             f"top-1 agreement {100 * parity.top1_agreement:.2f} %"
