@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from quantpress.convert.arch.spec import ArchSpec, Hyperparameters, Layout, Role, TensorSpec
+from quantpress.convert.arch.spec import ArchSpec, Hyperparameters, Layout, Role
 from quantpress.convert.checkpoint import Array, LazyTensor
 from quantpress.convert.gguf.container import MetadataValue
 from quantpress.convert.gguf.encode import Encoded, encode_rows, relative_error
@@ -22,14 +22,13 @@ from quantpress.convert.gguf.mixture import FILE_TYPES, Mixture, TypeOptions, re
 from quantpress.convert.gguf.rows import IN_PLACE, ReadRows, RowOrder, Transposed, row_order
 from quantpress.convert.gguf.stream import in_order
 from quantpress.convert.gguf.writer import FilePlan, Slot, write_container
+from quantpress.convert.preflight import Binding
 from quantpress.quant.errors import InputError, LayoutError
 from quantpress.quant.floats import count_nonfinite
 from quantpress.quant.ggml.types import ggml_type, row_bytes
 
 _CHUNK_VALUES = 1 << 20  # values that one task reads and encodes: 2 MB of bf16, and a few MB beside it
 
-Binding = tuple[TensorSpec, int, LazyTensor]
-"""A row of a family's table, its layer (-1 outside layers), and the tensor that a checkpoint has for it."""
 Progress = Callable[[str, int, int], None]
 
 
