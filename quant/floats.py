@@ -19,7 +19,7 @@ from quantpress.quant.errors import InputError, LayoutError
 __all__ = [
     "BFLOAT16",
     "CHUNK",
-    "count_float16_overflow",
+    "cast_float16",
     "count_nonfinite",
     "to_bfloat16",
     "to_float16",
@@ -40,7 +40,7 @@ _FLOAT64 = np.dtype(np.float64)
 # Smallest magnitude, as an integer image, that is infinite or NaN.
 _NONFINITE_FROM = {_FLOAT16: 0x7C00, BFLOAT16: 0x7F80, _FLOAT32: 0x7F800000, _FLOAT64: 0x7FF0000000000000}
 
-# Smallest magnitude that rounds to infinity in float16: 65520, halfway between 65504 and 65536 (ties go to even).
+# Images of 65520, halfway between float16's largest number and 65536: from here on rounding gives infinity.
 _FLOAT16_OVERFLOW_FROM = {BFLOAT16: 0x4780, _FLOAT32: 0x477FF000}
 
 
@@ -83,7 +83,7 @@ def widen(flat: Array, out: NDArray[np.float32]) -> None:
     elif dtype in (_FLOAT32, np.dtype(np.bool_)) or dtype.kind in "iu":
         np.copyto(out, flat, casting="unsafe")
     elif dtype == _FLOAT64:
-        with np.errstate(over="ignore"):
+        with np.errstate(all="ignore"):
             np.copyto(out, flat, casting="unsafe")
         if count_nonfinite(out) > count_nonfinite(flat):
             raise LayoutError("float64 value beyond 3.4e38 found, float32 cannot hold it")
@@ -124,17 +124,23 @@ def to_bfloat16(array: Array) -> Array:
 
 
 def to_float16(array: Array) -> NDArray[np.float16]:
-    """Round to float16. Finite values beyond 65504 become infinite: ask `count_float16_overflow` first.
+    """Round to float16; finite values beyond it become infinite, which `cast_float16` counts."""
+    return cast_float16(array)[0]
+
+
+def cast_float16(array: Array) -> tuple[NDArray[np.float16], int]:
+    """Round to float16 and count what was lost.
 
     Args:
         array: as for `to_float32`; bfloat16 is converted without a float32 step, float64 is rounded to float32 first.
 
     Returns:
-        The same shape, float16, C order. Input that is float16 in C order is returned itself.
+        The same shape, float16, C order (input that is float16 in C order is returned itself); and how many finite
+        values became infinite, which are those of magnitude 65520 and above.
     """
     array = _native(array)
     if array.dtype == _FLOAT16:
-        return np.asarray(array, order="C")
+        return np.asarray(array, order="C"), 0
     if array.dtype == BFLOAT16:
         bits: Array = np.ascontiguousarray(array).reshape(-1).view(np.uint16)
         convert = _bfloat16_to_float16
@@ -144,10 +150,11 @@ def to_float16(array: Array) -> NDArray[np.float16]:
     out = np.empty(bits.size, np.uint16)
     wide = np.empty(min(CHUNK, bits.size), bits.dtype)
     half = np.empty(wide.size, np.uint16)
+    lost = 0
     for start in range(0, bits.size, CHUNK):
         chunk = bits[start : start + CHUNK]
-        convert(chunk, out[start : start + CHUNK], wide[: chunk.size], half[: chunk.size])
-    return out.view(np.float16).reshape(array.shape)
+        lost += convert(chunk, out[start : start + CHUNK], wide[: chunk.size], half[: chunk.size])
+    return out.view(np.float16).reshape(array.shape), lost
 
 
 def count_nonfinite(array: Array) -> int:
@@ -163,29 +170,13 @@ def count_nonfinite(array: Array) -> int:
     dtype = array.dtype
     if dtype in _NONFINITE_FROM:
         bits = np.ascontiguousarray(array).reshape(-1).view(f"u{dtype.itemsize}")
-        return _count_magnitudes(bits, _NONFINITE_FROM[dtype], 1 << (8 * dtype.itemsize - 1))
+        return _count_from(bits, _NONFINITE_FROM[dtype])
     if dtype.kind in "iub":
         return 0
     if _is_small_float(dtype):
         wild = ~np.isfinite(_float32_table(dtype))
         return int(np.count_nonzero(wild[np.ascontiguousarray(array).view(np.uint8)]))
     raise InputError(f"dtype {dtype} is not a real number type")
-
-
-def count_float16_overflow(array: Array) -> int:
-    """Count finite values that become infinite in float16 (magnitude 65520 and above).
-
-    Args:
-        array: any shape and real number type.
-    """
-    array = _native(array)
-    if array.dtype == _FLOAT16 or array.dtype.itemsize == 1:
-        return 0  # the largest 8-bit float is 57344 (float8_e5m2)
-    if array.dtype not in _FLOAT16_OVERFLOW_FROM:
-        array = to_float32(array)
-    dtype = array.dtype
-    bits = np.ascontiguousarray(array).reshape(-1).view(f"u{dtype.itemsize}")
-    return _count_magnitudes(bits, _FLOAT16_OVERFLOW_FROM[dtype], _NONFINITE_FROM[dtype])
 
 
 def _native(array: Array) -> Array:
@@ -216,8 +207,10 @@ def _float16_of_bfloat16() -> NDArray[np.uint16]:
     return table
 
 
-def _bfloat16_to_float16(bits: Array, out: Array, wide: Array, half: Array) -> None:
-    """Convert integer images: (n,) uint16 to (n,) uint16; `wide` and `half` are (n,) uint16 scratch.
+def _bfloat16_to_float16(bits: Array, out: Array, wide: Array, half: Array) -> int:
+    """Convert integer images, (n,) uint16 to (n,) uint16, and count finite values that became infinite.
+
+    `wide` and `half` are (n,) uint16 scratch.
 
     A bfloat16 in float16's normal range [2^-14, 65536) is exact there: the fraction moves up three places, the two top
     exponent bits and the sign fall out, and the bias drops from 127 to 15, which is + 0x4000 modulo 2^16. What lies
@@ -230,15 +223,21 @@ def _bfloat16_to_float16(bits: Array, out: Array, wide: Array, half: Array) -> N
     np.add(bits, bits, out=half)  # drops the sign
     np.subtract(half, 2 * 0x3880, out=half)  # 2^-14, so that what is smaller wraps to large numbers
     outside = np.flatnonzero(half >= 2 * (0x4780 - 0x3880))
+    if not outside.size:
+        return 0
+    repaired = bits[outside]
     table = _float16_of_bfloat16()
     if outside.size > bits.size // 8:
         np.take(table, bits, out=out, mode="clip")
-    elif outside.size:
-        out[outside] = table[bits[outside]]
+    else:
+        out[outside] = table[repaired]
+    return _count_lost(repaired & 0x7FFF, BFLOAT16)
 
 
-def _float32_to_float16(bits: Array, out: Array, wide: Array, half: Array) -> None:
-    """Convert integer images: (n,) uint32 to (n,) uint16; `wide` (n,) uint32 and `half` (n,) uint16 are scratch.
+def _float32_to_float16(bits: Array, out: Array, wide: Array, half: Array) -> int:
+    """Convert integer images, (n,) uint32 to (n,) uint16, and count finite values that became infinite.
+
+    `wide` (n,) uint32 and `half` (n,) uint16 are scratch.
 
     The same as `_bfloat16_to_float16` after rounding away 13 bits of the fraction; numpy casts what lies outside.
     """
@@ -256,9 +255,17 @@ def _float32_to_float16(bits: Array, out: Array, wide: Array, half: Array) -> No
     np.add(half, half, out=half)
     np.subtract(half, 2 * 0x3880, out=half)
     outside = np.flatnonzero(half >= 2 * (0x477F - 0x3880))  # 0x477F: the upper half of what may round up to 65536
-    if outside.size:
-        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-            out[outside] = bits[outside].view(np.float32).astype(np.float16).view(np.uint16)
+    if not outside.size:
+        return 0
+    repaired = bits[outside]
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        out[outside] = repaired.view(np.float32).astype(np.float16).view(np.uint16)
+    return _count_lost(repaired & 0x7FFFFFFF, _FLOAT32)
+
+
+def _count_lost(magnitudes: Array, dtype: np.dtype[Any]) -> int:
+    finite = magnitudes < _NONFINITE_FROM[dtype]
+    return int(np.count_nonzero(finite & (magnitudes >= _FLOAT16_OVERFLOW_FROM[dtype])))
 
 
 def _top_magnitude(bits: Array) -> int:
@@ -269,14 +276,12 @@ def _top_magnitude(bits: Array) -> int:
     return max(positive, negative)
 
 
-def _count_magnitudes(bits: Array, low: int, high: int) -> int:
-    """Count values whose image without the sign is in [low, high); the usual answer 0 costs two reductions."""
-    mask = (1 << (8 * bits.dtype.itemsize - 1)) - 1
+def _count_from(bits: Array, low: int) -> int:
+    """Count values whose image without the sign is `low` or more; the usual answer 0 costs two reductions."""
+    mask = bits.dtype.type((1 << (8 * bits.dtype.itemsize - 1)) - 1)
     count = 0
     for start in range(0, bits.size, CHUNK):
         chunk = bits[start : start + CHUNK]
         if _top_magnitude(chunk) >= low:
-            magnitude = chunk & bits.dtype.type(mask)
-            inside = (magnitude >= low) if high > mask else (magnitude >= low) & (magnitude < high)
-            count += int(np.count_nonzero(inside))
+            count += int(np.count_nonzero((chunk & mask) >= low))
     return count

@@ -17,9 +17,8 @@ from quantpress.quant.errors import LayoutError
 from quantpress.quant.floats import (
     BFLOAT16,
     CHUNK,
-    count_float16_overflow,
+    cast_float16,
     to_bfloat16,
-    to_float16,
     to_float32,
     widen,
 )
@@ -132,7 +131,7 @@ def quantize_rows(kind: GGMLType | str, array: NDArray[Any]) -> Bytes:
     wild = _encode(encode, blocks, out)
     if wild:
         raise LayoutError(
-            f"{kind.name} keeps block scales as float16, and {wild} of {len(blocks)} blocks have one beyond 65504; "
+            f"{kind.name} keeps scales as float16, and {wild} of {len(blocks)} blocks need one beyond 65504; "
             "store this tensor as F32 or BF16"
         )
     return out.reshape(shape)
@@ -178,10 +177,10 @@ def _cast(kind: GGMLType, array: NDArray[Any]) -> NDArray[Any]:
         return to_float32(array)
     if kind.name == "BF16":
         return to_bfloat16(array)
-    lost = count_float16_overflow(array)
+    half, lost = cast_float16(array)
     if lost:
         raise LayoutError(f"{lost} of {array.size} values are beyond 65504, F16's largest; use BF16 or F32")
-    return to_float16(array)
+    return half
 
 
 def _encode(encode: Encoder, blocks: NDArray[Any], out: Bytes) -> int:

@@ -64,7 +64,7 @@ def encode_q8_0(values: Floats, out: Bytes, work: Workspace) -> int:
     np.copyto(work.codes.view(np.int8), work.steps, casting="unsafe")
     block = out.reshape(-1).view(layouts.Q8_0)
     block["codes"] = work.codes.reshape(-1).view("V32")
-    return _store_half(block["scale"], scale)
+    return _count(_store_half(block["scale"], scale))
 
 
 def encode_q4_0(values: Floats, out: Bytes, work: Workspace) -> int:
@@ -72,7 +72,7 @@ def encode_q4_0(values: Floats, out: Bytes, work: Workspace) -> int:
     block = out.reshape(-1).view(layouts.Q4_0)
     scale = _symmetric_codes(values, work, bits=4)
     work.pack_nibbles(block["codes"])
-    return _store_half(block["scale"], scale)
+    return _count(_store_half(block["scale"], scale))
 
 
 def encode_q5_0(values: Floats, out: Bytes, work: Workspace) -> int:
@@ -80,7 +80,7 @@ def encode_q5_0(values: Floats, out: Bytes, work: Workspace) -> int:
     block = out.reshape(-1).view(layouts.Q5_0)
     scale = _symmetric_codes(values, work, bits=5)
     _pack_five_bits(block, work)
-    return _store_half(block["scale"], scale)
+    return _count(_store_half(block["scale"], scale))
 
 
 def encode_q4_1(values: Floats, out: Bytes, work: Workspace) -> int:
@@ -88,7 +88,7 @@ def encode_q4_1(values: Floats, out: Bytes, work: Workspace) -> int:
     block = out.reshape(-1).view(layouts.Q4_1)
     scale, minimum = _affine_codes(values, work, bits=4)
     work.pack_nibbles(block["codes"])
-    return _store_half(block["scale"], scale) + _store_half(block["minimum"], minimum)
+    return _count(_store_half(block["scale"], scale) | _store_half(block["minimum"], minimum))
 
 
 def encode_q5_1(values: Floats, out: Bytes, work: Workspace) -> int:
@@ -96,7 +96,7 @@ def encode_q5_1(values: Floats, out: Bytes, work: Workspace) -> int:
     block = out.reshape(-1).view(layouts.Q5_1)
     scale, minimum = _affine_codes(values, work, bits=5)
     _pack_five_bits(block, work)
-    return _store_half(block["scale"], scale) + _store_half(block["minimum"], minimum)
+    return _count(_store_half(block["scale"], scale) | _store_half(block["minimum"], minimum))
 
 
 def _symmetric_codes(values: Floats, work: Workspace, *, bits: int) -> Floats:
@@ -147,11 +147,15 @@ def _pack_five_bits(block: Any, work: Workspace) -> None:
     work.pack_nibbles(block["codes"])
 
 
-def _store_half(field: Any, values: Floats) -> int:
-    """Write `values` (B,) as float16 and count those that became infinite or NaN."""
+def _store_half(field: Any, values: Floats) -> NDArray[np.bool_]:
+    """Write `values` (B,) as float16 and mark those that became infinite or NaN."""
     half = values.astype(np.float16)
     field[...] = half
-    return int(np.count_nonzero((half.view(np.uint16) & 0x7C00) == 0x7C00))
+    return np.asarray((half.view(np.uint16) & 0x7C00) == 0x7C00)
+
+
+def _count(marks: NDArray[np.bool_]) -> int:
+    return int(np.count_nonzero(marks))
 
 
 def decode_q8_0(data: Bytes, out: Floats) -> None:
