@@ -1,0 +1,165 @@
+"""One decoder layer in torch, put together from what the family's table has and what config.json says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from quantpress.convert.arch.spec import ArchSpec, Hyperparameters
+from quantpress.convert.attention import Cache, attend
+from quantpress.convert.rope import turn
+
+Observe = Callable[[str, torch.Tensor], None]
+"""Called with a linear's slot (`attn_q.weight`) and its input, (B, T, K), before each linear runs."""
+
+Turns = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What kind of layer a table describes.
+
+    Attributes:
+        slots: names of a layer's weights.
+        norm: "rms" or "layer".
+        fused_qkv: q, k and v are rows of one matrix.
+        gate: "" for a plain MLP, "separate", or "fused" where gate and up are rows of one matrix.
+        head_norms: q and k are normalized per head.
+        post_norms: attention and MLP outputs are normalized before they join the residual.
+    """
+
+    slots: tuple[str, ...]
+    norm: str
+    fused_qkv: bool
+    gate: str
+    head_norms: bool
+    post_norms: bool
+
+
+def traits_of(spec: ArchSpec, hyper: Hyperparameters) -> Traits:
+    """Reads the kind of layer off the family's table."""
+    rows = {row.slot: row for row in spec.tensors if row.per_layer and (not row.flag or row.flag in hyper.flags)}
+    gate = "separate" if "ffn_gate.weight" in rows else ""
+    return Traits(
+        slots=tuple(rows),
+        norm=spec.norm,
+        fused_qkv="attn_qkv.weight" in rows,
+        gate="fused" if rows["ffn_up.weight"].shape[0] == "ffn2" else gate,
+        head_norms="attn_q_norm.weight" in rows,
+        post_norms="post_attention_norm.weight" in rows,
+    )
+
+
+def normalize(
+    values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, kind: str, eps: float
+) -> torch.Tensor:
+    """Normalizes the last dimension in float32: "rms" by its root mean square, "layer" by mean and deviation too."""
+    if kind == "layer":
+        return F.layer_norm(values.float(), weight.shape, weight, bias, eps).to(values.dtype)
+    wide = values.float()
+    scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return (weight * scaled).to(values.dtype)
+
+
+def activate(values: torch.Tensor, kind: str) -> torch.Tensor:
+    """Applies an activation by its name in `Hyperparameters.activation`."""
+    if kind == "silu":
+        return F.silu(values)
+    if kind == "gelu":
+        return F.gelu(values)
+    if kind == "gelu_tanh":
+        return F.gelu(values, approximate="tanh")
+    return F.relu(values)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One layer with its weights.
+
+    Attributes:
+        index: number of the layer, from 0.
+        traits: kind of the layer.
+        hyper: sizes and scales.
+        weights: slot -> weight; norms and their biases in float32.
+        observe: told the input of every linear.
+    """
+
+    index: int
+    traits: Traits
+    hyper: Hyperparameters
+    weights: Mapping[str, torch.Tensor]
+    observe: Observe | None = None
+
+    def run(self, hidden: torch.Tensor, turns: Turns | None, cache: Cache | None) -> torch.Tensor:
+        """Computes the layer.
+
+        Args:
+            hidden: (B, T, hidden).
+            turns: cosine and sine of the tokens' positions; None where positions are learned.
+            cache: earlier tokens' keys and values, extended by this call.
+
+        Returns:
+            (B, T, hidden).
+        """
+        attended = self._attention(self._norm("attn_norm", hidden), turns, cache)
+        if self.traits.post_norms:
+            attended = self._norm("post_attention_norm", attended)
+        if self.hyper.parallel_residual:
+            return self._mlp(self._norm("ffn_norm", hidden)) + attended + hidden
+        hidden = hidden + attended
+        passed = self._mlp(self._norm("ffn_norm", hidden))
+        if self.traits.post_norms:
+            passed = self._norm("post_ffw_norm", passed)
+        return hidden + passed
+
+    def _norm(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        weight, bias = self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias")
+        return normalize(values, weight, bias, kind=self.traits.norm, eps=self.hyper.norm_eps)
+
+    def _linear(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        if self.observe is not None:
+            self.observe(f"{name}.weight", values)
+        return F.linear(values, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
+
+    def _attention(self, values: torch.Tensor, turns: Turns | None, cache: Cache | None) -> torch.Tensor:
+        hyper = self.hyper
+        query, key, value = (self._heads(part) for part in self._qkv(values))
+        if self.traits.head_norms:
+            query, key = self._norm("attn_q_norm", query), self._norm("attn_k_norm", key)
+        if turns is not None:
+            query, key = turn(query, *turns), turn(key, *turns)
+        if cache is not None:
+            key, value = cache.extend(self.index, key, value)
+        slides = bool(hyper.sliding_layers) and hyper.sliding_layers[self.index]
+        attended = attend(
+            query,
+            key,
+            value,
+            scale=hyper.attention_scale / (self.index + 1 if hyper.inverse_layer_scale else 1),
+            window=hyper.sliding_window if slides else None,
+            softcap=hyper.attention_softcap,
+        )
+        return self._linear("attn_output", attended.transpose(1, 2).flatten(2))
+
+    def _qkv(self, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if not self.traits.fused_qkv:
+            return tuple(self._linear(f"attn_{part}", values) for part in ("q", "k", "v"))
+        sizes = self.hyper.dims
+        return torch.split(self._linear("attn_qkv", values), [sizes["q"], sizes["kv"], sizes["kv"]], dim=-1)
+
+    def _heads(self, values: torch.Tensor) -> torch.Tensor:
+        return values.view(*values.shape[:-1], -1, self.hyper.head_dim).transpose(1, 2)
+
+    def _mlp(self, values: torch.Tensor) -> torch.Tensor:
+        up = self._linear("ffn_up", values)
+        if self.traits.gate == "separate":
+            up = activate(self._linear("ffn_gate", values), self.hyper.activation) * up
+        elif self.traits.gate == "fused":
+            gate, up = up.chunk(2, dim=-1)
+            up = up * activate(gate, self.hyper.activation)
+        else:
+            up = activate(up, self.hyper.activation)
+        return self._linear("ffn_down", up)

@@ -1,0 +1,222 @@
+"""The one decoder: any family of the tables, run layer by layer from weights that are read when they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from quantpress.convert.arch.spec import ArchSpec, Hyperparameters, Role, Rope
+from quantpress.convert.attention import Cache
+from quantpress.convert.layer import Layer, Observe, Turns, normalize, traits_of
+from quantpress.convert.rope import angles, depends_on_length
+from quantpress.convert.weights import Weight
+from quantpress.quant.errors import InputError
+
+_HEAD_ROWS = 16384  # rows of the head that are converted at once, so that it never stands in memory twice
+
+
+class Decoder:
+    """A language model, from token ids to logits.
+
+    Streaming, it holds the weights of one layer; resident, it keeps each weight after its first use, in `dtype` on
+    `device`. Norms and their biases are kept and computed in float32 always.
+    """
+
+    def __init__(
+        self,
+        weight: Weight,
+        spec: ArchSpec,
+        hyper: Hyperparameters,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        resident: bool = False,
+    ) -> None:
+        """Reads nothing yet.
+
+        Args:
+            weight: gives a weight by slot and layer, e.g. `CheckpointWeights`.
+            spec: the family.
+            hyper: what config.json says.
+            device: where to compute.
+            dtype: what to compute in.
+            resident: keep weights after their first use.
+        """
+        self.spec, self.hyper = spec, hyper
+        self.device, self.dtype, self.resident = torch.device(device), dtype, resident
+        self._weight = weight
+        self._traits = traits_of(spec, hyper)
+        self._float32 = frozenset(row.slot for row in spec.tensors if row.role is Role.NORM)
+        self._tied = hyper.tied and any(row.tied_to for row in spec.tensors if row.role is Role.HEAD)
+        self._kept: dict[tuple[str, int], torch.Tensor | None] = {}
+        self._turns: dict[tuple[bool, int, int], Turns] = {}
+
+    @torch.no_grad()
+    def logits(self, tokens: torch.Tensor, *, first: int = 0) -> torch.Tensor:
+        """Gives the logits after each token from position `first` on.
+
+        Args:
+            tokens: (B, T) int64 token ids; all rows start at position 0.
+            first: positions before it are computed but not given.
+
+        Returns:
+            (B, T - first, vocab) float32 on the decoder's device.
+
+        Raises:
+            InputError: a token has no embedding row, or a text outgrows learned positions; a weight is missing.
+        """
+        hidden = self.embed(tokens)
+        for layer in range(self.hyper.layers):
+            hidden = self.run_layer(layer, hidden)
+        return self.head(hidden[:, first:])
+
+    @torch.no_grad()
+    def generate(self, tokens: Sequence[int], count: int, *, stop: frozenset[int] = frozenset()) -> list[int]:
+        """Continues a text with the most likely token each time.
+
+        Args:
+            tokens: ids of the text, at least one.
+            count: tokens to add at most.
+            stop: ids that end it; the one that did is the last in the result.
+
+        Returns:
+            Ids of the added tokens.
+        """
+        text, added = list(tokens), list[int]()
+        cache = Cache()
+        for _ in range(count):
+            if self._turned_otherwise(cache.length, len(text)):
+                cache = Cache()
+            start = cache.length
+            hidden = self.embed(torch.tensor([text[start:]]), start=start)
+            for layer in range(self.hyper.layers):
+                hidden = self.run_layer(layer, hidden, start=start, cache=cache)
+            cache.length = len(text)
+            added.append(int(self.head(hidden[:, -1:]).argmax()))
+            text.append(added[-1])
+            if added[-1] in stop:
+                break
+        return added
+
+    @torch.no_grad()
+    def embed(self, tokens: torch.Tensor, *, start: int = 0) -> torch.Tensor:
+        """Gives the first layer's input.
+
+        Args:
+            tokens: (B, T) int64 token ids.
+            start: position of the first one.
+
+        Returns:
+            (B, T, hidden) in the decoder's type.
+
+        Raises:
+            InputError: a token has no embedding row, or a text outgrows learned positions.
+        """
+        low, high = (int(tokens.min()), int(tokens.max())) if tokens.numel() else (0, 0)
+        if low < 0 or high >= self.hyper.vocab:
+            raise InputError(f"token ids go from {low} to {high}, the model has {self.hyper.vocab} tokens")
+        hidden = self._rows("token_embd.weight", tokens)
+        if self.hyper.embedding_scale != 1.0:
+            # transformers rounds the scale to the type it computes in
+            hidden = hidden * torch.tensor(self.hyper.embedding_scale).to(self.dtype).to(self.device)
+        if self.spec.positions == "learned":
+            end = start + tokens.shape[1]
+            if end > self.hyper.context:
+                raise InputError(f"the text has {end} tokens, the model has {self.hyper.context} positions")
+            hidden = hidden + self._rows("position_embd.weight", torch.arange(start, end))
+        return hidden
+
+    @torch.no_grad()
+    def run_layer(
+        self,
+        layer: int,
+        hidden: torch.Tensor,
+        *,
+        start: int = 0,
+        cache: Cache | None = None,
+        observe: Observe | None = None,
+    ) -> torch.Tensor:
+        """Runs one layer.
+
+        Args:
+            layer: its number, from 0.
+            hidden: (B, T, hidden) output of the layer before.
+            start: position of the first token.
+            cache: keys and values of the tokens before `start`; extended.
+            observe: called with slot and input of each linear before it runs.
+
+        Returns:
+            (B, T, hidden).
+        """
+        found = {slot: self._get(slot, layer) for slot in self._traits.slots}
+        weights = {slot: weight for slot, weight in found.items() if weight is not None}
+        turns = self._turns_of(layer, start, hidden.shape[1])
+        return Layer(layer, self._traits, self.hyper, weights, observe).run(hidden, turns, cache)
+
+    @torch.no_grad()
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Gives logits from the last layer's output.
+
+        Args:
+            hidden: (B, T, hidden).
+
+        Returns:
+            (B, T, vocab) float32.
+        """
+        weight, bias = self._get("output_norm.weight", -1), self._get("output_norm.bias", -1)
+        assert weight is not None, "every table has an output norm"
+        hidden = normalize(hidden, weight, bias, kind=self.spec.norm, eps=self.hyper.norm_eps)
+        rows = self._stored("token_embd.weight" if self._tied else "output.weight", -1)
+        logits = hidden.new_empty((*hidden.shape[:-1], rows.shape[0]), dtype=torch.float32)
+        step = rows.shape[0] if rows.dtype == self.dtype and rows.device == self.device else _HEAD_ROWS
+        for low in range(0, rows.shape[0], step):
+            part = rows[low : low + step].to(self.device, self.dtype)
+            logits[..., low : low + step] = F.linear(hidden, part)
+        cap = self.hyper.logit_softcap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def _rows(self, slot: str, index: torch.Tensor) -> torch.Tensor:
+        stored = self._stored(slot, -1)
+        return stored[index.to(stored.device)].to(self.device, self.dtype)
+
+    def _stored(self, slot: str, layer: int) -> torch.Tensor:
+        """Gives an embedding or head: converted when it is kept, else as it is stored, to convert only what is used."""
+        weight = self._get(slot, layer) if self.resident else self._weight(slot, layer)
+        if weight is None:
+            raise InputError(f"the model has no {slot}")
+        return weight
+
+    def _get(self, slot: str, layer: int) -> torch.Tensor | None:
+        if (slot, layer) in self._kept:
+            return self._kept[slot, layer]
+        weight = self._weight(slot, layer)
+        if weight is not None:
+            weight = weight.to(self.device, torch.float32 if slot in self._float32 else self.dtype)
+        if self.resident:
+            self._kept[slot, layer] = weight
+        return weight
+
+    def _rope(self, layer: int) -> Rope | None:
+        slides = bool(self.hyper.sliding_layers) and self.hyper.sliding_layers[layer]
+        return self.hyper.rope_local if slides and self.hyper.rope_local is not None else self.hyper.rope
+
+    def _turns_of(self, layer: int, start: int, count: int) -> Turns | None:
+        rope = self._rope(layer)
+        if rope is None:
+            return None
+        key = (rope is self.hyper.rope_local, start, count)
+        if key not in self._turns:
+            if len(self._turns) > 1:  # global and local positions of the current tokens, no more
+                self._turns.clear()
+            positions = torch.arange(start, start + count, device=self.device)
+            self._turns[key] = angles(rope, self.hyper.context, positions, start + count, self.dtype)
+        return self._turns[key]
+
+    def _turned_otherwise(self, before: int, after: int) -> bool:
+        """Whether keys in the cache would turn otherwise in a text of the new length."""
+        if before == 0:
+            return False
+        ropes = (self.hyper.rope, self.hyper.rope_local)
+        return any(depends_on_length(rope, self.hyper.context, (before, after)) for rope in ropes)
