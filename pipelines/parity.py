@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantpress.pipelines.parity_limits import Limits
-from quantpress.pipelines.perplexity import Progress, Score, row_blocks, score
+from quantpress.pipelines.perplexity import Progress, Score, row_blocks
 from quantpress.pipelines.runtime import Runtime
 from quantpress.quant.errors import QuantpressError
 
-__all__ = ["Judged", "Parity", "compare", "kl_divergence", "unjudged"]
+__all__ = ["Judged", "Parity", "TokenFigures", "compare", "token_figures", "unjudged"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,53 +92,70 @@ def _json(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def kl_divergence(baseline: NDArray[np.float32], candidate: NDArray[np.float32]) -> NDArray[np.float64]:
-    """KL divergence of each row's next-token distribution, in float64.
+@dataclass(frozen=True, slots=True)
+class TokenFigures:
+    """What is kept of scored tokens, (n,) float64 nats each.
 
-    With logits a (baseline) and b, p = softmax(a) and d = (b - max b) - (a - max a):
-    ``KL = log(sum exp(b)) - log(sum exp(a)) - sum(p * d)``, all sums over the shifted logits.
+    Attributes:
+        divergence: KL(baseline || candidate), >= 0 but for rounding (about 1e-15).
+        baseline: negative log-likelihood of the target under the baseline.
+        candidate: the same under the candidate.
+    """
+
+    divergence: NDArray[np.float64]
+    baseline: NDArray[np.float64]
+    candidate: NDArray[np.float64]
+
+
+def token_figures(
+    baseline: NDArray[np.float32], candidate: NDArray[np.float32], targets: NDArray[np.int32]
+) -> TokenFigures:
+    """Compare two rows of logits per token, in float64.
+
+    With logits a and b shifted so that their largest is 0, and p = softmax(a):
+    ``KL = log(sum exp(b)) - log(sum exp(a)) - sum(p * (b - a))``, ``loss = log(sum exp(a)) - a[target]``.
 
     Args:
         baseline: (n, V) float32 logits.
         candidate: (n, V) float32 logits.
+        targets: (n,) int32 tokens that follow, in [0, V).
 
     Returns:
-        (n,) float64 nats, >= 0 but for rounding (about 1e-15); NaN where logits are not finite.
+        figures per token; NaN where logits are not finite.
     """
-    divergence = np.empty(len(baseline), np.float64)
-    with np.errstate(invalid="ignore"):
+    figures = TokenFigures(*(np.empty(len(targets), np.float64) for _ in range(3)))
+    with np.errstate(invalid="ignore"):  # inf - inf
         for rows in row_blocks(*baseline.shape):
             a, b = baseline[rows].astype(np.float64), candidate[rows].astype(np.float64)
             a -= a.max(axis=1, keepdims=True)
             b -= b.max(axis=1, keepdims=True)
+            chosen = np.arange(len(a)), targets[rows]
+            chosen_a, chosen_b = a[chosen], b[chosen]
             weights = np.exp(a)
             total = weights.sum(axis=1)
-            mean_change = np.einsum("nv,nv->n", weights, np.subtract(b, a, out=a)) / total
-            divergence[rows] = np.log(np.exp(b, out=b).sum(axis=1)) - np.log(total) - mean_change
-    return divergence
+            change = np.einsum("nv,nv->n", weights, np.subtract(b, a, out=a)) / total
+            log_a, log_b = np.log(total), np.log(np.exp(b, out=b).sum(axis=1))
+            figures.divergence[rows] = log_b - log_a - change
+            figures.baseline[rows] = log_a - chosen_a
+            figures.candidate[rows] = log_b - chosen_b
+    return figures
 
 
 @dataclass(slots=True)
 class _Tally:
     """What is kept of the windows seen so far: numbers per token, never logits."""
 
-    divergence: list[NDArray[np.float64]]
-    baseline: list[NDArray[np.float64]]
-    candidate: list[NDArray[np.float64]]
+    figures: list[TokenFigures]
     agreeing: int = 0
 
-    def add(
-        self, baseline: NDArray[np.float32], candidate: NDArray[np.float32], targets: NDArray[np.int32]
-    ) -> str | None:
-        """Take one window's (n, V) logits in; returns what is wrong with them, None if nothing is."""
-        for side, logits in (("baseline", baseline), ("candidate", candidate)):
-            finite = np.isfinite(logits)
-            if not finite.all():
-                return f"{logits.size - int(finite.sum())} logits of the {side} are NaN or infinite"
-        self.divergence.append(kl_divergence(baseline, candidate))
-        self.baseline.append(score(baseline, targets))
-        self.candidate.append(score(candidate, targets))
-        self.agreeing += int((baseline.argmax(axis=1) == candidate.argmax(axis=1)).sum())
+    def add(self, sides: Sequence[NDArray[np.float32]], targets: NDArray[np.int32]) -> str | None:
+        """Take one window's (n, V) logits of both sides in; returns what is wrong with them, None if nothing is."""
+        figures = token_figures(sides[0], sides[1], targets)
+        if not np.isfinite(figures.divergence).all():  # one logit that is not finite is enough for that
+            counts = [logits.size - int(np.isfinite(logits).sum()) for logits in sides]
+            return f"logits that are NaN or infinite: {counts[0]} of the baseline, {counts[1]} of the candidate"
+        self.figures.append(figures)
+        self.agreeing += int((sides[0].argmax(axis=1) == sides[1].argmax(axis=1)).sum())
         return None
 
 
@@ -171,7 +188,7 @@ def compare(
     rows = min(baseline.vocab_size, candidate.vocab_size)
     if baseline.vocab_size != candidate.vocab_size:
         rows = vocabulary or 0
-    tally = _Tally([], [], [])
+    tally = _Tally([])
     problem = _unfit(baseline, candidate, windows, rows)
     context = len(windows[0]) if len(windows) else 0
     first = context // 2
@@ -181,7 +198,8 @@ def compare(
         except QuantpressError as error:
             problem = f"could not be judged: {error}"
             break
-        problem = tally.add(sides[0], sides[1], window[first + 1 :])
+        problem = tally.add(sides, window[first + 1 :])
+        del sides  # before the next window's: logits are what takes memory
         if problem is not None:
             problem = f"{problem} (chunk {index})"
             break
@@ -223,8 +241,10 @@ def _unfit(baseline: Runtime, candidate: Runtime, windows: Sequence[NDArray[np.i
 
 def _verdict(tally: _Tally, limits: Limits, text_sha256: str, context: int, names: tuple[str, str]) -> Parity:
     """Figures and judgement from the tokens of all windows."""
-    divergence = np.concatenate(tally.divergence)
-    losses = np.concatenate(tally.baseline), np.concatenate(tally.candidate)
+    divergence = np.concatenate([figures.divergence for figures in tally.figures])
+    losses = [
+        np.concatenate([getattr(figures, side) for figures in tally.figures]) for side in ("baseline", "candidate")
+    ]
     count = divergence.size
     sides = [Judged(name, *Score().add(loss).perplexity()) for name, loss in zip(names, losses, strict=True)]
     difference = losses[1] - losses[0]

@@ -24,7 +24,8 @@ from quantpress.pipelines.default_text import Text, default_text
 from quantpress.pipelines.llama_cpp_find import HOW_TO_INSTALL, find_llama_cpp
 from quantpress.pipelines.parity import Parity, compare, unjudged
 from quantpress.pipelines.parity_limits import LIMITS_BY_TYPE, Limits, limits_for
-from quantpress.pipelines.perplexity import cut_windows, plain_text
+from quantpress.pipelines.perplexity import Perplexity, cut_windows, plain_text
+from quantpress.pipelines.perplexity import perplexity as score_windows
 from quantpress.pipelines.progress import Progress, no_progress
 from quantpress.pipelines.runtime import Runtime
 from quantpress.pipelines.stage import available_threads
@@ -218,3 +219,29 @@ def verify(
     source = against if isinstance(against, Checkpoint) else open_checkpoint(against)
     ftype = ftype_of(Path(artifact))
     return Reference(source, chosen, progress).judge(Path(artifact), ftype)
+
+
+def perplexity(
+    model: Checkpoint | Path | str, *, options: JudgeOptions | None = None, progress: Progress = no_progress
+) -> Perplexity:
+    """Scores a text by llama.cpp's method (INTERFACE: perplexity).
+
+    Args:
+        model: an open checkpoint, a folder, a GGUF file or a Hub id.
+        options: text, context, chunks, runtime and device; limits are not used.
+        progress: told how far the work has come.
+
+    Raises:
+        InputError: the model or the text cannot be used.
+        ParityError: the model gives values that are not finite.
+    """
+    chosen = options or JudgeOptions()
+    source = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+    tokenizer = Tokenizer(TokenizerFiles(source.tokenizer_files, name=source.name))
+    text = read_text(chosen.text)
+    context = chosen.context or DEFAULT_CONTEXT
+    windows = text_windows(tokenizer, text.text, context=context, chunks=chosen.chunks)
+    place = source.files[0].path if source.format == "gguf" else source
+    with open_runtime(place, chosen, context=context) as runtime:
+        result = score_windows(runtime, windows, model=source.name, progress=partial(progress, "perplexity"))
+    return dataclasses.replace(result, seconds=round(result.seconds, 3))

@@ -1,1 +1,84 @@
-"""Press language models into the formats that people run, and prove every file."""
+"""Press language models into the formats that people run, and prove every file in its real runtime.
+
+    import quantpress as qp
+
+    model = qp.open_checkpoint("./my-model")
+    qp.export_gguf(model, "my-model-Q8_0.gguf", outtype="Q8_0")
+    report = qp.verify("my-model-Q8_0.gguf", against=model)
+
+Names are handed on from where they live when they are first used, so importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from quantpress.convert.checkpoint import Checkpoint, LazyTensor
+    from quantpress.convert.open import open_checkpoint
+    from quantpress.pipelines.inspection import inspect
+    from quantpress.pipelines.library import export_gguf, export_safetensors
+    from quantpress.pipelines.parity import Parity
+    from quantpress.pipelines.parity_limits import Limits
+    from quantpress.pipelines.perplexity import Perplexity
+    from quantpress.pipelines.runner import Pressed
+    from quantpress.pipelines.verification import JudgeOptions, perplexity, verify
+    from quantpress.quant.errors import (
+        BusyError,
+        InputError,
+        LayoutError,
+        OutputError,
+        ParityError,
+        QuantpressError,
+        UsageError,
+    )
+
+__all__ = [
+    "BusyError",
+    "Checkpoint",
+    "InputError",
+    "JudgeOptions",
+    "LayoutError",
+    "LazyTensor",
+    "Limits",
+    "OutputError",
+    "Parity",
+    "ParityError",
+    "Perplexity",
+    "Pressed",
+    "QuantpressError",
+    "UsageError",
+    "export_gguf",
+    "export_safetensors",
+    "inspect",
+    "open_checkpoint",
+    "perplexity",
+    "verify",
+]
+
+_HOMES = {
+    "Checkpoint": "convert.checkpoint",
+    "JudgeOptions": "pipelines.verification",
+    "LazyTensor": "convert.checkpoint",
+    "Limits": "pipelines.parity_limits",
+    "Parity": "pipelines.parity",
+    "Perplexity": "pipelines.perplexity",
+    "Pressed": "pipelines.runner",
+    "export_gguf": "pipelines.library",
+    "export_safetensors": "pipelines.library",
+    "inspect": "pipelines.inspection",
+    "open_checkpoint": "convert.open",
+    "perplexity": "pipelines.verification",
+    "verify": "pipelines.verification",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'quantpress' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"quantpress.{_HOMES.get(name, 'quant.errors')}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,96 @@
+"""The functions of `import quantpress as qp` that write files; no prints, no global state, progress by callback."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from quantpress.convert.checkpoint import Checkpoint
+from quantpress.pipelines.gguf_stage import Gguf
+from quantpress.pipelines.progress import Progress, no_progress
+from quantpress.pipelines.runner import Pressed, press
+from quantpress.pipelines.safetensors_stage import Safetensors
+from quantpress.pipelines.stage import RunContext, available_threads
+from quantpress.pipelines.verification import JudgeOptions
+
+
+def export_gguf(
+    model: Checkpoint | Path | str,
+    output: Path | str,
+    *,
+    outtype: str = "auto",
+    tensor_types: Sequence[tuple[str, str]] = (),
+    verify: bool = False,
+    judge: JudgeOptions | None = None,
+    force: bool = False,
+    allow_nonfinite: bool = False,
+    threads: int | None = None,
+    progress: Progress = no_progress,
+    **options: Any,
+) -> Pressed:
+    """Writes a model as a GGUF file, in one pass with bounded memory, and a sidecar beside it.
+
+    Args:
+        model: an open checkpoint, a folder, a GGUF file or a Hub id.
+        output: the file; may hold `{ftype}` and `{name}`.
+        outtype: "f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1" in any case, or "auto".
+        tensor_types: pairs of a regular expression and a type; the first that is found in a GGUF name wins.
+        verify: run the file and compare it with the model.
+        judge: how to judge, where `verify` is set.
+        force: replace an existing file.
+        allow_nonfinite: write NaN and infinities instead of refusing them.
+        threads: worker threads; the bytes do not depend on it.
+        progress: told how far the work has come.
+        options: further fields of `Gguf`: output_tensor_type, pure, override_kv, model_name and so on.
+
+    Returns:
+        What was written and, with `verify`, the verdict.
+
+    Raises:
+        QuantpressError: an input, an option or the output cannot be used; `ParityError` if the verdict is not passed.
+    """
+    stage = Gguf(output=Path(output), outtype=outtype, tensor_types=tuple(tensor_types), **options)
+    context = RunContext(
+        progress=progress, threads=threads or available_threads(), force=force, allow_nonfinite=allow_nonfinite
+    )
+    pressed = press(model, stage, context, judge=(judge or JudgeOptions()) if verify else None)
+    pressed.require_parity()
+    return pressed
+
+
+def export_safetensors(
+    model: Checkpoint | Path | str,
+    output: Path | str,
+    *,
+    dtype: str | None = None,
+    verify: bool = False,
+    judge: JudgeOptions | None = None,
+    force: bool = False,
+    allow_nonfinite: bool = False,
+    threads: int | None = None,
+    progress: Progress = no_progress,
+) -> Pressed:
+    """Writes a model as a Hugging Face folder, in its own types or cast to one, and a sidecar in it.
+
+    Args:
+        model: an open checkpoint, a folder, a GGUF file or a Hub id.
+        output: the folder.
+        dtype: "f32", "f16" or "bf16" for all floating-point tensors; None keeps each tensor's type.
+        verify: run the folder in torch and compare it with the model.
+        judge: how to judge, where `verify` is set.
+        force: replace an existing folder.
+        allow_nonfinite: write NaN and infinities instead of refusing them.
+        threads: worker threads.
+        progress: told how far the work has come.
+
+    Raises:
+        QuantpressError: an input, an option or the output cannot be used; `ParityError` if the verdict is not passed.
+    """
+    stage = Safetensors(output=Path(output), dtype=dtype)
+    context = RunContext(
+        progress=progress, threads=threads or available_threads(), force=force, allow_nonfinite=allow_nonfinite
+    )
+    pressed = press(model, stage, context, judge=(judge or JudgeOptions()) if verify else None)
+    pressed.require_parity()
+    return pressed
