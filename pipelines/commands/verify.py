@@ -54,7 +54,7 @@ def show_parity(parity: Parity) -> None:
 @machine_options
 @click.option("--max-memory", type=int, hidden=True)
 @click.pass_obj
-def command(session: Session, artifact: Path, against: str, as_json: bool, device: str, **flags: Any) -> None:
+def command(session: Session, /, artifact: Path, against: str, as_json: bool, device: str, **flags: Any) -> None:
     """Run ARTIFACT and compare it with the model it was made from; exit code 4 if it fails or cannot be judged."""
     options = JudgeOptions(device=resolve_device(device), **flags)
     with session.progress() as progress:
