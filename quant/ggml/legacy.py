@@ -121,12 +121,11 @@ def _affine_codes(values: Floats, work: Workspace, *, bits: int) -> tuple[Floats
     minimum = work.minimum(values)
     spread = work.reduce(np.maximum, values) - minimum + np.float32(0)  # -0 minus +0 is -0, and -0 + 0 is +0
     scale = spread / np.float32((1 << bits) - 1)
-    inverse, tiny = _invert(scale)
+    inverse, _ = _invert(scale)  # tiny scales: 0 * 0 + 0.5 is code 0 without more ado
     np.subtract(values, minimum[:, None], out=work.steps)
     np.multiply(work.steps, inverse[:, None], out=work.steps)
     np.add(work.steps, np.float32(0.5), out=work.steps)
     np.copyto(work.codes, work.steps, casting="unsafe")
-    work.codes[tiny] = 0
     return scale, minimum
 
 
