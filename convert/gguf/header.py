@@ -25,8 +25,20 @@ _WINDOW = 1 << 18  # bytes read ahead
 _STRING_COST = 64  # bytes of a string object and its place in a list
 _CHAR_COST = 6  # bytes a byte of text may cost: read, cut out, and four if one character is outside the basic plane
 
-_NUMBERS = {number: struct.Struct("<" + dtype.char) for number, dtype in SCALARS.values()}
 _LENGTH = struct.Struct("<Q")
+
+
+def _form(dtype: np.dtype[Any]) -> struct.Struct:
+    """Gives the struct module's form of a number; numpy's letters differ, its "l" has eight bytes on most systems."""
+    if dtype.kind == "b":
+        return struct.Struct("<?")
+    if dtype.kind == "f":
+        return struct.Struct({4: "<f", 8: "<d"}[dtype.itemsize])
+    letter = {1: "b", 2: "h", 4: "i", 8: "q"}[dtype.itemsize]
+    return struct.Struct("<" + (letter.upper() if dtype.kind == "u" else letter))
+
+
+_FORMS = {name: _form(dtype) for name, (_, dtype) in SCALARS.items()}
 
 
 class HeaderReader:
@@ -124,7 +136,7 @@ class HeaderReader:
             return self._array(what)
         if number not in SCALAR_NAMES:
             raise InputError(f"{self.path}: {what} has the unknown value type {number}")
-        form = _NUMBERS[number]
+        form = _FORMS[SCALAR_NAMES[number]]
         raw = self.take(form.size, what)
         if SCALAR_NAMES[number] == "bool" and raw[0] > 1:
             raise InputError(f"{self.path}: {what} is the byte {raw[0]}, a bool is 0 or 1")
