@@ -7,6 +7,7 @@ stay in the second-level cache, so a cast of any size needs a few hundred kiloby
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any, TypeAlias
 
@@ -63,8 +64,8 @@ def to_float32(array: Array) -> NDArray[np.float32]:
         return np.asarray(array, order="C")
     flat = np.ascontiguousarray(array).reshape(-1)
     out = np.empty(flat.size, np.float32)
-    for start in range(0, flat.size, CHUNK):
-        widen(flat[start : start + CHUNK], out[start : start + CHUNK])
+    for start, chunk in _chunks(flat):
+        widen(chunk, out[start : start + CHUNK])
     return out.reshape(array.shape)
 
 
@@ -105,12 +106,10 @@ def to_bfloat16(array: Array) -> Array:
     array = _native(array)
     if array.dtype == BFLOAT16:
         return np.asarray(array, order="C")
-    bits = to_float32(array).reshape(-1).view(np.uint32)
-    out = np.empty(bits.size, np.uint16)
-    scratch = np.empty(min(CHUNK, bits.size), np.uint32)
-    for start in range(0, bits.size, CHUNK):
-        chunk, target = bits[start : start + CHUNK], out[start : start + CHUNK]
-        rounded = scratch[: chunk.size]
+    out = np.empty(array.size, np.uint16)
+    scratch = np.empty(min(CHUNK, array.size), np.uint32)
+    for start, chunk in _float32_images(array):
+        target, rounded = out[start : start + CHUNK], scratch[: chunk.size]
         np.right_shift(chunk, 16, out=rounded)
         np.bitwise_and(rounded, 1, out=rounded)
         np.add(rounded, 0x7FFF, out=rounded)
@@ -142,17 +141,14 @@ def cast_float16(array: Array) -> tuple[NDArray[np.float16], int]:
     if array.dtype == _FLOAT16:
         return np.asarray(array, order="C"), 0
     if array.dtype == BFLOAT16:
-        bits: Array = np.ascontiguousarray(array).reshape(-1).view(np.uint16)
-        convert = _bfloat16_to_float16
+        chunks, convert = _chunks(np.ascontiguousarray(array).reshape(-1).view(np.uint16)), _bfloat16_to_float16
     else:
-        bits = to_float32(array).reshape(-1).view(np.uint32)
-        convert = _float32_to_float16
-    out = np.empty(bits.size, np.uint16)
-    wide = np.empty(min(CHUNK, bits.size), bits.dtype)
+        chunks, convert = _float32_images(array), _float32_to_float16
+    out = np.empty(array.size, np.uint16)
+    wide = np.empty(min(CHUNK, array.size), np.uint16 if array.dtype == BFLOAT16 else np.uint32)
     half = np.empty(wide.size, np.uint16)
     lost = 0
-    for start in range(0, bits.size, CHUNK):
-        chunk = bits[start : start + CHUNK]
+    for start, chunk in chunks:
         lost += convert(chunk, out[start : start + CHUNK], wide[: chunk.size], half[: chunk.size])
     return out.view(np.float16).reshape(array.shape), lost
 
@@ -181,6 +177,23 @@ def count_nonfinite(array: Array) -> int:
 
 def _native(array: Array) -> Array:
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
+def _chunks(flat: Array) -> Iterator[tuple[int, Array]]:
+    """Cut (n,) into pieces of `CHUNK`, each with its first index."""
+    for start in range(0, flat.size, CHUNK):
+        yield start, flat[start : start + CHUNK]
+
+
+def _float32_images(array: Array) -> Iterator[tuple[int, NDArray[np.uint32]]]:
+    """Convert to float32 piece by piece; yields each piece's first index and its bits, valid until the next piece."""
+    flat = np.ascontiguousarray(array).reshape(-1)
+    single = np.empty(min(CHUNK, flat.size), np.float32)
+    for start, chunk in _chunks(flat):
+        if chunk.dtype != _FLOAT32:
+            widen(chunk, single[: chunk.size])
+            chunk = single[: chunk.size]
+        yield start, chunk.view(np.uint32)
 
 
 def _is_small_float(dtype: np.dtype[Any]) -> bool:
@@ -279,9 +292,5 @@ def _top_magnitude(bits: Array) -> int:
 def _count_from(bits: Array, low: int) -> int:
     """Count values whose image without the sign is `low` or more; the usual answer 0 costs two reductions."""
     mask = bits.dtype.type((1 << (8 * bits.dtype.itemsize - 1)) - 1)
-    count = 0
-    for start in range(0, bits.size, CHUNK):
-        chunk = bits[start : start + CHUNK]
-        if _top_magnitude(chunk) >= low:
-            count += int(np.count_nonzero((chunk & mask) >= low))
-    return count
+    wild = (chunk for _, chunk in _chunks(bits) if _top_magnitude(chunk) >= low)
+    return sum(int(np.count_nonzero((chunk & mask) >= low)) for chunk in wild)
