@@ -24,6 +24,7 @@ SPECIAL_KINDS = ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
 _BOS_CLASSES = frozenset(
     name + suffix for name in ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer") for suffix in ("", "Fast")
 )
+_SENTENCEPIECE_NAMES = {"bos": "<s>", "eos": "</s>", "unk": "<unk>"}  # when only tokenizer.model is there
 
 
 class _Backend(Protocol):
@@ -32,6 +33,8 @@ class _Backend(Protocol):
     size: int
 
     def encode(self, text: str, *, special: bool) -> Sequence[int]: ...
+
+    def encode_in_template(self, text: str) -> Sequence[int]: ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
@@ -77,6 +80,10 @@ class Tokenizer:
         """
         return np.asarray(self._backend.encode(text, special=special), np.int32)
 
+    def encode_in_template(self, text: str) -> list[int]:
+        """Gives the ids as the tokenizer library gives them by default: special tokens read, template applied."""
+        return [int(one) for one in self._backend.encode_in_template(text)]
+
     def decode(self, ids: Iterable[int]) -> str:
         """Gives the text of ids, special tokens included."""
         return self._backend.decode([int(one) for one in ids])
@@ -97,8 +104,9 @@ def special_ids(files: TokenizerFiles, token_id: Any) -> dict[str, int]:
         token_id: token text -> id or None.
     """
     result: dict[str, int] = {}
+    own_names = {} if files.tokenizer_json is not None else _SENTENCEPIECE_NAMES
     for kind in SPECIAL_KINDS:
-        text = files.special_token(kind)
+        text = files.special_token(kind) or own_names.get(kind)
         found = None if text is None else token_id(text)
         if found is None and (ids := files.config_ids(kind)):
             found = ids[0]
@@ -176,6 +184,12 @@ class _HuggingFace:
             ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
         return ids
 
+    def encode_in_template(self, text: str) -> Sequence[int]:
+        with self._lock:
+            self._library.encode_special_tokens = False
+            ids: list[int] = self._library.encode(text).ids
+        return ids
+
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._library.decode(ids, skip_special_tokens=False))
 
@@ -220,6 +234,9 @@ class _SentencePiece:
             elif part:
                 ids.extend(self._library.encode(part))
         return ids
+
+    def encode_in_template(self, text: str) -> Sequence[int]:
+        return self.encode(text, special=True)
 
     def decode(self, ids: Sequence[int]) -> str:
         parts: list[str] = []

@@ -50,6 +50,7 @@ class Pretokenizer:
         ignore_merges: a piece that is a token is taken as it is, without merging.
         byte_level: pieces are written in GPT-2's byte alphabet before merging; else spaces become U+2581.
         sources: the expressions as tokenizer.json files have them, where they differ from `splits`.
+        caveat: where llama.cpp cuts unlike the tokenizers it stands for, or empty.
         rebuilds: whether `splits` are expressions that the `tokenizers` library understands.
     """
 
@@ -58,6 +59,7 @@ class Pretokenizer:
     ignore_merges: bool
     byte_level: bool
     sources: tuple[tuple[str, ...], ...]
+    caveat: str
     rebuilds: bool
 
 
@@ -78,6 +80,7 @@ def known() -> tuple[Pretokenizer, ...]:
             ignore_merges=entry["ignore_merges"],
             byte_level=entry["byte_level"],
             sources=tuple(tuple(source) for source in entry.get("source_splits", [entry["splits"]])),
+            caveat=entry.get("caveat", ""),
             rebuilds=entry.get("rebuilds", True),
         )
         for entry in _facts()["structures"]
@@ -154,10 +157,11 @@ def name_by_structure(
         for entry in known()
         if entry.byte_level and any(tuple(map(_spelled, source)) == steps for source in entry.sources)
     ]
-    for entry in sorted(matches, key=lambda entry: entry.ignore_merges != ignore_merges):
-        if entry.ignore_merges == ignore_merges or len(matches) == 1:
-            return hashed if hashed in entry.names else entry.names[0]
-    return None
+    same = [entry for entry in matches if entry.ignore_merges == ignore_merges] or matches[:1]
+    exact = [entry for entry in same if tuple(map(_spelled, entry.splits)) == steps] or same
+    if any(hashed in entry.names for entry in same):
+        return hashed
+    return exact[0].names[0] if exact else None
 
 
 def detect(tokenizer_json: Mapping[str, Any], probe: Callable[[str], Sequence[int]], *, where: str) -> tuple[str, str]:

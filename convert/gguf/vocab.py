@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quantpress.convert.files import shown
+from quantpress.convert.gguf.container import MetadataValue
 from quantpress.convert.gguf.pretokenizers import detect, named, split_steps
 from quantpress.convert.gguf.vocab_merges import Merge, reaches_all_tokens
 from quantpress.convert.gguf.vocab_sentencepiece import BPE, SentencePieceModel, read_sentencepiece
 from quantpress.convert.gguf.vocab_spaces import plan_spaces, read_spaces
-from quantpress.convert.gguf.vocab_special import MetadataValue, special_metadata, template_metadata
-from quantpress.convert.gguf.vocab_tokens import SPACE, TokenTable, TokenType
+from quantpress.convert.gguf.vocab_special import special_metadata, template_metadata
+from quantpress.convert.gguf.vocab_tokens import TokenTable, TokenType
+from quantpress.convert.tokenizer import Tokenizer
 from quantpress.convert.tokenizer_files import TokenizerFiles
 from quantpress.quant.errors import InputError
 
@@ -117,7 +119,7 @@ def _plan_byte_level(draft: _Draft, tokenizer_json: dict[str, Any]) -> None:
     _check_normalizer(draft, tokenizer_json.get("normalizer"))
     merges = read_merges(model["merges"], where)
     if draft.pre is None:
-        pre, witness = detect(tokenizer_json, lambda text: _default_ids(draft.files, text), where=where)
+        pre, witness = detect(tokenizer_json, Tokenizer(draft.files).encode_in_template, where=where)
         if witness == "hash":
             draft.note(
                 f"pre-tokenizer {pre!r} was recognized by token ids only, not by its structure; "
@@ -126,7 +128,8 @@ def _plan_byte_level(draft: _Draft, tokenizer_json: dict[str, Any]) -> None:
         _check_ignore_merges(draft, pre, model, merges)
     else:
         pre = draft.pre
-        named(pre)
+    if caveat := named(pre).caveat:
+        draft.note(caveat)
     for text, token_id in model["vocab"].items():
         draft.table.place(token_id, text, TokenType.NORMAL)
     draft.table.place_added(draft.files.added_tokens, keep=frozenset())
@@ -134,7 +137,7 @@ def _plan_byte_level(draft: _Draft, tokenizer_json: dict[str, Any]) -> None:
 
 
 def _write_bpe(draft: _Draft, pre: str, merges: Sequence[Merge]) -> None:
-    texts, types, _ = draft.table.finish()
+    texts, types, _ = draft.table.finish(unescape=not named(pre).byte_level)
     draft.metadata |= {
         "tokenizer.ggml.model": ("string", "gpt2"),
         "tokenizer.ggml.pre": ("string", pre),
@@ -242,7 +245,7 @@ def _write_spm(draft: _Draft, *, prefix: bool, squeezes: bool) -> None:
             f"{draft.table.where}: a SentencePiece vocabulary has no pre-tokenizer in llama.cpp; "
             f"leave out tokenizer.ggml.pre={shown(draft.pre)}"
         )
-    texts, types, scores = draft.table.finish()
+    texts, types, scores = draft.table.finish(unescape=True)
     draft.metadata |= {
         "tokenizer.ggml.model": ("string", "llama"),
         "tokenizer.ggml.pre": ("string", "default"),
@@ -269,15 +272,6 @@ def read_merges(merges: Sequence[Any], where: str) -> list[Merge]:
     return result
 
 
-def _default_ids(files: TokenizerFiles, text: str) -> list[int]:
-    import json
-
-    from tokenizers import Tokenizer as Library
-
-    library = Library.from_str(json.dumps(files.tokenizer_json, ensure_ascii=False))
-    return list(library.encode(text).ids)
-
-
 def _note_tokens(draft: _Draft) -> None:
     stripping = [token["content"] for token in draft.files.added_tokens if token["lstrip"] or token["rstrip"]]
     if stripping:
@@ -287,5 +281,3 @@ def _note_tokens(draft: _Draft) -> None:
         )
     for text in draft.table.left_out:
         draft.note(f"{text} has no row in the embedding and is left out; text never holds it")
-    if any(SPACE in token["content"] for token in draft.files.added_tokens):
-        draft.note("U+2581 in added tokens is written as a space, because llama.cpp looks for them in raw text")

@@ -17,7 +17,10 @@ __all__ = ["tokenizer_files_from_gguf"]
 
 # Names under which llama.cpp adds BOS when the file does not say (src/llama-vocab.cpp, llama_vocab::impl::load)
 _BOS_BY_DEFAULT = frozenset(
-    ["llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano", "tekken", "chameleon"]
+    {
+        *("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano"),
+        *("tekken", "chameleon"),
+    }
 )
 _BOS_ALWAYS = frozenset({"gemma4", "granite-embed-multi-311m"})
 _KINDS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "sep": "seperator", "mask": "mask"}
@@ -136,12 +139,14 @@ def _bpe(
     splits = [_split(expression) for expression in pre.splits]
     if not pre.byte_level:
         has_bytes = TokenType.BYTE in types
+        # without bytes llama.cpp drops unknown characters; here they must at least keep their neighbours apart
+        unknown = None if has_bytes else _special_texts(metadata, tokens, spm=False).get("unk")
         escape = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
         return {
             "normalizer": escape,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": splits},
             "decoder": _decoder([]),
-            "model": _bpe_model(tokens, merges, byte_fallback=has_bytes),
+            "model": _bpe_model(tokens, merges, byte_fallback=has_bytes, unk_token=unknown),
         }
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     if pre.splits[-1:] == (GPT2_SPLIT,):  # written as the library's own ByteLevel, which other tools recognize

@@ -90,6 +90,8 @@ def read_spaces(tokenizer_json: Mapping[str, Any], *, where: str) -> SpaceStyle:
             scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
             escapes, prefix = True, prefix or scheme != "never"
             piece = r"▁?[^▁]*" if step.get("split", True) else piece
+            if scheme != "never":
+                notes.append("before a text that begins with a space llama.cpp puts one more, the tokenizer does not")
             if scheme == "first":
                 notes.append("llama.cpp puts a space after every special token, the tokenizer only before the text")
         else:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from string import ascii_letters, digits
 
+from quantpress.convert.gguf.container import MetadataValue
 from quantpress.convert.gguf.vocab_tokens import TokenTable, TokenType
 from quantpress.convert.tokenizer import adds_bos_eos, special_ids
 from quantpress.convert.tokenizer_files import TokenizerFiles
 
 __all__ = ["special_metadata", "template_metadata"]
-
-MetadataValue = tuple[str, object]
 
 _KEYS = {
     "bos": "bos_token_id",

@@ -73,7 +73,7 @@ class TokenTable:
                 return
             raise InputError(
                 f"{self.where}: token {shown(text)} has id {token_id}, but the embedding has {self.rows} rows "
-                f"(ids 0 to {self.rows - 1}); resize the model's embedding, or remove the token from the tokenizer files"
+                f"(ids 0 to {self.rows - 1}); resize the model's embedding, or take the token out of the tokenizer"
             )
         if (before := self._tokens.get(token_id)) is not None and self.ids.get(before[0]) == token_id:
             del self.ids[before[0]]
@@ -99,10 +99,12 @@ class TokenTable:
         """Gives the type of the token at an id; UNUSED for a row without a token."""
         return self._tokens.get(token_id, ("", TokenType.UNUSED, 0.0))[1]
 
-    def finish(self) -> tuple[list[str], npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    def finish(self, *, unescape: bool = False) -> tuple[list[str], npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         """Gives texts, types and scores of all rows; rows without a token become unused `[PADn]`.
 
-        llama.cpp looks for user-defined tokens before spaces are rewritten, so U+2581 in them becomes a space.
+        Args:
+            unescape: write U+2581 in user-defined tokens as a space: llama.cpp looks for them in raw text, before it
+                turns spaces into U+2581.
 
         Raises:
             InputError: two ids have the same text, which llama.cpp does not load.
@@ -112,7 +114,7 @@ class TokenTable:
         scores = np.full(self.rows, _PAD_SCORE, np.float32)
         for token_id in range(self.rows):
             text, kind, score = self._tokens.get(token_id, (f"[PAD{token_id}]", TokenType.UNUSED, _PAD_SCORE))
-            texts.append(text.replace(SPACE, " ") if kind == TokenType.USER_DEFINED else text)
+            texts.append(text.replace(SPACE, " ") if unescape and kind == TokenType.USER_DEFINED else text)
             types[token_id], scores[token_id] = kind, score
         first: dict[str, int] = {}
         for token_id, text in enumerate(texts):
