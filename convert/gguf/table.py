@@ -28,7 +28,7 @@ from quantpress.convert.gguf.header import HeaderReader
 from quantpress.quant.errors import InputError
 from quantpress.quant.ggml.types import GGMLType, ggml_type
 
-_TENSOR_COST = 800  # bytes of memory a row of the tensor table may take, dictionary entry included
+_TENSOR_COST = 1200  # bytes of memory a row of the tensor table may take, and what bounds the seconds for all of them
 _PAIR_COST = 800  # the same for a metadata pair without its value
 _MIN_TENSOR, _MIN_PAIR = 24, 13  # bytes of the smallest row and pair in the file
 _MAX_ALIGNMENT = 1 << 16  # far above any in use (32); bounds the padding
