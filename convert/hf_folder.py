@@ -28,7 +28,9 @@ TOKENIZER_FILES = (
 )
 EXTRA_TEMPLATES = "additional_chat_templates"  # transformers keeps named chat templates in this folder
 
+_MAX_CONFIG = 4 << 20  # bytes of config.json and generation_config.json; real ones have a few thousand
 _MAX_TEMPLATES = 64
+_MAX_VALUES = 500_000  # commas and brackets in a configuration or an index; a tensor needs one
 _MAX_SHARDS = 2000
 _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _OTHER_WEIGHTS = re.compile(r".*\.(gguf|onnx|h5|msgpack|ot|pth|pt|ckpt|npz)")
@@ -46,11 +48,11 @@ class _Folder:
         path = inside(self.path, name)
         return path if path.exists() else None
 
-    def read(self, name: str) -> bytes | None:
+    def read(self, name: str, limit: int = MAX_SMALL_FILE) -> bytes | None:
         path = self.find(name)
         if path is None:
             return None
-        data = read_bounded(path, MAX_SMALL_FILE)
+        data = read_bounded(path, limit)
         self.files.append(SourceFile(self.path / name, len(data)))
         return data
 
@@ -59,7 +61,7 @@ class _Folder:
         return None if data is None else self.parse_object(name, data)
 
     def parse_object(self, name: str, data: bytes) -> dict[str, Any]:
-        value = parse_json(data, name=str(self.path / name))
+        value = parse_json(data, name=str(self.path / name), max_values=_MAX_VALUES)
         if not isinstance(value, dict):
             raise InputError(f"{self.path / name}: a JSON object is expected, found {shown(value)}")
         return value
@@ -76,13 +78,13 @@ def open_folder(path: Path | str, *, name: str = "") -> Checkpoint:
         InputError: no config.json, no weights, an index that does not fit its shards, or a damaged or hostile file.
     """
     folder = _Folder(Path(path))
-    if (config_bytes := folder.read("config.json")) is None:
+    if (config_bytes := folder.read("config.json", _MAX_CONFIG)) is None:
         raise InputError(_why_not_a_model(folder.path))
     config = folder.parse_object("config.json", config_bytes)
     tokenizer_files = _read_tokenizer_files(folder)
     tokenizer_files["config.json"] = config_bytes  # the tokenizer asks it for ids of special tokens
     generation: dict[str, Any] = {}
-    if generation_bytes := folder.read("generation_config.json"):
+    if generation_bytes := folder.read("generation_config.json", _MAX_CONFIG):
         generation = folder.parse_object("generation_config.json", generation_bytes)
         tokenizer_files["generation_config.json"] = generation_bytes
     tensors, kind = _open_weights(folder)

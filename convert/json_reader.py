@@ -16,9 +16,11 @@ from quantpress.quant.errors import InputError
 __all__ = ["MAX_DEPTH", "MAX_VALUES", "parse_json", "read_json"]
 
 MAX_DEPTH = 64  # brackets inside brackets; config.json of real models needs 6
-MAX_VALUES = 4_000_000  # commas and brackets; the largest tokenizer.json in use (Gemma 3) has about 2,100,000
+MAX_VALUES = 4_000_000  # commas and brackets, and strings; the largest tokenizer.json in use (Gemma 3) has 2,100,000
 _MAX_DIGITS = 20  # digits of an integer, enough for 64 bits
 _MAX_FLOAT = 400  # characters of a number with a point or exponent
+_MAX_RUN = 8 << 20  # bytes without a quotation mark; the longest text in use, a character map, has half a million
+_MAX_WIDE = 40 << 20  # bytes with other characters than ASCII: Python keeps one emoji's text at 4 bytes a character
 _CHUNK = 1 << 20  # bytes scanned at a time, so that the scan itself needs little memory
 
 _STRUCTURE = b'"[]{},'
@@ -55,6 +57,8 @@ def parse_json(data: bytes, *, name: str, max_depth: int = MAX_DEPTH, max_values
     """
     if data.startswith(b"\xef\xbb\xbf"):
         raise InputError(f"{name}: JSON starts with a byte order mark; save it as UTF-8 without one")
+    if len(data) > _MAX_WIDE and not data.isascii():
+        raise InputError(f"{name}: {len(data)} bytes of JSON, at most {_MAX_WIDE} with other characters than ASCII")
     _check_structure(data, name, max_depth, max_values)
 
     def refuse(text: str) -> NoReturn:
@@ -103,16 +107,22 @@ def _first_twice(pairs: list[tuple[str, Any]]) -> str:
 
 def _check_structure(data: bytes, name: str, max_depth: int, max_values: int) -> None:
     """Counts depth and values without building anything; what a parser reads before its first error is counted."""
-    depth, values, in_string, start = 0, 0, 0, 0
+    depth, values, strings, in_string, start, run = 0, 0, 0, 0, 0, 0
     while start < len(data):
         chunk = data[start : start + _CHUNK]
         if (len(chunk) - len(chunk.rstrip(b"\\"))) % 2:  # an escape must not be cut from the character it escapes
             chunk = data[start : start + _CHUNK + 1]
         start += len(chunk)
-        bare = chunk.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, _OTHERS)
+        plain = chunk.replace(b"\\\\", b"__").replace(b'\\"', b"__")
+        last_quote = plain.rfind(b'"')
+        run = len(plain) - last_quote - 1 if last_quote >= 0 else run + len(plain)
+        if run > _MAX_RUN:
+            raise InputError(f"{name}: JSON holds a text or a gap of more than {_MAX_RUN} bytes")
+        bare = plain.translate(None, _OTHERS)
         marks = np.frombuffer(bare, np.uint8)
         quotes = np.cumsum(marks == _QUOTE, dtype=np.int32) + in_string
         outside = marks[(quotes & 1) == 0]
+        strings += plain.count(b'"')
         in_string = int(quotes[-1]) & 1 if quotes.size else in_string
         depths = np.cumsum(_STEP[outside], dtype=np.int32) + depth
         values += int(np.count_nonzero(outside == _COMMA)) + int(np.count_nonzero(_STEP[outside] > 0))
@@ -120,5 +130,5 @@ def _check_structure(data: bytes, name: str, max_depth: int, max_values: int) ->
             depth = int(depths[-1])
             if int(depths.max()) > max_depth:
                 raise InputError(f"{name}: JSON is nested deeper than {max_depth} levels")
-        if values > max_values:
+        if max(values, strings // 2) > max_values:
             raise InputError(f"{name}: JSON holds more than {max_values} values")

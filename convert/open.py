@@ -28,6 +28,8 @@ def open_checkpoint(model: Path | str) -> Checkpoint:
         OutputError: the Hub's cache cannot be written.
     """
     path = Path(model)
+    if not str(model):
+        raise InputError("the name of the model is empty; give a model folder, a .gguf file, or a Hub id like org/name")
     if path.is_dir():
         return open_folder(path)
     if path.exists() or path.is_symlink():

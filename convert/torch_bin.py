@@ -22,7 +22,7 @@ __all__ = ["open_bin"]
 
 _MAX_DIRECTORY = 16 << 20  # bytes of the archive's table of contents, about 200,000 tensors
 _MAX_PICKLE = 64 << 20  # bytes of data.pkl, which names the tensors
-_TAIL = 22 + (1 << 16)  # bytes from the end in which a ZIP archive must say where its table of contents is
+_TAIL = 98  # bytes at the end in which a ZIP archive without a comment says where its table of contents is
 _NAMES = {
     "float64": "F64",
     "float32": "F32",
@@ -109,11 +109,11 @@ def _check_archive(path: Path, label: str) -> int:
 
 def _check_directory_size(tail: bytes, label: str) -> None:
     """Bounds the table of contents (PKWARE APPNOTE 4.3.14 and 4.3.16) before zipfile builds objects from it."""
-    end = tail.rfind(b"PK\x05\x06")
-    size = int.from_bytes(tail[end + 12 : end + 16], "little")
-    if (wide := tail.rfind(b"PK\x06\x06", 0, max(end, 0))) >= 0:
-        size = int.from_bytes(tail[wide + 40 : wide + 48], "little")
-    if end < 0 or size > _MAX_DIRECTORY:
+    end, wide = tail[-22:], tail[-98:-42]  # at the very end, as torch writes them: no comment that could hide another
+    size = int.from_bytes(end[12:16], "little")
+    if wide.startswith(b"PK\x06\x06"):
+        size = max(size if size < 0xFFFFFFFF else 0, int.from_bytes(wide[40:48], "little"))
+    if not end.startswith(b"PK\x05\x06") or size > _MAX_DIRECTORY:
         raise InputError(f"{label}: damaged or cut short: no table of contents of at most {_MAX_DIRECTORY} bytes")
 
 
