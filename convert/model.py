@@ -169,11 +169,13 @@ class Decoder:
         assert weight is not None, "every table has an output norm"
         hidden = normalize(hidden, weight, bias, kind=self.spec.norm, eps=self.hyper.norm_eps)
         rows = self._stored("token_embd.weight" if self._tied else "output.weight", -1)
-        logits = hidden.new_empty((*hidden.shape[:-1], rows.shape[0]), dtype=torch.float32)
-        step = rows.shape[0] if rows.dtype == self.dtype and rows.device == self.device else _HEAD_ROWS
-        for low in range(0, rows.shape[0], step):
-            part = rows[low : low + step].to(self.device, self.dtype)
-            logits[..., low : low + step] = F.linear(hidden, part)
+        if rows.dtype == self.dtype and rows.device == self.device:
+            logits = F.linear(hidden, rows).float()
+        else:
+            logits = hidden.new_empty((*hidden.shape[:-1], rows.shape[0]), dtype=torch.float32)
+            for low in range(0, rows.shape[0], _HEAD_ROWS):
+                part = rows[low : low + _HEAD_ROWS].to(self.device, self.dtype)
+                logits[..., low : low + _HEAD_ROWS] = F.linear(hidden, part)
         cap = self.hyper.logit_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 

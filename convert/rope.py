@@ -37,7 +37,7 @@ def frequencies(rope: Rope, context: int, length: int) -> torch.Tensor:
         return torch.reciprocal(torch.tensor(parameters[chosen], dtype=torch.float32) * powers)
     plain = torch.reciprocal(powers)
     if rope.kind == "linear":
-        return plain / parameters["factor"]
+        return plain / float(parameters["factor"])
     if rope.kind == "llama3":
         return _llama3(rope, plain)
     if rope.kind == "yarn":

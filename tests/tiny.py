@@ -52,6 +52,18 @@ _BASE: Mapping[str, Mapping[str, Any]] = {
     "gptneox": {key: value for key, value in _SIZES.items() if key != "num_key_value_heads"},
 }
 _MODEL_TYPES = {"gemma3": "gemma3_text", "gptneox": "gpt_neox"}
+_CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3": "Gemma3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+    "gptneox": "GPTNeoXForCausalLM",
+}
 
 
 @dataclass(frozen=True)
@@ -177,6 +189,12 @@ FAMILIES: tuple[Tiny, ...] = (
 def tiny_case(name: str) -> Tiny:
     """Gives a case of `FAMILIES` by its id."""
     return next(case for case in FAMILIES if case.id == name)
+
+
+def tiny_config(family: str, **options: Any) -> dict[str, Any]:
+    """Gives a config.json without transformers: the base that `tiny_checkpoint` starts from, with these options."""
+    model_type = _MODEL_TYPES.get(family, family)
+    return {"architectures": [_CLASSES[family]], "model_type": model_type, **_BASE[family], **options}
 
 
 def tiny_checkpoint(folder: Path, family: str, *, seed: int = 0, dtype: str = "float32", **options: Any) -> Path:
