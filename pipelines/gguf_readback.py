@@ -17,7 +17,7 @@ import torch
 
 from quantpress.convert.arch.registry import find_gguf_arch
 from quantpress.convert.arch.spec import GGUF_FACTORS, ArchSpec, Hyperparameters
-from quantpress.convert.weights import Weight
+from quantpress.convert.weights import Weight, as_torch
 from quantpress.quant.errors import InputError
 
 
@@ -77,6 +77,6 @@ def read_back(path: Path) -> ReadBack:
         found = values(name)
         if slot in rotary:
             found = half_split_rows(found, heads[rotary[slot]])
-        return torch.from_numpy(np.ascontiguousarray(found))
+        return as_torch(np.ascontiguousarray(found))
 
     return ReadBack(spec, hyper, weight, sum(int(tensor.n_elements) for tensor in reader.tensors))

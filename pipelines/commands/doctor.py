@@ -10,12 +10,9 @@ from typing import Any
 
 import click
 
+from quantpress.pipelines.llama_cpp_find import HOW_TO_INSTALL, find_llama_cpp
 from quantpress.pipelines.sidecar import NUMERIC_PACKAGES, version_of
 
-LLAMA_CPP_HINT = (
-    "pip install 'quantpress[llama-cpp]' (prebuilt), or pip install llama-cpp-python (built here), "
-    "or set QUANTPRESS_LLAMA_CPP to a libllama file or its folder"
-)
 OPTIONAL = ("xllamacpp", "llama_cpp_python", "onnxruntime", "transformers", "peft", "triton", "ray", "matplotlib")
 
 
@@ -27,11 +24,9 @@ def _torch_device() -> dict[str, Any]:
 
 
 def _llama_cpp() -> dict[str, Any]:
-    from quantpress.pipelines.llama_cpp import find_llama_cpp
-
     found = find_llama_cpp()
     if found is None:
-        return {"name": "llama.cpp", "usable": False, "hint": LLAMA_CPP_HINT}
+        return {"name": "llama.cpp", "usable": False, "hint": HOW_TO_INSTALL}
     return {
         "name": "llama.cpp",
         "usable": True,
