@@ -69,6 +69,14 @@ def library_path() -> str:
     return str(found[0])
 
 
+def run_llama_cpp(library_path: str, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    command = [sys.executable, str(WORKER), library_path]
+    done = subprocess.run(command, input=json.dumps(jobs), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"llama.cpp ended with {done.returncode}: {done.stderr[-500:]}"
+    facts: list[dict[str, Any]] = json.loads(done.stdout)
+    return facts
+
+
 @pytest.fixture
 def cut(library_path: str, tmp_path: Path) -> Cut:
     """Writes metadata as a vocabulary-only GGUF file and lets llama.cpp cut texts with it."""
@@ -76,12 +84,7 @@ def cut(library_path: str, tmp_path: Path) -> Cut:
     def cut(metadata: dict[str, tuple[str, Any]], texts: Sequence[str], *, special: bool = True) -> dict[str, Any]:
         path = tmp_path / "vocab.gguf"
         write_gguf(path, metadata)
-        jobs = [{"gguf": str(path), "texts": list(texts), "special": special}]
-        command = [sys.executable, str(WORKER), library_path]
-        done = subprocess.run(command, input=json.dumps(jobs), capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"llama.cpp ended with {done.returncode}: {done.stderr[-500:]}"
-        facts: dict[str, Any] = json.loads(done.stdout)[0]
-        return facts
+        return run_llama_cpp(library_path, [{"gguf": str(path), "texts": list(texts), "special": special}])[0]
 
     return cut
 
@@ -227,15 +230,42 @@ def test_each_known_pretokenizer_is_found_and_cut_alike(entry: Any, cut: Cut) ->
     plan = plan_vocab(files, vocab_size=2048, model_type="llama", pre=entry.names[0] if found else None)
     assert plan.metadata["tokenizer.ggml.pre"] == ("string", entry.names[0])
     texts = [*HARD, *MARKED]
+    same = [True] * len(texts)
     if entry.caveat:  # llama.cpp is known to differ here; the rebuilt tokenizer is not
         assert entry.caveat in plan.notes
-        texts = [text for text in texts if not any(unicodedata.combining(one) for one in text) and "1930s" not in text]
+        same = [not any(unicodedata.combining(one) for one in text) and "1930s" not in text for text in texts]
     for special in (True, False):
-        facts = cut(plan.metadata, texts, special=special)
-        assert_same(texts, encoded(Tokenizer(files), texts, special=special), facts["ids"])
-        every = [*HARD, *MARKED]
-        ids = cut(plan.metadata, every, special=special)["ids"]
-        assert_same(every, encoded(rebuilt(plan), every, special=special), ids)
+        ids = cut(plan.metadata, texts, special=special)["ids"]
+        assert_same(texts, encoded(rebuilt(plan), texts, special=special), ids)
+        own = encoded(Tokenizer(files), texts, special=special)
+        chosen = [(text, one, two) for text, one, two, equal in zip(texts, own, ids, same, strict=True) if equal]
+        assert_same(*map(list, zip(*chosen, strict=True)))
+
+
+def test_tokens_that_no_merge_makes_are_found_whole_where_merges_are_ignored(cut: Cut) -> None:
+    files = byte_level_files(known_splits("llama-bpe"), ignore_merges=True)
+    stored = json.loads(files.files["tokenizer.json"])
+    stored["model"]["vocab"]["ĠQqqQ"] = len(stored["model"]["vocab"]) + len(stored["added_tokens"])
+    stored["added_tokens"] = stored["added_tokens"][:3]
+    stored["model"]["vocab"]["ĠQqqQ"] = len(stored["model"]["vocab"]) - 1
+    files = TokenizerFiles({"tokenizer.json": json.dumps(stored).encode()})
+    plan = plan_vocab(files, vocab_size=2048, model_type="llama")
+    text = ["a QqqQ b QqqQQ"]
+    ids = cut(plan.metadata, text)["ids"]
+    assert stored["model"]["vocab"]["ĠQqqQ"] in ids[0]
+    assert_same(text, encoded(Tokenizer(files), text), ids)
+    assert_same(text, encoded(rebuilt(plan), text), ids)
+
+
+def test_every_name_of_the_table_is_one_that_llama_cpp_loads(library_path: str, tmp_path: Path) -> None:
+    files = byte_level_files(known_splits("gpt-2"), ignore_merges=False)
+    metadata = dict(plan_vocab(files, vocab_size=2048, model_type="llama").metadata)
+    jobs = []
+    for name in (name for entry in known() for name in entry.names):
+        path = tmp_path / f"{name}.gguf"
+        write_gguf(path, {**metadata, "tokenizer.ggml.pre": ("string", name)})
+        jobs.append({"gguf": str(path), "texts": [], "special": True})
+    assert [facts["size"] for facts in run_llama_cpp(library_path, jobs)] == [2048] * len(jobs)
 
 
 def test_a_wrong_pretokenizer_name_shows_on_these_texts(cut: Cut) -> None:
@@ -283,15 +313,22 @@ def test_sentencepiece_model_is_cut_alike_by_all_three(spm_model: bytes, corpus:
     assert_same(marked, encoded(Tokenizer(files), marked), cut(plan.metadata, marked)["ids"])
 
 
-def test_sentencepiece_as_tokenizer_json_alone_is_cut_alike(spm_model: bytes, corpus: Texts, cut: Cut) -> None:
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepiece_as_tokenizer_json_alone_is_cut_alike(
+    spm_model: bytes, corpus: Texts, cut: Cut, prefix: bool
+) -> None:
     from_model = plan_vocab(TokenizerFiles({"tokenizer.model": spm_model}), vocab_size=1200, model_type="llama")
-    files = tokenizer_files_from_gguf(plain_metadata(from_model.metadata))
+    metadata = {**from_model.metadata, "tokenizer.ggml.add_space_prefix": ("bool", prefix)}
+    files = tokenizer_files_from_gguf(plain_metadata(metadata))
     plan = plan_vocab(files, vocab_size=1200, model_type="llama")
     assert plan.metadata["tokenizer.ggml.model"] == ("string", "llama")
+    assert plan.metadata["tokenizer.ggml.add_space_prefix"] == ("bool", prefix)
     processor = sentencepiece.SentencePieceProcessor(model_proto=spm_model)
+    # SentencePiece always puts a space before a text: without one, what follows a space is compared
     expected = [processor.encode(text) for text in corpus]
-    assert_same(corpus, expected, cut(plan.metadata, corpus)["ids"])
-    assert_same(corpus, expected, encoded(Tokenizer(files), corpus))
+    texts = corpus if prefix else [" " + text if text else "" for text in corpus]
+    assert_same(texts, expected, cut(plan.metadata, texts)["ids"])
+    assert_same(texts, expected, encoded(Tokenizer(files), texts))
 
 
 @pytest.mark.parametrize("scheme", ["first", "never"])
