@@ -44,6 +44,7 @@ class _Draft:
     files: TokenizerFiles
     table: TokenTable
     pre: str | None
+    tokenizer: Tokenizer | None = None
     metadata: dict[str, MetadataValue] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -74,6 +75,7 @@ def plan_vocab(files: TokenizerFiles, *, vocab_size: int, model_type: str, pre: 
     file = "tokenizer.json" if files.tokenizer_json is not None else "tokenizer.model"
     draft = _Draft(files, TokenTable(vocab_size, files.where(file)), pre)
     if files.tokenizer_json is not None:
+        draft.tokenizer = Tokenizer(files)  # the library checks the whole file against its schema
         _check_model(draft, files.tokenizer_json, model_type)
         if split_steps(files.tokenizer_json.get("pre_tokenizer")) is not None or _is_byte_level(files):
             _plan_byte_level(draft, files.tokenizer_json)
@@ -119,7 +121,8 @@ def _plan_byte_level(draft: _Draft, tokenizer_json: dict[str, Any]) -> None:
     _check_normalizer(draft, tokenizer_json.get("normalizer"))
     merges = read_merges(model["merges"], where)
     if draft.pre is None:
-        pre, witness = detect(tokenizer_json, Tokenizer(draft.files).encode_in_template, where=where)
+        tokenizer = draft.tokenizer or Tokenizer(draft.files)
+        pre, witness = detect(tokenizer_json, tokenizer.encode_in_template, where=where)
         if witness == "hash":
             draft.note(
                 f"pre-tokenizer {pre!r} was recognized by token ids only, not by its structure; "

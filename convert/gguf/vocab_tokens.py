@@ -62,11 +62,17 @@ class TokenTable:
         self._tokens: dict[int, tuple[str, TokenType, float]] = {}
 
     def place(self, token_id: int, text: str, kind: TokenType, score: float = 0.0) -> None:
-        """Puts a token at its id, in place of what may be there.
+        """Puts a token of the base vocabulary at its id.
 
         Raises:
-            InputError: the embedding has no row for the id.
+            InputError: the embedding has no row for the id, or another token has it.
         """
+        if token_id in self._tokens:
+            other = self._tokens[token_id][0]
+            raise InputError(f"{self.where}: tokens {shown(other)} and {shown(text)} both have id {token_id}")
+        self._put(token_id, text, kind, score)
+
+    def _put(self, token_id: int, text: str, kind: TokenType, score: float) -> None:
         if not 0 <= token_id < self.rows:
             if text in _WITHOUT_ROW:
                 self.left_out.append(text)
@@ -93,7 +99,7 @@ class TokenTable:
             if kind not in keep:
                 control = token["special"] or looks_special(text)
                 kind = TokenType.CONTROL if control else TokenType.USER_DEFINED
-            self.place(token_id, text, kind, _ADDED_SCORE)
+            self._put(token_id, text, kind, _ADDED_SCORE)
 
     def type_of(self, token_id: int) -> TokenType:
         """Gives the type of the token at an id; UNUSED for a row without a token."""

@@ -172,7 +172,9 @@ def test_ignore_merges_that_matters_is_not_lost_silently() -> None:
     [
         ({"model": {"type": "Unigram", "vocab": []}}, "tokenizer model 'Unigram'"),
         ({"model": {"type": "BPE", "vocab": {}, "merges": [], "end_of_word_suffix": "</w>"}}, "end_of_word_suffix"),
-        ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a"]]}}, "merge 0"),
+        ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a"]]}}, "not a tokenizer"),
+        ({"model": {"type": "BPE", "vocab": {"a": 0, "b": 0}, "merges": []}}, "both have id 0"),
+        ({"pre_tokenizer": [1]}, "not a tokenizer"),
         ({"pre_tokenizer": {"type": "Whitespace"}, "decoder": None}, "Whitespace"),
         ({"pre_tokenizer": None, "decoder": None}, "neither byte-level nor SentencePiece style"),
     ],
