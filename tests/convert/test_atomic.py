@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from quantpress.convert import lock
 from quantpress.convert.atomic import atomic_file, atomic_folder, check_replaceable, require_space, write_file
 from quantpress.quant.errors import BusyError, OutputError, UsageError
 
@@ -31,6 +32,7 @@ def _run(code: str, *args: object) -> subprocess.Popen[str]:
 
 _HOLD = """
 import signal, sys, time
+from quantpress.convert import lock
 from quantpress.convert.atomic import atomic_file
 def stop(number, frame):
     raise SystemExit(128 + number)
@@ -197,6 +199,23 @@ def test_a_second_run_waits_for_the_first_and_both_end_correct(tmp_path: Path) -
     assert [kind for kind, _ in results] == ["start", "end"] * 4
     assert out.read_bytes() == results[-1][1] * 1000
     assert _names(tmp_path) == ["model.gguf"]
+
+
+def test_a_lock_file_that_its_holder_removed_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, try_lock, calls = tmp_path / "lock", lock._try_lock, []
+
+    def remove_and_lock(descriptor: int, what: Path) -> bool:
+        calls.append(descriptor)
+        if len(calls) == 1:  # between our opening and our locking, the holder removes it and another run comes
+            path.unlink()
+            path.touch()
+        return try_lock(descriptor, what)
+
+    monkeypatch.setattr(lock, "_try_lock", remove_and_lock)
+    with lock.locked(path, path, wait=5):
+        assert os.path.samestat(path.stat(), os.fstat(calls[-1]))
+    assert len(calls) == 2
+    assert _names(tmp_path) == []
 
 
 @contextlib.contextmanager

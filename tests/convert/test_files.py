@@ -110,8 +110,8 @@ def test_links_into_the_blobs_of_the_same_hub_cache_are_followed_and_no_others(t
 def test_only_regular_files_are_opened_and_nothing_waits(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with socket.socket(socket.AF_UNIX) as server:
-        server.bind(str(tmp_path / "socket"))
-        for path, kind in ((tmp_path, "a folder"), (tmp_path / "pipe", "pipe"), (tmp_path / "socket", "socket")):
+        server.bind(str(tmp_path / "s"))
+        for path, kind in ((tmp_path, "a folder"), (tmp_path / "pipe", "a named pipe"), (tmp_path / "s", "a socket")):
             with pytest.raises(InputError, match=kind):
                 open_regular(path)
     for device in ("/dev/zero", "/dev/null"):
@@ -123,6 +123,17 @@ def test_only_regular_files_are_opened_and_nothing_waits(tmp_path: Path) -> None
         open_regular(str(tmp_path / "a\0b"))
     with pytest.raises(InputError, match="cannot be opened"):
         open_regular(tmp_path / ("x" * 300))
+
+
+def test_a_pipe_that_takes_the_place_of_a_file_after_it_was_looked_at_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    os.mkfifo(tmp_path / "pipe")
+    before = os.stat(tmp_path / "file")
+    monkeypatch.setattr(os, "stat", lambda path, **_: before)
+    with pytest.raises(InputError, match="a named pipe"):
+        open_regular(tmp_path / "pipe")
 
 
 def test_a_file_larger_than_agreed_is_not_read(tmp_path: Path) -> None:

@@ -139,6 +139,8 @@ def test_unexpected_tensors_are_counted_and_named(llama: Checkpoint) -> None:
     _refused(
         _changed(llama, add=extra), r"3 tensors \('model.layers.0.mlp.experts.0.w1', 'score.weight', 'v_head'\) un"
     )
+    other = "vision.layers.7.fc.weight"  # a number of its own, not a layer too many
+    _refused(_changed(llama, add={other: _lazy(other, np.zeros(3))}), rf"1 tensor \('{other}'\) unexpected")
     biases = _changed(llama, attention_bias=False)
     _refused(biases, "12 tensors .*q_proj.bias|12 tensors .*k_proj.bias")
 

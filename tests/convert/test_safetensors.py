@@ -164,7 +164,11 @@ def test_the_library_reads_what_was_written(tmp_path: Path, threads: int, max_sh
     for path in sorted(out.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             assert file.metadata() == {"format": "pt"}
-        assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
+        data = path.read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        assert length % 8 == 0
+        for name, entry in json.loads(data[8 : 8 + length]).items():
+            assert name == "__metadata__" or entry["data_offsets"][0] % DTYPES[entry["dtype"]].itemsize == 0
         read |= safetensors.torch.load_file(path)
     assert {name: _bytes(tensor) for name, tensor in read.items()} == {n: _bytes(t) for n, t in _MIXED.items()}
     assert {name: tensor.dtype for name, tensor in read.items()} == {n: t.dtype for n, t in _MIXED.items()}
