@@ -130,7 +130,7 @@ def test_a_pipe_that_takes_the_place_of_a_file_after_it_was_looked_at_is_not_wai
 ) -> None:
     (tmp_path / "file").write_bytes(b"x")
     os.mkfifo(tmp_path / "pipe")
-    before = os.stat(tmp_path / "file")
+    before = (tmp_path / "file").stat()
     monkeypatch.setattr(os, "stat", lambda path, **_: before)
     with pytest.raises(InputError, match="a named pipe"):
         open_regular(tmp_path / "pipe")
