@@ -12,38 +12,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from machine import ROOT, git_commit, machine
 from measure import Sample, measure
 from random_model import Shape, make_checkpoint
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 HALF_BILLION = Shape(layers=16, hidden=1536, heads=24, kv_heads=8, intermediate=4480, vocab=32000)
 MIB = 1 << 20
-
-
-def git_commit() -> str:
-    """Gives the commit that is checked out, with a mark when files differ from it."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True
-    )
-    return done.stdout.strip() or "unknown"
-
-
-def machine() -> dict[str, str]:
-    """Describes where the figures come from."""
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
-    cores = str(len(__import__("os").sched_getaffinity(0)))
-    return {"cpu": cpu, "cores": cores, "python": platform.python_version(), "system": platform.platform()}
 
 
 def quantpress(model: Path, out: Path, outtype: str) -> list[str]:

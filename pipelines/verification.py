@@ -125,12 +125,19 @@ class Reference:
         chunks = options.chunks or default_chunks(source.parameters)
         self.windows = text_windows(tokenizer, self.text.text, context=self.context, chunks=chunks)
 
-    def judge(self, artifact: Path, ftype: str) -> Parity:
-        """Runs a file and compares; what cannot be judged is a verdict that is not passed."""
+    def judge(self, artifact: Path, ftype: str, *, runtime: str | None = None) -> Parity:
+        """Runs a file and compares; what cannot be judged is a verdict that is not passed.
+
+        Args:
+            artifact: the file or folder.
+            ftype: name of its type, for the default limits.
+            runtime: in place of the one in the options.
+        """
+        options = self.options if runtime is None else dataclasses.replace(self.options, runtime=runtime)
         limits = self.options.limits(ftype)
         try:
             self.runtime.prepare(self.windows, self.context // 2, progress=partial(self._progress, "source"))
-            with self._open(artifact) as candidate:
+            with open_runtime(artifact, options, context=self.context) as candidate:
                 return compare(
                     self.runtime,
                     candidate,
@@ -143,9 +150,6 @@ class Reference:
         except QuantpressError as error:
             reason = f"could not be judged: {error}"
             return unjudged(reason, limits, text_sha256=self.text.sha256, context=self.context)
-
-    def _open(self, artifact: Path) -> Runtime:
-        return open_runtime(artifact, self.options, context=self.context)
 
 
 def open_runtime(model: Checkpoint | Path, options: JudgeOptions, *, context: int) -> Runtime:
