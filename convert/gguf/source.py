@@ -53,8 +53,14 @@ def open_gguf(path: Path | str) -> Checkpoint:
         generation_config=_generation_config(metadata),
         files=tuple(SourceFile(*pair) for pair in zip(file.paths, file.sizes, strict=True)),
         metadata={key: pair for key, pair in file.metadata.items() if key.startswith(("general.", "tokenizer."))},
+        storage_types=_storage_types(file, arch, hyper),
         format="gguf",
     )
+
+
+def _storage_types(file: GgufFile, arch: ArchSpec, hyper: Hyperparameters) -> dict[str, str]:
+    found = ((row.hf.format(layer=layer), row.gguf.format(layer=layer)) for row, layer in arch.rows(hyper))
+    return {name: file.tensors[gguf].type.name for name, gguf in found if gguf in file.tensors}
 
 
 class _TokenizerFiles(Mapping[str, bytes]):
