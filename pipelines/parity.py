@@ -276,7 +276,7 @@ def _verdict(tally: _Tally, limits: Limits, text_sha256: str, context: int, name
         candidate=sides[1],
         **figures,
         limits=limits,
-        passed=finite and not reason,
+        passed=not reason,
         reason=reason or "all figures are within the limits",
         **errors,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -30,6 +31,11 @@ def test_it_consists_of_whole_topics_in_alphabetical_order() -> None:
     text = default_text().text
     counts = [count for count in range(len(names) + 1) if "\n".join(topics[name] for name in names[:count]) == text]
     assert len(counts) == 1
+
+
+def test_the_order_of_the_module_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", SimpleNamespace(topics={"b": "second", "a": "first"}))
+    assert default_text().text == "first\nsecond"
 
 
 def test_a_python_without_the_topics_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -194,6 +194,13 @@ def test_one_logit_that_is_not_finite_fails(windows: list[np.ndarray], value: fl
     assert found.to_json()["mean_kld"] is None
 
 
+def test_a_perplexity_beyond_all_numbers_fails(windows: list[np.ndarray]) -> None:
+    found = judge(Model(), Model(change=lambda values: values * 1e4), windows)
+    assert not found.passed
+    assert found.reason == "a figure is not finite"
+    assert found.to_json()["candidate"]["perplexity"] is None
+
+
 def test_the_last_row_of_a_window_predicts_nothing_and_is_not_judged(windows: list[np.ndarray]) -> None:
     def spoil(values: np.ndarray) -> np.ndarray:
         values[-1] = np.nan
