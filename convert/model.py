@@ -53,7 +53,6 @@ class Decoder:
         self._kept: dict[tuple[str, int], torch.Tensor | None] = {}
         self._turns: dict[tuple[bool, int, int], Turns] = {}
 
-    @torch.no_grad()
     def logits(self, tokens: torch.Tensor, *, first: int = 0) -> torch.Tensor:
         """Gives the logits after each token from position `first` on.
 
@@ -72,7 +71,6 @@ class Decoder:
             hidden = self.run_layer(layer, hidden)
         return self.head(hidden[:, first:])
 
-    @torch.no_grad()
     def generate(self, tokens: Sequence[int], count: int, *, stop: frozenset[int] = frozenset()) -> list[int]:
         """Continues a text with the most likely token each time.
 
@@ -100,7 +98,6 @@ class Decoder:
                 break
         return added
 
-    @torch.no_grad()
     def embed(self, tokens: torch.Tensor, *, start: int = 0) -> torch.Tensor:
         """Gives the first layer's input.
 
@@ -128,7 +125,6 @@ class Decoder:
             hidden = hidden + self._rows("position_embd.weight", torch.arange(start, end))
         return hidden
 
-    @torch.no_grad()
     def run_layer(
         self,
         layer: int,
@@ -155,7 +151,6 @@ class Decoder:
         turns = self._turns_of(layer, start, hidden.shape[1])
         return Layer(layer, self._traits, self.hyper, weights, observe).run(hidden, turns, cache)
 
-    @torch.no_grad()
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Gives logits from the last layer's output.
 

@@ -110,7 +110,7 @@ def _train(ids: list[int], progress: Progress) -> dict[str, Any]:
         logits = decoder.logits(windows[:, :-1])
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         schedule.step()
         progress("train a small model", step + 1, STEPS)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from quantpress.convert.checkpoint import Checkpoint
-from quantpress.convert.preflight import preflight
+from quantpress.convert.preflight import check_tied_head, preflight
 from quantpress.convert.safetensors_writer import planned_tensors, write_checkpoint
 from quantpress.pipelines.gguf_stage import fill_name
 from quantpress.pipelines.hashing import hash_files
@@ -48,6 +48,7 @@ class Safetensors(BuildingStage):
     def run(self, source: Checkpoint, context: RunContext) -> Artifact:
         """Writes the folder."""
         plan = self.plan(source)
+        check_tied_head(preflight(source))
         files = write_checkpoint(
             source,
             plan.output,

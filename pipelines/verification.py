@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from quantpress.convert.arch.registry import find_arch
 from quantpress.convert.checkpoint import Checkpoint
 from quantpress.convert.files import read_bounded
 from quantpress.convert.open import open_checkpoint
@@ -244,7 +245,8 @@ def perplexity(
     source = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     tokenizer = Tokenizer(TokenizerFiles(source.tokenizer_files, name=source.name))
     text = read_text(chosen.text)
-    context = chosen.context or DEFAULT_CONTEXT
+    made_for = find_arch(source.config).read_config(source.config).context
+    context = chosen.context or min(DEFAULT_CONTEXT, made_for)
     windows = text_windows(tokenizer, text.text, context=context, chunks=chosen.chunks)
     place: Checkpoint | Path = source.files[0].path if source.format == "gguf" else source
     with open_runtime(place, chosen, context=context) as runtime:
