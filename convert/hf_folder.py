@@ -13,7 +13,7 @@ from quantpress.convert.json_reader import parse_json
 from quantpress.convert.safetensors_reader import Shard, open_shard
 from quantpress.quant.errors import InputError
 
-__all__ = ["EXTRA_TEMPLATES", "TOKENIZER_FILES", "open_folder"]
+__all__ = ["EXTRA_TEMPLATES", "MODEL_CARD", "TOKENIZER_FILES", "open_folder"]
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -26,6 +26,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+MODEL_CARD = "README.md"  # licence, base model, tags and languages
 EXTRA_TEMPLATES = "additional_chat_templates"  # transformers keeps named chat templates in this folder
 
 _MAX_CONFIG = 4 << 20  # bytes of config.json and generation_config.json; real ones have a few thousand
@@ -113,7 +114,7 @@ def _why_not_a_model(path: Path) -> str:
 
 
 def _read_tokenizer_files(folder: _Folder) -> dict[str, bytes]:
-    names = list(TOKENIZER_FILES)
+    names = [*TOKENIZER_FILES, MODEL_CARD]
     if (templates := folder.find(EXTRA_TEMPLATES)) is not None and templates.is_dir():
         found = sorted(entry.name for entry in templates.iterdir() if entry.name.endswith(".jinja"))
         names += [f"{EXTRA_TEMPLATES}/{name}" for name in found[:_MAX_TEMPLATES]]

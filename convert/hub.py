@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import cast
 
 from quantpress.convert.files import shown
-from quantpress.convert.hf_folder import EXTRA_TEMPLATES, TOKENIZER_FILES
+from quantpress.convert.hf_folder import EXTRA_TEMPLATES, MODEL_CARD, TOKENIZER_FILES
 from quantpress.quant.errors import InputError, OutputError, QuantpressError
 
 __all__ = ["download"]
@@ -18,6 +18,7 @@ _SMALL = (
     "generation_config.json",
     "adapter_config.json",  # so that an adapter's id gets a message that says so
     *TOKENIZER_FILES,
+    MODEL_CARD,
     f"{EXTRA_TEMPLATES}/*.jinja",
 )
 _SAFETENSORS = (*_SMALL, "*.safetensors", "model.safetensors.index.json")
