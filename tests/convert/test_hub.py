@@ -174,9 +174,9 @@ def _open(model_id: str, url: str, cache: Path, **extra: str) -> str:
 
 def test_a_model_is_fetched_once_and_without_what_is_not_needed(hub: Hub, tmp_path: Path) -> None:
     said = _open("org/tiny", hub.url, tmp_path)
-    files = ["additional_chat_templates/tool.jinja", "config.json", "tokenizer.json"]
+    files = ["README.md", "additional_chat_templates/tool.jinja", "config.json", "tokenizer.json"]
     assert said == f"org/tiny {files} [[[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]]"
-    assert sorted(hub.requests) == [*files[:2], "model.safetensors", files[2]]
+    assert sorted(hub.requests) == [*files[:3], "model.safetensors", files[3]]
     hub.requests.clear()
     assert _open("org/tiny@v1", hub.url, tmp_path).startswith("org/tiny@v1 [")
     assert hub.requests == []  # the same commit
