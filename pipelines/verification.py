@@ -24,7 +24,7 @@ from quantpress.convert.tokenizer import Tokenizer, TokenizerFiles
 from quantpress.pipelines.default_text import Text, default_text
 from quantpress.pipelines.llama_cpp_find import HOW_TO_INSTALL, find_llama_cpp
 from quantpress.pipelines.parity import Parity, compare, unjudged
-from quantpress.pipelines.parity_limits import LIMITS_BY_TYPE, Limits, limits_for
+from quantpress.pipelines.parity_limits import KLD_BY_TYPE, Limits, limits_for
 from quantpress.pipelines.perplexity import Perplexity, cut_windows, plain_text
 from quantpress.pipelines.perplexity import perplexity as score_windows
 from quantpress.pipelines.progress import Progress, no_progress
@@ -65,9 +65,9 @@ class JudgeOptions:
     threads: int | None = None
     max_memory: int | None = None
 
-    def limits(self, ftype: str) -> Limits:
-        """Gives the limits for a file type, with the user's in place of the defaults."""
-        base = limits_for(ftype if ftype.upper() in LIMITS_BY_TYPE else "F32")
+    def limits(self, ftype: str, parameters: int) -> Limits:
+        """Gives the limits for a file type and a model's size, with the user's in place of the defaults."""
+        base = limits_for(ftype if ftype.upper() in KLD_BY_TYPE else "F32", parameters)
         own = {name: getattr(self, name) for name in ("max_kld", "max_ppl_change", "min_top1")}
         return dataclasses.replace(base, **{name: value for name, value in own.items() if value is not None})
 
@@ -118,7 +118,7 @@ class Reference:
         self.options, self._progress = options, progress
         self.text = read_text(options.text)
         tokenizer = Tokenizer(TokenizerFiles(source.tokenizer_files, name=source.name))
-        self.vocabulary = tokenizer.size
+        self.vocabulary, self._parameters = tokenizer.size, source.parameters
         self.runtime = TorchRuntime.of_checkpoint(source, device=options.device, max_memory=options.max_memory)
         self.context = options.context or min(DEFAULT_CONTEXT, self.runtime.context)
         if self.context > self.runtime.context:
@@ -135,7 +135,7 @@ class Reference:
             runtime: in place of the one in the options.
         """
         options = self.options if runtime is None else dataclasses.replace(self.options, runtime=runtime)
-        limits = self.options.limits(ftype)
+        limits = self.options.limits(ftype, self._parameters)
         try:
             self.runtime.prepare(self.windows, self.context // 2, progress=partial(self._progress, "source"))
             with open_runtime(artifact, options, context=self.context) as candidate:
