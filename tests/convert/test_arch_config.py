@@ -171,6 +171,26 @@ def test_defaults_are_those_of_transformers(family: str) -> None:
     assert read({**full, **classes}) == read({"vocab_size": 99, **sizes, **classes})
 
 
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8}),
+        ("gemma2", {}),
+        ("gemma3", {"num_hidden_layers": 14, "sliding_window_pattern": 6}),
+    ],
+)
+def test_layers_slide_as_in_transformers_where_no_key_lists_them(family: str, options: dict[str, Any]) -> None:
+    import transformers
+
+    config = tiny_config(family, **options)
+    kept = {key: value for key, value in config.items() if key not in ("architectures", "model_type")}
+    kinds = getattr(transformers, CLASSES[family])(**kept).layer_types
+    assert "layer_types" not in config
+    assert read(config).sliding_layers == tuple(kind == "sliding_attention" for kind in kinds)
+
+
 def test_null_and_absent_mean_what_they_mean_in_transformers() -> None:
     absent = tiny_config("mistral")
     del absent["sliding_window"]
