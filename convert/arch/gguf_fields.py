@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -120,6 +121,12 @@ def decoder_sizes(metadata: Metadata, arch: str) -> dict[str, Any]:
         "max_position_embeddings": whole(metadata, f"{arch}.context_length"),
         "rms_norm_eps": real(metadata, f"{arch}.attention.layer_norm_rms_epsilon"),
     }
+
+
+def turned_share(turned: int, head_dim: int) -> float:
+    """Gives the share of a head whose product with `head_dim`, cut to a whole number, is `turned` again."""
+    share = turned / head_dim
+    return share if int(head_dim * share) == turned else math.nextafter(share, 2.0)
 
 
 def capped_context(hyper: Hyperparameters) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from quantpress.convert.arch import fields
-from quantpress.convert.arch.gguf_fields import general_config, real, size_metadata, whole
+from quantpress.convert.arch.gguf_fields import general_config, real, size_metadata, turned_share, whole
 from quantpress.convert.arch.gguf_rotary import Entries, check_rope, rope_config, rope_notes
 from quantpress.convert.arch.rotary import read_rope, rope_settings
 from quantpress.convert.arch.spec import ArchSpec, Hyperparameters, Layout, Role, TensorSpec
@@ -133,7 +133,7 @@ def _config_from_gguf(
         "max_position_embeddings": whole(metadata, "gptneox.context_length"),
         "layer_norm_eps": real(metadata, "gptneox.attention.layer_norm_epsilon"),
         "hidden_act": "gelu",
-        "rotary_pct": turned / (hidden // heads),
+        "rotary_pct": turned_share(turned, hidden // heads),
         "rotary_emb_base": ropes["rope_theta"],
         "rope_scaling": ropes["rope_scaling"],
         "use_parallel_residual": bool(metadata.get("gptneox.use_parallel_residual", True)),

@@ -17,6 +17,7 @@ from quantpress.convert.arch.gguf_fields import (
     decoder_sizes,
     general_config,
     size_metadata,
+    turned_share,
     whole,
 )
 from quantpress.convert.arch.gguf_rotary import Entries, check_rope, rope_config, rope_notes, rope_tensors
@@ -106,7 +107,7 @@ def _config_from_gguf(
         **ropes,
         "hidden_act": "silu",
         "original_max_position_embeddings": original,
-        "partial_rotary_factor": turned / sizes["head_dim"],
+        "partial_rotary_factor": turned_share(turned, sizes["head_dim"]),
         "sliding_window": None,
     }
 

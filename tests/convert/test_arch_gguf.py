@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from quantpress.convert.arch.gguf_fields import turned_share
 from quantpress.convert.arch.registry import find_arch, find_gguf_arch
 from quantpress.convert.arch.rotary import attention_factor, llama3_factors, llama3_parameters
 from quantpress.convert.arch.spec import ArchSpec, Hyperparameters, Rope
@@ -210,6 +211,12 @@ def test_layers_of_a_usual_pattern_need_no_key_and_others_do() -> None:
         config = tiny_config(family, **options)
         spec = find_arch(config)
         assert (key in spec.gguf_metadata(spec.read_config(config), config)) is present
+
+
+def test_any_number_of_turned_values_survives_being_a_share() -> None:
+    for head_dim in range(2, 321):
+        for turned in range(2, head_dim + 1, 2):
+            assert int(head_dim * turned_share(turned, head_dim)) == turned <= head_dim
 
 
 @pytest.mark.parametrize(
