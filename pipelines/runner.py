@@ -6,17 +6,20 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantpress.convert.checkpoint import Checkpoint
 from quantpress.convert.open import open_checkpoint
 from quantpress.pipelines.hashing import BackgroundHashes
+from quantpress.pipelines.judging import JudgeOptions
 from quantpress.pipelines.memory import peak_rss
-from quantpress.pipelines.parity import Parity
 from quantpress.pipelines.sidecar import statement, write_sidecar
 from quantpress.pipelines.stage import Artifact, BuildingStage, RunContext
-from quantpress.pipelines.verification import JudgeOptions, Reference
 from quantpress.quant.errors import ParityError
+
+if TYPE_CHECKING:
+    from quantpress.pipelines.parity import Parity
+    from quantpress.pipelines.verification import Reference
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,8 @@ def press(
     clock.step(stage.name)
     parity = None
     if judge is not None:
+        from quantpress.pipelines.verification import Reference  # brings torch
+
         parity = (reference or Reference(source, judge, context.progress)).judge(artifact.path, artifact.ftype)
         clock.step("verify")
     contents = statement(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,8 @@ NUMERIC_PACKAGES = ("gguf", "ml_dtypes", "numpy", "quantpress", "safetensors", "
 
 def version_of(package: str) -> str | None:
     """Gives the installed version of a package, or None."""
+    from importlib import metadata  # loads the email package: 60 ms that `--help` should not wait for
+
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -32,7 +32,9 @@ Array: TypeAlias = NDArray[Any]
 
 BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
 
-CHUNK = 1 << 16  # elements: the scratch of one chunk fits a 2 MB cache, and numpy's cost per call stays below 10 %
+# Elements of a chunk: half a megabyte of bfloat16. Smaller ones run faster on one thread (2^16 by a tenth) but hand the
+# interpreter lock from thread to thread more often than two threads can gain (measured: 2^16 0.97, 2^18 1.9 times one).
+CHUNK = 1 << 18
 
 _FLOAT16 = np.dtype(np.float16)
 _FLOAT32 = np.dtype(np.float32)

@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from quantpress.convert.checkpoint import Checkpoint, LazyTensor
     from quantpress.convert.open import open_checkpoint
     from quantpress.pipelines.inspection import inspect
+    from quantpress.pipelines.judging import JudgeOptions
     from quantpress.pipelines.library import export_gguf, export_safetensors
     from quantpress.pipelines.parity import Parity
     from quantpress.pipelines.parity_limits import Limits
     from quantpress.pipelines.perplexity import Perplexity
     from quantpress.pipelines.runner import Pressed
-    from quantpress.pipelines.verification import JudgeOptions, perplexity, verify
+    from quantpress.pipelines.verification import perplexity, verify
     from quantpress.quant.errors import (
         BusyError,
         InputError,
@@ -59,7 +60,7 @@ __all__ = [
 
 _HOMES = {
     "Checkpoint": "convert.checkpoint",
-    "JudgeOptions": "pipelines.verification",
+    "JudgeOptions": "pipelines.judging",
     "LazyTensor": "convert.checkpoint",
     "Limits": "pipelines.parity_limits",
     "Parity": "pipelines.parity",

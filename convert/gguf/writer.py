@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +16,7 @@ from quantpress.convert.checkpoint import Array
 from quantpress.convert.gguf.container import ALIGNMENT, ALIGNMENT_KEY, MetadataValue, align, encode_header
 
 _HASHES_BEHIND = 8  # chunks that wait to be hashed, at most
+_SYNC_BYTES = 64 << 20  # after so many the disk is told to begin, so that the sync at the end finds little to do
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +76,14 @@ class Written:
 
 
 class _HashedOutput:
-    """Hashes on a thread of its own what is written here, a few chunks behind; both release the interpreter's lock."""
+    """Hashes what is written here on one thread and syncs it on another; both release the interpreter's lock."""
 
-    def __init__(self, file: BinaryIO, pool: ThreadPoolExecutor) -> None:
-        self._file, self._pool = file, pool
+    def __init__(self, file: BinaryIO, hasher: ThreadPoolExecutor, syncer: ThreadPoolExecutor) -> None:
+        self._file, self._pool, self._syncer = file, hasher, syncer
         self._digest = hashlib.sha256()
         self._behind: deque[Future[None]] = deque()
+        self._sync: Future[None] | None = None
+        self._synced = 0
         self.nbytes = 0
 
     def write(self, data: bytes | memoryview) -> None:
@@ -90,11 +94,21 @@ class _HashedOutput:
         self.nbytes += view.nbytes
         if len(self._behind) > _HASHES_BEHIND:
             self._behind.popleft().result()
+        if self.nbytes - self._synced >= _SYNC_BYTES and (self._sync is None or self._sync.done()):
+            self._wait_for_sync()
+            self._sync = self._syncer.submit(os.fsync, self._file.fileno())
+            self._synced = self.nbytes
+
+    def _wait_for_sync(self) -> None:
+        """Ends the sync that was begun; a disk that failed says so once only, so its error must not be lost."""
+        if self._sync is not None:
+            self._sync.result()
 
     def finish(self) -> Written:
-        """Waits for the hash."""
+        """Waits for the hash and the sync."""
         while self._behind:
             self._behind.popleft().result()
+        self._wait_for_sync()
         return Written(self._digest.hexdigest(), self.nbytes)
 
 
@@ -113,8 +127,12 @@ def write_container(path: Path | str, plan: FilePlan, chunks: Iterable[tuple[int
     """
     header = plan.header()
     require_space(path, len(header) + sum(align(slot.nbytes, plan.alignment) for slot in plan.slots))
-    with atomic_file(path, force=force) as file, ThreadPoolExecutor(1, "quantpress-hash") as pool:
-        output = _HashedOutput(file, pool)
+    with (
+        atomic_file(path, force=force) as file,
+        ThreadPoolExecutor(1, "quantpress-hash") as hasher,
+        ThreadPoolExecutor(1, "quantpress-sync") as syncer,
+    ):
+        output = _HashedOutput(file, hasher, syncer)
         output.write(header)
         _write_data(output, plan, chunks)
         return output.finish()

@@ -19,10 +19,9 @@ from quantpress.pipelines.commands.options import (
     writing_options,
 )
 from quantpress.pipelines.gguf_stage import Gguf
+from quantpress.pipelines.judging import JudgeOptions
 from quantpress.pipelines.runner import Pressed, press
-from quantpress.pipelines.safetensors_stage import Safetensors
 from quantpress.pipelines.stage import BuildingStage, Plan, RunContext, available_threads
-from quantpress.pipelines.verification import JudgeOptions
 from quantpress.quant.errors import UsageError
 
 EXAMPLES = r"""
@@ -62,6 +61,8 @@ def make_stage(out: Path, to: str | None, flags: dict[str, Any]) -> BuildingStag
         if given or flags["outtype"] != "auto":
             name = (given or ["outtype"])[0].replace("_", "-")
             raise UsageError(f"--{name} is for GGUF outputs; safetensors takes --dtype")
+        from quantpress.pipelines.safetensors_stage import Safetensors
+
         return Safetensors(output=out, dtype=flags["dtype"])
     if flags["dtype"]:
         raise UsageError("--dtype is for safetensors outputs; GGUF takes --outtype")

@@ -10,9 +10,9 @@ import click
 from quantpress.pipelines.cli import Session
 from quantpress.pipelines.commands.options import machine_options, resolve_device
 from quantpress.pipelines.demo import demo
+from quantpress.pipelines.judging import JudgeOptions
 from quantpress.pipelines.runner import Pressed
 from quantpress.pipelines.stage import RunContext, available_threads
-from quantpress.pipelines.verification import JudgeOptions
 
 CHUNKS = 4  # a thousand scored tokens: enough to tell the types apart, soon enough for a first look
 

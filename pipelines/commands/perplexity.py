@@ -10,7 +10,8 @@ import click
 
 from quantpress.pipelines.cli import Session
 from quantpress.pipelines.commands.options import machine_options, resolve_device, text_options
-from quantpress.pipelines.verification import RUNTIMES, JudgeOptions, perplexity
+from quantpress.pipelines.judging import RUNTIMES, JudgeOptions
+from quantpress.pipelines.verification import perplexity
 
 EXAMPLES = r"""
 Examples:

@@ -10,8 +10,9 @@ import click
 
 from quantpress.pipelines.cli import Session
 from quantpress.pipelines.commands.options import limit_options, machine_options, resolve_device, text_options
+from quantpress.pipelines.judging import RUNTIMES, JudgeOptions
 from quantpress.pipelines.parity import Parity
-from quantpress.pipelines.verification import RUNTIMES, JudgeOptions, verify
+from quantpress.pipelines.verification import verify
 from quantpress.quant.errors import ParityError
 
 EXAMPLES = r"""
