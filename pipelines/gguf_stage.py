@@ -17,7 +17,7 @@ from quantpress.convert.gguf.overrides import override, read_metadata_file
 from quantpress.convert.gguf.vocab import plan_vocab
 from quantpress.convert.preflight import check_tied_head, preflight
 from quantpress.convert.tokenizer_files import TokenizerFiles
-from quantpress.pipelines.memory import peak_memory
+from quantpress.pipelines.machine import peak_memory
 from quantpress.pipelines.stage import (
     Artifact,
     BuildingStage,

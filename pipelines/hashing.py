@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from queue import SimpleQueue
 from types import TracebackType
 
-from quantpress.convert.checkpoint import SourceFile
 from quantpress.quant.errors import InputError
 
 _BLOCK = 1 << 20  # bytes read at a time: fits the processor's second cache, so the hash reads it from there
@@ -46,23 +47,32 @@ def hash_files(paths: Iterable[Path]) -> dict[Path, tuple[str, int]]:
 
 
 class BackgroundHashes:
-    """Hashes the files of a source on a thread of its own while the block runs."""
+    """Hashes files on a thread of its own while the block runs; they may be named before it is known who needs them."""
 
-    def __init__(self, files: Sequence[SourceFile]) -> None:
-        self._files = [file.path for file in files]
+    def __init__(self) -> None:
+        self._queue: SimpleQueue[Path | None] = SimpleQueue()
         self._stop = threading.Event()
-        self._hashes: dict[Path, tuple[str, int]] = {}
-        self._error: InputError | None = None
+        self._hashes: dict[Path, tuple[str, int] | InputError] = {}
+        self._named: set[Path] = set()
         self._thread = threading.Thread(target=self._work, name="quantpress-input-hash", daemon=True)
 
     def _work(self) -> None:
+        with contextlib.suppress(StoppedError):
+            while (path := self._queue.get()) is not None:
+                self._hashes[path] = self._hash(path)
+
+    def _hash(self, path: Path) -> tuple[str, int] | InputError:
         try:
-            for path in self._files:
-                self._hashes[path] = hash_file(path, self._stop)
+            return hash_file(path, self._stop)
         except InputError as error:
-            self._error = error
-        except StoppedError:
-            return
+            return error
+
+    def add(self, paths: Iterable[Path]) -> None:
+        """Names files to hash; one that was named before is hashed once."""
+        for path in paths:
+            if path not in self._named:
+                self._named.add(path)
+                self._queue.put(path)
 
     def __enter__(self) -> BackgroundHashes:
         self._thread.start()
@@ -73,15 +83,29 @@ class BackgroundHashes:
     ) -> None:
         if kind is not None:
             self._stop.set()
+        self._queue.put(None)
         self._thread.join()
 
-    def results(self) -> dict[Path, tuple[str, int]]:
-        """Waits for the thread and gives SHA-256 and size of every file.
+    def results(self, paths: Sequence[Path]) -> dict[Path, tuple[str, int]]:
+        """Waits for the thread, after which no file can be named, and gives SHA-256 and size of these files.
 
         Raises:
-            InputError: a file could not be read.
+            InputError: one of them could not be read.
         """
+        self._queue.put(None)
         self._thread.join()
-        if self._error is not None:
-            raise self._error
-        return dict(self._hashes)
+        found: dict[Path, tuple[str, int]] = {}
+        for path in paths:
+            result = self._hashes[path]
+            if isinstance(result, InputError):
+                raise result
+            found[path] = result
+        return found
+
+
+def likely_weights(model: str) -> list[Path]:
+    """Gives the files that opening a model will most likely read, found by their names alone."""
+    path = Path(model)
+    if path.suffix == ".gguf":
+        return [path] if path.is_file() else []
+    return sorted(file for file in path.glob("*.safetensors") if file.is_file()) if path.is_dir() else []

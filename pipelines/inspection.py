@@ -10,7 +10,8 @@ from typing import Any
 from quantpress.convert.arch.spec import Hyperparameters
 from quantpress.convert.checkpoint import Checkpoint
 from quantpress.convert.gguf.export import plan_tensors
-from quantpress.convert.gguf.mixture import FILE_TYPES, TypeOptions
+from quantpress.convert.gguf.file_types import FILE_TYPES
+from quantpress.convert.gguf.mixture import TypeOptions
 from quantpress.convert.json_reader import read_json
 from quantpress.convert.open import open_checkpoint
 from quantpress.convert.preflight import Preflight, preflight

@@ -9,10 +9,11 @@ from typing import Any
 from quantpress.convert.checkpoint import Checkpoint
 from quantpress.pipelines.gguf_stage import Gguf
 from quantpress.pipelines.judging import JudgeOptions
+from quantpress.pipelines.machine import available_threads
 from quantpress.pipelines.progress import Progress, no_progress
 from quantpress.pipelines.runner import Pressed, press
 from quantpress.pipelines.safetensors_stage import Safetensors
-from quantpress.pipelines.stage import RunContext, available_threads
+from quantpress.pipelines.stage import RunContext
 
 
 def export_gguf(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from quantpress.convert.checkpoint import Checkpoint
 from quantpress.convert.open import open_checkpoint
 from quantpress.pipelines.hashing import BackgroundHashes
 from quantpress.pipelines.judging import JudgeOptions
-from quantpress.pipelines.memory import peak_rss
+from quantpress.pipelines.machine import peak_rss
 from quantpress.pipelines.sidecar import statement, write_sidecar
 from quantpress.pipelines.stage import Artifact, BuildingStage, RunContext
 from quantpress.quant.errors import ParityError
@@ -69,6 +70,7 @@ def press(
     *,
     judge: JudgeOptions | None,
     reference: Reference | None = None,
+    hashes: BackgroundHashes | None = None,
 ) -> Pressed:
     """Runs one building stage on a source and proves the result.
 
@@ -78,6 +80,7 @@ def press(
         context: what the run may use.
         judge: how to prove the output; None leaves it unproved.
         reference: the source made ready for judging, where several outputs share it.
+        hashes: a thread that hashes the inputs, where it has been started already.
 
     Raises:
         QuantpressError: the source, an option or the output is not usable. A proof that fails is not raised here: the
@@ -86,8 +89,11 @@ def press(
     clock = _Clock()
     source = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     clock.step("open")
-    with BackgroundHashes(source.files) as hashes:
+    paths = [file.path for file in source.files]
+    with BackgroundHashes() if hashes is None else contextlib.nullcontext(hashes) as hashing:
+        hashing.add(paths)
         artifact = stage.run(source, context)
+        inputs = hashing.results(paths)
     clock.step(stage.name)
     parity = None
     if judge is not None:
@@ -96,10 +102,7 @@ def press(
         parity = (reference or Reference(source, judge, context.progress)).judge(artifact.path, artifact.ftype)
         clock.step("verify")
     contents = statement(
-        inputs=[
-            {"name": path.name, "sha256": sha256, "bytes": nbytes}
-            for path, (sha256, nbytes) in hashes.results().items()
-        ],
+        inputs=[{"name": path.name, "sha256": sha256, "bytes": nbytes} for path, (sha256, nbytes) in inputs.items()],
         stages=[stage_record(stage)],
         device=context.device,
         outputs=[{"name": out.name, "sha256": out.sha256, "bytes": out.nbytes} for out in artifact.outputs],

@@ -10,7 +10,7 @@ from quantpress.convert.preflight import check_tied_head, preflight
 from quantpress.convert.safetensors_writer import planned_tensors, write_checkpoint
 from quantpress.pipelines.gguf_stage import fill_name
 from quantpress.pipelines.hashing import hash_files
-from quantpress.pipelines.memory import peak_memory
+from quantpress.pipelines.machine import peak_memory
 from quantpress.pipelines.stage import (
     Artifact,
     BuildingStage,

@@ -5,7 +5,6 @@ Lazy stages write nothing and give a view; building stages write one target, ato
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,14 +13,8 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict
 
 from quantpress.convert.checkpoint import Checkpoint
+from quantpress.pipelines.machine import available_threads
 from quantpress.pipelines.progress import Progress, no_progress
-
-
-def available_threads() -> int:
-    """Gives the number of processors this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 @dataclass(frozen=True, slots=True)

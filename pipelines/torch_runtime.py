@@ -16,7 +16,7 @@ from quantpress.convert.model import Decoder
 from quantpress.convert.preflight import check_tied_head, preflight
 from quantpress.convert.weights import CheckpointWeights, Weight
 from quantpress.pipelines.gguf_readback import read_back
-from quantpress.pipelines.memory import free_memory
+from quantpress.pipelines.machine import free_memory
 
 FLOAT32_BYTES = 4
 STREAM_BATCH = 4  # windows that run through a layer together when weights are streamed

@@ -23,12 +23,12 @@ from quantpress.convert.tokenizer import Tokenizer, TokenizerFiles
 from quantpress.pipelines.default_text import Text, default_text
 from quantpress.pipelines.judging import JudgeOptions
 from quantpress.pipelines.llama_cpp_find import HOW_TO_INSTALL, find_llama_cpp
+from quantpress.pipelines.machine import available_threads
 from quantpress.pipelines.parity import Parity, compare, unjudged
 from quantpress.pipelines.perplexity import Perplexity, cut_windows, plain_text
 from quantpress.pipelines.perplexity import perplexity as score_windows
 from quantpress.pipelines.progress import Progress, no_progress
 from quantpress.pipelines.runtime import Runtime
-from quantpress.pipelines.stage import available_threads
 from quantpress.quant.errors import InputError, OutputError, QuantpressError, UsageError
 
 log = logging.getLogger(__name__)
@@ -152,7 +152,7 @@ def ftype_of(artifact: Path) -> str:
     Raises:
         InputError: it cannot be opened.
     """
-    from quantpress.convert.gguf.mixture import FILE_TYPES
+    from quantpress.convert.gguf.file_types import FILE_TYPES
 
     checkpoint = open_checkpoint(artifact)
     if "general.file_type" in checkpoint.metadata:

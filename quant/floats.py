@@ -228,25 +228,22 @@ def _bfloat16_to_float16(bits: Array, out: Array, wide: Array, half: Array) -> i
     `wide` and `half` are (n,) uint16 scratch.
 
     A bfloat16 in float16's normal range [2^-14, 65536) is exact there: the fraction moves up three places, the two top
-    exponent bits and the sign fall out, and the bias drops from 127 to 15, which is + 0x4000 modulo 2^16. What lies
-    outside (zeros, subnormals, overflow, NaN: well under 1 % of real weights) is repaired from a table.
+    exponent bits and the sign fall out, and the bias drops from 127 to 15, which is + 0x4000 modulo 2^16. What is
+    smaller (zeros, subnormals: well under 1 % of real weights) is repaired from a table; a chunk with anything larger
+    is taken from the table whole.
     """
-    np.multiply(bits, 8, out=out)
-    np.add(out, 0x4000, out=out)
-    np.bitwise_and(bits, 0x8000, out=wide)
-    np.bitwise_or(out, wide, out=out)
-    np.add(bits, bits, out=half)  # drops the sign
-    np.subtract(half, 2 * 0x3880, out=half)  # 2^-14, so that what is smaller wraps to large numbers
-    outside = np.flatnonzero(half >= 2 * (0x4780 - 0x3880))
-    if not outside.size:
-        return 0
-    repaired = bits[outside]
     table = _float16_of_bfloat16()
-    if outside.size > bits.size // 8:
+    if _top_magnitude(bits) >= 0x4780:  # 65536
         np.take(table, bits, out=out, mode="clip")
-    else:
-        out[outside] = table[repaired]
-    return _count_lost(repaired & 0x7FFF, BFLOAT16)
+        return _count_lost(bits & 0x7FFF, BFLOAT16)
+    np.multiply(bits, 8, out=out)
+    np.bitwise_and(bits, 0x8000, out=wide)
+    np.bitwise_xor(wide, 0x4000, out=wide)
+    np.add(out, wide, out=out)
+    np.add(bits, bits, out=half)  # drops the sign
+    small = np.flatnonzero(half < 2 * 0x3880)  # 2^-14
+    out[small] = table[bits[small]]
+    return 0
 
 
 def _float32_to_float16(bits: Array, out: Array, wide: Array, half: Array) -> int:

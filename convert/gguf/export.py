@@ -18,7 +18,8 @@ from quantpress.convert.arch.spec import ArchSpec, Hyperparameters, Layout, Role
 from quantpress.convert.checkpoint import Array, LazyTensor
 from quantpress.convert.gguf.container import MetadataValue
 from quantpress.convert.gguf.encode import Encoded, encode_rows, relative_error
-from quantpress.convert.gguf.mixture import FILE_TYPES, Mixture, TypeOptions, resolve_outtype
+from quantpress.convert.gguf.file_types import FILE_TYPES
+from quantpress.convert.gguf.mixture import Mixture, TypeOptions, resolve_outtype
 from quantpress.convert.gguf.rows import IN_PLACE, ReadRows, RowOrder, Transposed, row_order
 from quantpress.convert.gguf.stream import in_order
 from quantpress.convert.gguf.writer import FilePlan, Slot, write_container

@@ -7,19 +7,15 @@ prepare_tensors), for the other types what llama-quantize does (src/llama-quant.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from quantpress.convert.arch.spec import Role
 from quantpress.convert.checkpoint import LazyTensor
+from quantpress.convert.gguf.file_types import FILE_TYPES
 from quantpress.quant.errors import UsageError
 from quantpress.quant.ggml.types import ggml_type
 
-# Types that --outtype names -> llama.cpp's number of the file type, general.file_type (llama.h, llama_ftype)
-FILE_TYPES: Mapping[str, int] = MappingProxyType(
-    {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "BF16": 32}
-)
 AUTO = "AUTO"
 FLOATS = ("F32", "F16", "BF16")
 _CONVERTER_TYPES = (*FLOATS, "Q8_0")  # one type for every matrix; the others keep the head finer

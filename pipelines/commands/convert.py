@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from quantpress.convert.gguf.mixture import FILE_TYPES
-from quantpress.convert.open import open_checkpoint
+from quantpress.convert.gguf.file_types import FILE_TYPES
 from quantpress.pipelines.cli import Session
 from quantpress.pipelines.commands.options import (
     limit_options,
@@ -18,11 +17,13 @@ from quantpress.pipelines.commands.options import (
     text_options,
     writing_options,
 )
-from quantpress.pipelines.gguf_stage import Gguf
-from quantpress.pipelines.judging import JudgeOptions
-from quantpress.pipelines.runner import Pressed, press
-from quantpress.pipelines.stage import BuildingStage, Plan, RunContext, available_threads
+from quantpress.pipelines.hashing import BackgroundHashes, likely_weights
 from quantpress.quant.errors import UsageError
+
+if TYPE_CHECKING:  # what loads numpy is imported while the weights are being hashed already
+    from quantpress.pipelines.judging import JudgeOptions
+    from quantpress.pipelines.runner import Pressed
+    from quantpress.pipelines.stage import BuildingStage, Plan
 
 EXAMPLES = r"""
 Examples:
@@ -53,6 +54,9 @@ def make_stage(out: Path, to: str | None, flags: dict[str, Any]) -> BuildingStag
     Raises:
         UsageError: neither says what to write, or flags of the other format are given.
     """
+    from quantpress.pipelines.gguf_stage import Gguf
+    from quantpress.pipelines.safetensors_stage import Safetensors
+
     target = to or ("gguf" if out.suffix.lower() == ".gguf" else "safetensors" if flags["dtype"] else None)
     if target is None:
         raise UsageError(f"{out}: cannot tell what to write; name it *.gguf or give --to gguf or --to safetensors")
@@ -61,8 +65,6 @@ def make_stage(out: Path, to: str | None, flags: dict[str, Any]) -> BuildingStag
         if given or flags["outtype"] != "auto":
             name = (given or ["outtype"])[0].replace("_", "-")
             raise UsageError(f"--{name} is for GGUF outputs; safetensors takes --dtype")
-        from quantpress.pipelines.safetensors_stage import Safetensors
-
         return Safetensors(output=out, dtype=flags["dtype"])
     if flags["dtype"]:
         raise UsageError("--dtype is for safetensors outputs; GGUF takes --outtype")
@@ -151,6 +153,20 @@ def command(session: Session, /, model: str, out: Path, to: str | None, **flags:
     MODEL is a Hugging Face folder, a Hub id (org/name or org/name@revision) or a GGUF file. OUT is a .gguf file or a
     folder for safetensors, and may hold {ftype} and {name}.
     """
+    with BackgroundHashes() as hashes:
+        if not flags["dry_run"]:
+            hashes.add(likely_weights(model))
+        _convert(session, model, out, to, flags, hashes)
+
+
+def _convert(
+    session: Session, model: str, out: Path, to: str | None, flags: dict[str, Any], hashes: BackgroundHashes
+) -> None:
+    from quantpress.convert.open import open_checkpoint
+    from quantpress.pipelines.machine import available_threads
+    from quantpress.pipelines.runner import press
+    from quantpress.pipelines.stage import RunContext
+
     judge = _judge_options(flags)
     context_flags = {name: flags.pop(name) for name in ("threads", "force", "allow_nonfinite", "max_memory")}
     as_json, dry_run, wanted = flags.pop("as_json"), flags.pop("dry_run"), flags.pop("verify")
@@ -162,13 +178,15 @@ def command(session: Session, /, model: str, out: Path, to: str | None, **flags:
         context_flags["threads"] = context_flags["threads"] or available_threads()
         context = RunContext(progress=progress, device=judge.device, **context_flags)
         judged = wanted and not flags.get("vocab_only")
-        pressed = press(model, stage, context, judge=judge if judged else None)
+        pressed = press(model, stage, context, judge=judge if judged else None, hashes=hashes)
     if not session.quiet or as_json:
         show_result(pressed, as_json)
     pressed.require_parity()
 
 
 def _judge_options(flags: dict[str, Any]) -> JudgeOptions:
+    from quantpress.pipelines.judging import JudgeOptions
+
     names = ("text", "chunks", "max_kld", "max_ppl_change", "min_top1")
     taken = {name: flags.pop(name) for name in names}
     device = flags.pop("device")

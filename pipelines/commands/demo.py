@@ -11,8 +11,9 @@ from quantpress.pipelines.cli import Session
 from quantpress.pipelines.commands.options import machine_options, resolve_device
 from quantpress.pipelines.demo import demo
 from quantpress.pipelines.judging import JudgeOptions
+from quantpress.pipelines.machine import available_threads
 from quantpress.pipelines.runner import Pressed
-from quantpress.pipelines.stage import RunContext, available_threads
+from quantpress.pipelines.stage import RunContext
 
 CHUNKS = 4  # a thousand scored tokens: enough to tell the types apart, soon enough for a first look
 

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import click
 
-from quantpress.pipelines.stage import RunContext, available_threads
 from quantpress.quant.errors import OutputError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -101,8 +100,3 @@ def resolve_device(device: str) -> str:
     if device == "cuda":
         raise OutputError("--device cuda: torch finds no CUDA device; run `quantpress doctor`, or use --device cpu")
     return "cpu"
-
-
-def run_context(session_progress: Any, *, threads: int | None, device: str, **rest: Any) -> RunContext:
-    """Builds the context of a run from the flags of `writing_options` and `machine_options`."""
-    return RunContext(progress=session_progress, threads=threads or available_threads(), device=device, **rest)

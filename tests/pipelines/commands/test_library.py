@@ -11,7 +11,7 @@ import pytest
 
 import quantpress as qp
 from quantpress.pipelines.gguf_readback import half_split_rows
-from quantpress.pipelines.hashing import BackgroundHashes, StoppedError, hash_file
+from quantpress.pipelines.hashing import BackgroundHashes, StoppedError, hash_file, likely_weights
 from quantpress.pipelines.progress import PlainProgress
 from quantpress.pipelines.torch_runtime import TorchRuntime
 from quantpress.pipelines.verification import default_chunks
@@ -82,12 +82,20 @@ def test_half_split_rows_undo_the_interleaving_of_pairs() -> None:
 
 def test_background_hashes_are_those_of_the_files(tiny_model: Path) -> None:
     files = qp.open_checkpoint(tiny_model).files
-    with BackgroundHashes(files) as hashes:
-        pass
-    found = hashes.results()
-    assert set(found) == {file.path for file in files}
+    paths = [file.path for file in files]
+    with BackgroundHashes() as hashes:
+        hashes.add([*likely_weights(str(tiny_model)), *paths, tiny_model / "no such file"])
+        found = hashes.results(paths)
+    assert list(found) == paths
     assert all(found[file.path] == hash_file(file.path) for file in files)
     assert all(found[file.path][1] == file.nbytes for file in files)
+
+
+def test_a_file_that_cannot_be_read_is_an_error_for_those_who_need_it(tmp_path: Path) -> None:
+    with BackgroundHashes() as hashes:
+        hashes.add([tmp_path / "missing"])
+        with pytest.raises(qp.InputError, match="missing"):
+            hashes.results([tmp_path / "missing"])
 
 
 def test_hashing_stops_when_the_work_beside_it_fails(tmp_path: Path) -> None:

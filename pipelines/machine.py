@@ -1,12 +1,20 @@
-"""How much memory work will take, said before it is begun, and how much a process has taken."""
+"""What this machine has and what a run takes of it: processors, free memory, peak memory."""
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 from pathlib import Path
 
 BASE_BYTES = 150 << 20  # interpreter, numpy, tokenizer and the chunks in flight, measured by benchmarks/run.py
+
+
+def available_threads() -> int:
+    """Gives the number of processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def peak_memory(held: int = 0) -> int:
