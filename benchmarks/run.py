@@ -80,7 +80,13 @@ def conversion_speed(folder: Path, peer_python: str | None, runs: int) -> list[d
 
 def memory_against_layers(folder: Path) -> list[dict[str, object]]:
     """Peak memory of conversions that differ only in the number of layers, above a process that only imports."""
-    baseline = measure([sys.executable, "-c", "import quantpress.pipelines.commands.convert"])
+    baseline = measure(
+        [
+            sys.executable,
+            "-c",
+            "import quantpress.pipelines.commands.convert, quantpress.pipelines.gguf_stage, quantpress.pipelines.runner",
+        ]
+    )
     rows: list[dict[str, object]] = []
     for layers in (8, 32):
         shape = Shape(layers=layers, hidden=1024, heads=16, kv_heads=8, intermediate=2816, vocab=32000)

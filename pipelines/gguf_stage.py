@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 Metadata = dict[str, tuple[str, Any]]
 
 
+@dataclass(frozen=True, kw_only=True)
 class Gguf(BuildingStage):
     """Options of the stage; names and meanings are llama.cpp's (INTERFACE: convert).
 

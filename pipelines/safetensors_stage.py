@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -22,6 +23,7 @@ from quantpress.pipelines.stage import (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
 class Safetensors(BuildingStage):
     """Options of the stage.
 

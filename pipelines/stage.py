@@ -6,11 +6,9 @@ Lazy stages write nothing and give a view; building stages write one target, ato
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
-
-from pydantic import BaseModel, ConfigDict
 
 from quantpress.convert.checkpoint import Checkpoint
 from quantpress.pipelines.machine import available_threads
@@ -100,10 +98,13 @@ class Artifact:
     notes: tuple[str, ...] = ()
 
 
-class Stage(BaseModel):
-    """Options of one step. A change of the bytes it writes raises `version`."""
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Options of one step: plain frozen dataclasses, for pydantic takes as long to load as a small model to press.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    A change of the bytes that a stage writes raises `version`.
+    """
+
     name: ClassVar[str]
     version: ClassVar[int]
 
@@ -113,9 +114,12 @@ class Stage(BaseModel):
 
     def describe(self) -> Mapping[str, Any]:
         """Gives name, version and every option after defaults, for the sidecar and for cache keys."""
-        return {"name": self.name, "version": self.version, "options": self.model_dump(mode="json")}
+        options = {field.name: getattr(self, field.name) for field in fields(self)}
+        plain = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+        return {"name": self.name, "version": self.version, "options": plain}
 
 
+@dataclass(frozen=True, kw_only=True)
 class BuildingStage(Stage):
     """A stage that writes one target."""
 
