@@ -84,7 +84,7 @@ def memory_against_layers(folder: Path) -> list[dict[str, object]]:
         [
             sys.executable,
             "-c",
-            "import quantpress.pipelines.commands.convert, quantpress.pipelines.gguf_stage, quantpress.pipelines.runner",
+            "from quantpress.pipelines import gguf_stage, runner; from quantpress.pipelines.commands import convert",
         ]
     )
     rows: list[dict[str, object]] = []
