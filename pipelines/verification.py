@@ -22,6 +22,7 @@ from quantpress.convert.open import open_checkpoint
 from quantpress.convert.tokenizer import Tokenizer, TokenizerFiles
 from quantpress.pipelines.default_text import Text, default_text
 from quantpress.pipelines.judging import JudgeOptions
+from quantpress.pipelines.llama_cpp import LlamaCppRuntime
 from quantpress.pipelines.llama_cpp_find import HOW_TO_INSTALL, find_llama_cpp
 from quantpress.pipelines.machine import available_threads
 from quantpress.pipelines.parity import Parity, compare, unjudged
@@ -29,6 +30,8 @@ from quantpress.pipelines.perplexity import Perplexity, cut_windows, plain_text
 from quantpress.pipelines.perplexity import perplexity as score_windows
 from quantpress.pipelines.progress import Progress, no_progress
 from quantpress.pipelines.runtime import Runtime
+from quantpress.pipelines.tokenizer_proof import prove_tokenizer
+from quantpress.pipelines.torch_runtime import TorchRuntime
 from quantpress.quant.errors import InputError, OutputError, QuantpressError, UsageError
 
 log = logging.getLogger(__name__)
@@ -78,11 +81,10 @@ class Reference:
         Raises:
             InputError: the text or the tokenizer cannot be used.
         """
-        from quantpress.pipelines.torch_runtime import TorchRuntime
-
         self.options, self._progress = options, progress
         self.text = read_text(options.text)
         tokenizer = Tokenizer(TokenizerFiles(source.tokenizer_files, name=source.name))
+        self._source, self._tokenizer = source, tokenizer
         self.vocabulary, self._parameters = tokenizer.size, source.parameters
         self.runtime = TorchRuntime.of_checkpoint(source, device=options.device, max_memory=options.max_memory)
         self.context = options.context or min(DEFAULT_CONTEXT, self.runtime.context)
@@ -104,7 +106,7 @@ class Reference:
         try:
             self.runtime.prepare(self.windows, self.context // 2, progress=partial(self._progress, "source"))
             with open_runtime(artifact, options, context=self.context) as candidate:
-                return compare(
+                parity = compare(
                     self.runtime,
                     candidate,
                     self.windows,
@@ -113,9 +115,25 @@ class Reference:
                     vocabulary=self.vocabulary,
                     progress=partial(self._progress, "prove"),
                 )
+                return self._with_tokenizer(parity, artifact, candidate)
         except QuantpressError as error:
             reason = f"could not be judged: {error}"
             return unjudged(reason, limits, text_sha256=self.text.sha256, context=self.context)
+
+    def _with_tokenizer(self, parity: Parity, artifact: Path, candidate: Runtime) -> Parity:
+        """Turns a verdict into a failure where llama.cpp does not cut text as the source's tokenizer does."""
+        if not isinstance(candidate, LlamaCppRuntime):
+            return parity
+        rows = self.runtime.vocab_size
+        proof = prove_tokenizer(self._source, self._tokenizer, candidate, self.text.text, rows=rows)
+        if not proof.difference:
+            return parity
+        if not proof.exact:
+            log.warning("%s: %s", artifact.name, proof.difference)
+            return parity
+        problem = f"{proof.difference}; is tokenizer.ggml.pre the right one?"
+        reason = problem if parity.passed else f"{parity.reason}; {problem}"
+        return dataclasses.replace(parity, passed=False, reason=reason)
 
 
 def open_runtime(model: Checkpoint | Path, options: JudgeOptions, *, context: int) -> Runtime:
@@ -126,9 +144,6 @@ def open_runtime(model: Checkpoint | Path, options: JudgeOptions, *, context: in
         OutputError: the runtime is not installed.
         InputError: the file is refused by the runtime.
     """
-    from quantpress.pipelines.llama_cpp import LlamaCppRuntime
-    from quantpress.pipelines.torch_runtime import TorchRuntime
-
     if options.runtime == "onnxruntime":
         raise UsageError("--runtime onnxruntime: runs ONNX models only")
     if isinstance(model, Path) and model.suffix.lower() != ".gguf":

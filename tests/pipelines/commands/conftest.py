@@ -14,7 +14,8 @@ from safetensors.numpy import save_file
 
 from quantpress.pipelines.cli import run
 
-TEXT = "Once upon a time there was a small press. It pressed every word it met, and it never lost one of them. " * 40
+# the year gives the tokenizer merges of digits, on which pre-tokenizers differ
+TEXT = "Once upon a time, in 1984, there was a small press. In 1984 it pressed every word it met, and lost none. " * 40
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",

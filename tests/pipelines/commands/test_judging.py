@@ -107,3 +107,15 @@ def test_perplexity_of_a_folder_in_llama_cpp_is_a_usage_error(
     ended = quantpress("perplexity", tiny_model, "--text", text_file, "--context", 64, "--runtime", "llama.cpp")
     assert ended.code == 2
     assert "GGUF" in ended.err
+
+
+@needs_llama_cpp
+def test_a_wrong_pre_tokenizer_fails_though_every_logit_is_right(
+    quantpress: Run, tiny_model: Path, tmp_path: Path, text_file: Path
+) -> None:
+    out = tmp_path / "wrong.gguf"
+    flags = ("--outtype", "f32", "--override-kv", "tokenizer.ggml.pre=str:deepseek-coder", "--text", text_file)
+    ended = quantpress("convert", tiny_model, out, *flags)
+    assert ended.code == 4
+    assert "tokenizer.ggml.pre" in ended.err
+    assert json.loads(Path(f"{out}.quantpress.json").read_text())["parity"]["mean_kld"] < 1e-6
