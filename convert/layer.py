@@ -12,8 +12,9 @@ from quantpress.convert.arch.spec import ArchSpec, Hyperparameters
 from quantpress.convert.attention import Cache, attend
 from quantpress.convert.rope import turn
 
-Observe = Callable[[str, torch.Tensor], None]
-"""Called with a linear's slot (`attn_q.weight`) and its input, (B, T, K), before each linear runs."""
+Observe = Callable[[str, torch.Tensor], "torch.Tensor | None"]
+"""Called with a linear's slot (`attn_q.weight`) and its input, (B, T, K), before each linear runs; a tensor that it
+returns takes the input's place."""
 
 Turns = tuple[torch.Tensor, torch.Tensor]
 
@@ -84,7 +85,7 @@ class Layer:
         traits: kind of the layer.
         hyper: sizes and scales.
         weights: slot -> weight; norms and their biases in float32.
-        observe: told the input of every linear.
+        observe: told the input of every linear; see `Observe`.
     """
 
     index: int
@@ -120,8 +121,8 @@ class Layer:
         return normalize(values, weight, bias, kind=self.traits.norm, eps=self.hyper.norm_eps)
 
     def _linear(self, name: str, values: torch.Tensor) -> torch.Tensor:
-        if self.observe is not None:
-            self.observe(f"{name}.weight", values)
+        if self.observe is not None and (seen := self.observe(f"{name}.weight", values)) is not None:
+            values = seen
         return F.linear(values, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
 
     def _attention(self, values: torch.Tensor, turns: Turns | None, cache: Cache | None) -> torch.Tensor:

@@ -141,7 +141,7 @@ class Decoder:
             hidden: (B, T, hidden) output of the layer before.
             start: position of the first token.
             cache: keys and values of the tokens before `start`; extended.
-            observe: called with slot and input of each linear before it runs.
+            observe: called with slot and input of each linear before it runs; see `Observe`.
 
         Returns:
             (B, T, hidden).
@@ -151,11 +151,12 @@ class Decoder:
         turns = self._turns_of(layer, start, hidden.shape[1])
         return Layer(layer, self._traits, self.hyper, weights, observe).run(hidden, turns, cache)
 
-    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+    def head(self, hidden: torch.Tensor, *, observe: Observe | None = None) -> torch.Tensor:
         """Gives logits from the last layer's output.
 
         Args:
             hidden: (B, T, hidden).
+            observe: called with `output.weight` and the head's input; see `Observe`.
 
         Returns:
             (B, T, vocab) float32.
@@ -163,6 +164,8 @@ class Decoder:
         weight, bias = self._get("output_norm.weight", -1), self._get("output_norm.bias", -1)
         assert weight is not None, "every table has an output norm"
         hidden = normalize(hidden, weight, bias, kind=self.spec.norm, eps=self.hyper.norm_eps)
+        if observe is not None and (seen := observe("output.weight", hidden)) is not None:
+            hidden = seen
         rows = self._stored("token_embd.weight" if self._tied else "output.weight", -1)
         if rows.dtype == self.dtype and rows.device == self.device:
             logits = F.linear(hidden, rows).float()

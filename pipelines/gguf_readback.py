@@ -2,11 +2,13 @@
 
 Nothing here uses the exporter's reader, packer or row order: tensors are found, unpacked and named by the `gguf`
 package, and the rotary rows are put back as llama.cpp's converter documents the order it writes (conversion/llama.py,
-`permute`). Hyperparameters come from the file's metadata, so a wrong one shows.
+`permute`). Hyperparameters come from the file's metadata, so a wrong one shows. Activations are rounded as llama.cpp
+rounds them, so that the figures are those llama.cpp would give.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from quantpress.convert.arch.spec import GGUF_FACTORS, ArchSpec, Hyperparameters
 from quantpress.convert.weights import Weight, as_torch
 from quantpress.quant.errors import InputError
 
+_K_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ1", "IQ2", "IQ3", "IQ4_XS", "TQ")  # in blocks of 256
+
 
 @dataclass(frozen=True, slots=True)
 class ReadBack:
@@ -30,12 +34,51 @@ class ReadBack:
         hyper: what the file's metadata say.
         weight: `(slot, layer) -> float32 tensor or None` in the decoder's form; `layer` is -1 outside layers.
         parameters: number of values.
+        types: name of a tensor -> name of its ggml type.
     """
 
     spec: ArchSpec
     hyper: Hyperparameters
     weight: Weight
     parameters: int
+    types: Mapping[str, str]
+
+    def rounded_input(self, layer: int, slot: str, values: torch.Tensor) -> torch.Tensor:
+        """Rounds a linear's input as llama.cpp does before it multiplies with a tensor of that type.
+
+        Args:
+            layer: its number, -1 for the head.
+            slot: of the weight.
+            values: (..., K) float32.
+        """
+        name = slot if layer < 0 else f"blk.{layer}.{slot}"
+        return round_activations(values, self.types.get(name) or self.types["token_embd.weight"])
+
+
+def round_activations(values: torch.Tensor, weight_type: str) -> torch.Tensor:
+    """Rounds activations to what llama.cpp multiplies with weights of a type (ggml-cpu.c: type_traits_cpu).
+
+    F32 and F16: not at all (the usual builds multiply float16 weights with float32). BF16: to bfloat16. Blocks of 32:
+    to 8 bit with a float16 scale per 32 values (quantize_row_q8_0). Blocks of 256: to 8 bit with a float32 scale per
+    256 values (quantize_row_q8_K).
+
+    Args:
+        values: (..., K) float32.
+        weight_type: name of the weight's ggml type.
+
+    Returns:
+        (..., K) float32.
+    """
+    if weight_type in ("F32", "F16"):
+        return values
+    if weight_type == "BF16":
+        return values.bfloat16().float()
+    size = 256 if weight_type.startswith(_K_TYPES) else 32
+    blocks = values.reshape(*values.shape[:-1], -1, size)
+    scale = blocks.abs().amax(-1, keepdim=True) / 127
+    codes = torch.where(scale > 0, torch.round(blocks / scale), torch.zeros_like(blocks))
+    stored = scale.half().float() if size == 32 else scale
+    return (codes * stored).reshape(values.shape)
 
 
 def half_split_rows(values: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
@@ -79,4 +122,5 @@ def read_back(path: Path) -> ReadBack:
             found = half_split_rows(found, heads[rotary[slot]])
         return as_torch(np.ascontiguousarray(found))
 
-    return ReadBack(spec, hyper, weight, sum(int(tensor.n_elements) for tensor in reader.tensors))
+    count = sum(int(tensor.n_elements) for tensor in reader.tensors)
+    return ReadBack(spec, hyper, weight, count, {name: tensor.tensor_type.name for name, tensor in tensors.items()})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from quantpress.convert.arch.spec import ArchSpec, Hyperparameters
 from quantpress.convert.checkpoint import Checkpoint
+from quantpress.convert.layer import Observe
 from quantpress.convert.model import Decoder
 from quantpress.convert.preflight import check_tied_head, preflight
 from quantpress.convert.weights import CheckpointWeights, Weight
@@ -47,15 +49,19 @@ class TorchRuntime:
 
     def __init__(
         self, weight: Weight, spec: ArchSpec, hyper: Hyperparameters, *, parameters: int, device: str,
-        max_memory: int | None,
+        max_memory: int | None, rounded_input: Callable[[int, str, torch.Tensor], torch.Tensor] | None = None,
     ) -> None:  # fmt: skip
-        """Reads nothing yet; weights stay in memory if they fit `max_memory` (default: half of what is free)."""
+        """Reads nothing yet; weights stay in memory if they fit `max_memory` (default: half of what is free).
+
+        `rounded_input` gives layer (-1: the head), slot and input of a linear as another runtime would round it.
+        """
         limit = free_memory() // 2 if max_memory is None else max_memory
         resident = parameters * FLOAT32_BYTES <= limit
         self.vocab_size, self.context = hyper.vocab, hyper.context
         self._layers = hyper.layers
         self._batch = 1 if resident else STREAM_BATCH
         weights = weight if resident else _OneLayer(weight)
+        self._rounded_input = rounded_input
         self._decoder = Decoder(weights, spec, hyper, device=device, resident=resident)
         self._prepared: dict[tuple[bytes, int], torch.Tensor] = {}
 
@@ -81,7 +87,10 @@ class TorchRuntime:
             InputError: the package cannot read the file, or its metadata make no sense.
         """
         read = read_back(path)
-        return cls(read.weight, read.spec, read.hyper, parameters=read.parameters, device=device, max_memory=max_memory)
+        return cls(
+            read.weight, read.spec, read.hyper, parameters=read.parameters, device=device, max_memory=max_memory,
+            rounded_input=read.rounded_input,
+        )  # fmt: skip
 
     def prepare(
         self, windows: Sequence[NDArray[np.int32]], first: int, progress: Callable[[int, int], None] | None = None
@@ -100,7 +109,7 @@ class TorchRuntime:
         hidden = [self._decoder.embed(torch.from_numpy(np.stack(group).astype(np.int64))) for group in groups]
         for layer in range(self._layers):
             for number, values in enumerate(hidden):
-                hidden[number] = self._decoder.run_layer(layer, values)
+                hidden[number] = self._decoder.run_layer(layer, values, observe=self._observe(layer))
             if progress is not None:
                 progress(layer + 1, self._layers)
         for group, values in zip(groups, hidden, strict=True):
@@ -110,12 +119,17 @@ class TorchRuntime:
     def logits(self, tokens: NDArray[np.int32], first: int) -> NDArray[np.float32]:
         """Scores one window; see `Runtime.logits`."""
         hidden = self._prepared.get((tokens.tobytes(), first))
-        if hidden is not None:
-            found = self._decoder.head(hidden[None])
-        else:
-            found = self._decoder.logits(torch.from_numpy(tokens[None].astype(np.int64)), first=first)
+        if hidden is None:
+            whole = self._decoder.embed(torch.from_numpy(tokens[None].astype(np.int64)))
+            for layer in range(self._layers):
+                whole = self._decoder.run_layer(layer, whole, observe=self._observe(layer))
+            hidden = whole[0, first:]
+        found = self._decoder.head(hidden[None], observe=self._observe(-1))
         values: NDArray[np.float32] = found[0].cpu().numpy()
         return values
+
+    def _observe(self, layer: int) -> Observe | None:
+        return None if self._rounded_input is None else partial(self._rounded_input, layer)
 
     def close(self) -> None:
         """Forgets what was prepared."""

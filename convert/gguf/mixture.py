@@ -110,7 +110,10 @@ class Mixture:
         choice = self._wanted(name, role, shape[-1], stored)
         block = ggml_type(choice.type).block_size
         if shape[-1] % block:
-            return Choice("F16", f"rows of {shape[-1]} values do not divide into blocks of {block} of {choice.type}")
+            return Choice(
+                "F16",
+                f"rows of {shape[-1]} values do not divide into blocks of {block} of {choice.type}: written as F16",
+            )
         return choice
 
     def check_used(self) -> None:

@@ -69,9 +69,9 @@ def test_smollm2_has_the_same_perplexity_in_both_runtimes(smollm2: Checkpoint, t
         runtime: perplexity(path, options=JudgeOptions(chunks=2, runtime=runtime)).perplexity
         for runtime in ("llama.cpp", "torch")
     }
-    # float16 leaves rounding of activations to 11 bits; with quantized weights llama.cpp also rounds activations to 8
-    # bits, 0.4 % of a block's peak each: on 510 tokens that moved perplexity by up to 0.9 % (Q4_0)
-    assert found["llama.cpp"] == pytest.approx(found["torch"], rel=2e-4 if outtype == "f16" else 0.015)
+    # the torch runtime rounds activations as llama.cpp does; what is left is the order of sums, and codes that fall to
+    # the other side of a half: 0.015 % (Q8_0) and 0.16 % (Q4_0) on 20 chunks, more on the 510 tokens of this test
+    assert found["llama.cpp"] == pytest.approx(found["torch"], rel=2e-4 if outtype == "f16" else 5e-3)
 
 
 @pytest.fixture(params=SHARED_MODELS)

@@ -6,11 +6,13 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
+import torch
 
 import quantpress as qp
-from quantpress.pipelines.gguf_readback import half_split_rows
+from quantpress.pipelines.gguf_readback import half_split_rows, round_activations
 from quantpress.pipelines.hashing import BackgroundHashes, StoppedError, hash_file, likely_weights
 from quantpress.pipelines.progress import PlainProgress
 from quantpress.pipelines.torch_runtime import TorchRuntime
@@ -78,6 +80,19 @@ def test_half_split_rows_undo_the_interleaving_of_pairs() -> None:
     # two heads of four rows: pairs (0, 2) and (1, 3) of each head stand side by side in the file
     file = np.array([0, 2, 1, 3, 4, 6, 5, 7])[:, None]
     np.testing.assert_array_equal(half_split_rows(file, 2)[:, 0], np.arange(8))
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q5_1"])
+def test_activations_are_rounded_to_the_blocks_that_llama_cpp_multiplies_with(kind: str) -> None:
+    values = np.random.default_rng(1).standard_normal((5, 96)).astype(np.float32)
+    values[2, 32:64] = 0
+    packed = gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q8_0)
+    wanted = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType.Q8_0)
+    found = round_activations(torch.from_numpy(values), kind).numpy()
+    # the package rounds halves away from zero and inverts the scale first: one code, of 127 for a peak below 4, at most
+    np.testing.assert_allclose(found, wanted, atol=4 / 127, rtol=0)
+    assert (found == wanted).mean() > 0.99
+    np.testing.assert_array_equal(round_activations(torch.from_numpy(values), "F16").numpy(), values)
 
 
 def test_background_hashes_are_those_of_the_files(tiny_model: Path) -> None:
