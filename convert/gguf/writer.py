@@ -16,7 +16,8 @@ from quantpress.convert.checkpoint import Array
 from quantpress.convert.gguf.container import ALIGNMENT, ALIGNMENT_KEY, MetadataValue, align, encode_header
 
 _HASHES_BEHIND = 8  # chunks that wait to be hashed, at most
-_SYNC_BYTES = 64 << 20  # after so many the disk is told to begin, so that the sync at the end finds little to do
+_SYNC_BYTES = 256 << 20  # after so many the disk is told to begin, so that the sync at the end finds little to do
+_sync_data = getattr(os, "fdatasync", os.fsync)  # without the file's times, which only the sync at the end needs
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,7 @@ class _HashedOutput:
             self._behind.popleft().result()
         if self.nbytes - self._synced >= _SYNC_BYTES and (self._sync is None or self._sync.done()):
             self._wait_for_sync()
-            self._sync = self._syncer.submit(os.fsync, self._file.fileno())
+            self._sync = self._syncer.submit(_sync_data, self._file.fileno())
             self._synced = self.nbytes
 
     def _wait_for_sync(self) -> None:

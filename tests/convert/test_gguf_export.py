@@ -161,7 +161,7 @@ def test_planning_reads_no_weight_and_knows_the_size_of_the_file(tmp_path: Path)
         (each.name, each.type, each.nbytes) for each in result.tensors
     ]
     assert {each.note for each in planned.tensors if "ffn_down" in each.name} == {
-        "rows of 172 values do not divide into blocks of 32 of Q8_0"
+        "rows of 172 values do not divide into blocks of 32 of Q8_0: written as F16"
     }
 
 

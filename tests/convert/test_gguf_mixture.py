@@ -59,7 +59,7 @@ def test_the_note_says_when_llama_quantize_would_write_another_type() -> None:
     assert "Q6_K" in mixture.choose("output.weight", Role.HEAD, (64, 512), "F16").note
     assert mixture.choose("output.weight", Role.HEAD, (64, 576), "F16").note == ""  # Q6_K falls back to Q8_0 there too
     note = mixture.choose("blk.0.ffn_down.weight", Role.LINEAR, (64, 172), "F16").note
-    assert note == "rows of 172 values do not divide into blocks of 32 of Q4_0"
+    assert note == "rows of 172 values do not divide into blocks of 32 of Q4_0: written as F16"
 
 
 def test_a_head_that_does_not_divide_is_f16() -> None:
