@@ -164,7 +164,7 @@ class _HuggingFace:
         where = files.where("tokenizer.json")
         try:
             self._library = Library.from_str(json.dumps(tokenizer_json, ensure_ascii=False))
-        except Exception as error:
+        except Exception as error:  # the library raises nothing narrower
             raise InputError(f"{where}: not a tokenizer: {shown(str(error), 200)}") from error
         self._library.no_padding()
         self._library.no_truncation()

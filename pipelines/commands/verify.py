@@ -9,7 +9,13 @@ from typing import Any
 import click
 
 from quantpress.pipelines.cli import Session
-from quantpress.pipelines.commands.options import limit_options, machine_options, resolve_device, text_options
+from quantpress.pipelines.commands.options import (
+    ByteSize,
+    limit_options,
+    machine_options,
+    resolve_device,
+    text_options,
+)
 from quantpress.pipelines.judging import RUNTIMES, JudgeOptions
 from quantpress.pipelines.parity import Parity
 from quantpress.pipelines.verification import verify
@@ -53,7 +59,7 @@ def show_parity(parity: Parity) -> None:
 @text_options
 @limit_options
 @machine_options
-@click.option("--max-memory", type=int, hidden=True)
+@click.option("--max-memory", type=ByteSize(), help="Memory for weights, as in 8G; default: half of what is free.")
 @click.pass_obj
 def command(session: Session, /, artifact: Path, against: str, as_json: bool, device: str, **flags: Any) -> None:
     """Run ARTIFACT and compare it with the model it was made from; exit code 4 if it fails or cannot be judged."""
