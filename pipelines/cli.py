@@ -74,7 +74,16 @@ class CommandGroup(click.Group):
             formatter.write_dl([(name, COMMANDS[name]) for name in self.list_commands(ctx)])
 
 
-@click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
+EXAMPLES = """
+\b
+Examples:
+  quantpress convert MODEL model-Q8_0.gguf --outtype q8_0
+  quantpress verify model-Q8_0.gguf --against MODEL
+  quantpress COMMAND --help
+"""
+
+
+@click.group(cls=CommandGroup, epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="quantpress", prog_name="quantpress")
 @click.option("-v", "--verbose", is_flag=True, help="Say more about what is done and why.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no messages but errors.")
@@ -82,13 +91,7 @@ class CommandGroup(click.Group):
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", help="Form of messages on stderr.")
 @click.pass_context
 def cli(ctx: click.Context, verbose: bool, quiet: bool, debug: bool, log_format: str) -> None:
-    r"""Press language models into the formats that people run, and prove every file.
-
-    \b
-    quantpress convert MODEL model-Q8_0.gguf --outtype q8_0
-    quantpress verify model-Q8_0.gguf --against MODEL
-    quantpress COMMAND --help
-    """
+    """Press language models into the formats that people run, and prove every file."""
     level = logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING
     logging.basicConfig(level=level, stream=sys.stderr, format="%(levelname)s: %(message)s")
     ctx.obj = Session(quiet=quiet, debug=debug, log_format=log_format)

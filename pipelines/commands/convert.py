@@ -25,10 +25,9 @@ if TYPE_CHECKING:  # what loads numpy is imported while the weights are being ha
     from quantpress.pipelines.runner import Pressed
     from quantpress.pipelines.stage import BuildingStage, Plan
 
-EXAMPLES = r"""
-Examples:
-
+EXAMPLES = """
 \b
+Examples:
   quantpress convert ./model model-Q8_0.gguf --outtype q8_0
   quantpress convert org/name '{name}-{ftype}.gguf' --outtype bf16
   quantpress convert ./model model.gguf --outtype q4_0 --tensor-type ffn_down=q8_0

@@ -10,10 +10,9 @@ import click
 
 from quantpress.pipelines.inspection import inspect
 
-EXAMPLES = r"""
-Examples:
-
+EXAMPLES = """
 \b
+Examples:
   quantpress inspect ./model
   quantpress inspect model-Q8_0.gguf --json
   quantpress inspect ./adapter

@@ -13,10 +13,9 @@ from quantpress.pipelines.commands.options import machine_options, resolve_devic
 from quantpress.pipelines.judging import RUNTIMES, JudgeOptions
 from quantpress.pipelines.verification import perplexity
 
-EXAMPLES = r"""
-Examples:
-
+EXAMPLES = """
 \b
+Examples:
   quantpress perplexity model-Q8_0.gguf --text wiki.test.raw
   quantpress perplexity ./model --text wiki.test.raw --chunks 20 --json
 """

@@ -21,10 +21,9 @@ from quantpress.pipelines.parity import Parity
 from quantpress.pipelines.verification import verify
 from quantpress.quant.errors import ParityError
 
-EXAMPLES = r"""
-Examples:
-
+EXAMPLES = """
 \b
+Examples:
   quantpress verify model-Q8_0.gguf --against ./model
   quantpress verify model-Q4_0.gguf --against org/name --text wiki.test.raw --chunks 20 --max-kld 0.1
 """
