@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantpress.convert.atomic import check_replaceable
 from quantpress.convert.checkpoint import Checkpoint
 from quantpress.convert.open import open_checkpoint
 from quantpress.pipelines.hashing import BackgroundHashes
@@ -89,6 +90,8 @@ def press(
     clock = _Clock()
     source = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     clock.step("open")
+    if judge is not None and reference is None:
+        reference = _reference(source, stage, context, judge)
     paths = [file.path for file in source.files]
     with BackgroundHashes() if hashes is None else contextlib.nullcontext(hashes) as hashing:
         hashing.add(paths)
@@ -96,10 +99,8 @@ def press(
         inputs = hashing.results(paths)
     clock.step(stage.name)
     parity = None
-    if judge is not None:
-        from quantpress.pipelines.verification import Reference  # brings torch
-
-        parity = (reference or Reference(source, judge, context.progress)).judge(artifact.path, artifact.ftype)
+    if judge is not None and reference is not None:
+        parity = reference.judge(artifact.path, artifact.ftype)
         clock.step("verify")
     contents = statement(
         inputs=[{"name": path.name, "sha256": sha256, "bytes": nbytes} for path, (sha256, nbytes) in inputs.items()],
@@ -115,6 +116,18 @@ def press(
         timings=clock.steps,
     )
     return Pressed(artifact, parity, write_sidecar(artifact.path, contents), clock.steps)
+
+
+def _reference(source: Checkpoint, stage: BuildingStage, context: RunContext, judge: JudgeOptions) -> Reference:
+    """Makes the source ready for judging before anything is written, so that a wrong text costs nothing.
+
+    Raises:
+        QuantpressError: the stage, its output, the text or the tokenizer cannot be used.
+    """
+    check_replaceable(stage.plan(source).output, force=context.force)
+    from quantpress.pipelines.verification import Reference  # brings torch
+
+    return Reference(source, judge, context.progress)
 
 
 def stage_record(stage: BuildingStage) -> dict[str, Any]:

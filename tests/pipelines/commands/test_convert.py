@@ -233,3 +233,16 @@ def test_a_folder_that_cannot_be_written_ends_with_5(quantpress: Run, tiny_model
     ended = quantpress("convert", tiny_model, tmp_path / "file" / "out.gguf", "--no-verify")
     assert ended.code == 5, ended.err
     assert "file" in ended.err
+
+
+@pytest.mark.parametrize(("text", "words"), [("", "empty"), ("two words", "tokens"), (None, "no such file")])
+def test_a_text_that_cannot_judge_is_refused_before_anything_is_written(
+    quantpress: Run, tiny_model: Path, tmp_path: Path, text: str | None, words: str
+) -> None:
+    path = tmp_path / "text.txt"
+    if text is not None:
+        path.write_text(text)
+    ended = quantpress("convert", tiny_model, tmp_path / "out" / "tiny.gguf", "--text", path)
+    assert ended.code == 3
+    assert words in ended.err
+    assert not (tmp_path / "out").exists()
