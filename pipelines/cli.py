@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import json
 import logging
 import os
@@ -33,6 +34,14 @@ INTERRUPTED, TERMINATED = 130, 143
 
 class Terminated(BaseException):
     """SIGTERM arrived; everything that is open is closed and removed on the way out."""
+
+
+class _JsonLines(logging.Formatter):
+    """One JSON object per message, for `--log-format json`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {"event": "log", "level": record.levelname.lower(), "message": record.getMessage()}
+        return json.dumps(line, ensure_ascii=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +102,9 @@ Examples:
 def cli(ctx: click.Context, verbose: bool, quiet: bool, debug: bool, log_format: str) -> None:
     """Press language models into the formats that people run, and prove every file."""
     level = logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING
-    logging.basicConfig(level=level, stream=sys.stderr, format="%(levelname)s: %(message)s")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonLines() if log_format == "json" else logging.Formatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler], force=True)
     ctx.obj = Session(quiet=quiet, debug=debug, log_format=log_format)
 
 
@@ -104,7 +115,7 @@ def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
 
 def _report(message: str, exit_code: int, arguments: Sequence[str]) -> int:
     line = " ".join(message.split())
-    if "json" in arguments and "--log-format" in arguments:
+    if "--log-format=json" in arguments or ("--log-format", "json") in itertools.pairwise(arguments):
         line = json.dumps({"event": "error", "message": line, "exit_code": exit_code}, ensure_ascii=False)
     else:
         line = f"error: {line}"

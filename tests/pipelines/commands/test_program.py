@@ -118,3 +118,15 @@ def test_a_signal_ends_a_run_in_seconds_and_leaves_nothing(
 
 def test_the_version_is_the_packages(quantpress: Run) -> None:
     assert "0.1.0" in quantpress("--version").out
+
+
+@pytest.mark.parametrize("flag", [("--log-format", "json"), ("--log-format=json",)])
+def test_every_message_is_a_json_line_when_that_is_asked_for(
+    quantpress: Run, tiny_model: Path, tmp_path: Path, flag: tuple[str, ...]
+) -> None:
+    done = quantpress(*flag, "convert", tiny_model, tmp_path / "out.gguf", "--outtype", "q4_0", "--no-verify")
+    failed = quantpress(*flag, "convert", tmp_path / "nowhere", tmp_path / "out.gguf")
+    lines = [json.loads(line) for line in (done.err + failed.err).splitlines()]
+    assert (done.code, failed.code) == (0, 3)
+    assert lines[-1] == {"event": "error", "message": lines[-1]["message"], "exit_code": 3}
+    assert {line["event"] for line in lines} <= {"progress", "log", "error"}
