@@ -7,13 +7,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 from quantpress.quant.errors import InputError
+
+if TYPE_CHECKING:
+    from quantpress.convert.lora.ledger import Adapted
 
 Array = npt.NDArray[Any]
 
@@ -50,6 +53,8 @@ class LazyTensor:
         source: the file the values come from, for messages.
         read_rows: `(start, stop)` -> C-contiguous array of rows `[start, stop)` of the first dimension (a scalar has
             one row and is given as shape `()`). May be called twice, in any order and from several threads.
+        wide_rows: the same rows in float32, before they were rounded to `dtype`; None where nothing was rounded. A
+            merged tensor has it, so that what is computed from the merge is rounded once.
     """
 
     name: str
@@ -57,6 +62,7 @@ class LazyTensor:
     dtype: str
     source: str
     read_rows: Callable[[int, int], Array] = field(repr=False)
+    wide_rows: Callable[[int, int], Array] | None = field(default=None, repr=False)
 
     @property
     def rows(self) -> int:
@@ -76,6 +82,10 @@ class LazyTensor:
     def read(self) -> Array:
         """Gives the whole tensor in its storage type."""
         return self.read_rows(0, self.rows)
+
+    def exact_rows(self, start: int, stop: int) -> Array:
+        """Gives rows as exact as they are known, in float32 or in the storage type."""
+        return (self.wide_rows or self.read_rows)(start, stop)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +113,7 @@ class Checkpoint:
         storage_types: name -> type in the file, for tensors that are stored in another type than `read` gives (the
             block types of a GGUF source).
         format: "safetensors", "torch" (weights-only .bin) or "gguf".
+        adapted: what adapters were merged into which base, and the ledger of their tensors; None where none were.
     """
 
     name: str
@@ -114,6 +125,7 @@ class Checkpoint:
     metadata: Mapping[str, tuple[str, Any]] = field(default_factory=dict, repr=False)
     storage_types: Mapping[str, str] = field(default_factory=dict, repr=False)
     format: str = "safetensors"
+    adapted: Adapted | None = field(default=None, repr=False)
 
     @property
     def parameters(self) -> int:

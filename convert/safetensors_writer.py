@@ -234,11 +234,12 @@ def _jobs(tensor: LazyTensor, dtype: str) -> Iterator[_Job]:
 
 
 def _convert(job: _Job) -> _Piece:
-    values = job.tensor.read_rows(job.start, job.stop)
+    same = job.dtype == job.tensor.dtype
+    values = (job.tensor.read_rows if same else job.tensor.exact_rows)(job.start, job.stop)
     if job.tensor.dtype not in _FLOATS:
         return _Piece(values, 0, 0)
     before = count_nonfinite(values)
-    if job.dtype == job.tensor.dtype:
+    if same:
         return _Piece(values, before, 0)
     try:
         values = _CASTS[job.dtype](values)

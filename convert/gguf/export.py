@@ -62,7 +62,7 @@ class PlannedTensor:
 
     def reader(self) -> ReadRows:
         """Gives a function that reads rows as the file holds them; a transposed tensor stays in memory with it."""
-        read = Transposed(self.source).read_rows if self.transposed else self.source.read_rows
+        read = Transposed(self.source).read_rows if self.transposed else self.source.exact_rows
         return partial(self.order.read, read)
 
     def row_ranges(self) -> Iterator[tuple[int, int]]:

@@ -110,5 +110,5 @@ class Transposed:
         """Gives rows `[start, stop)` of the transpose: columns of the tensor, C-contiguous."""
         with self._lock:
             if self._whole is None:
-                self._whole = self.tensor.read()
+                self._whole = self.tensor.exact_rows(0, self.tensor.rows)
         return np.ascontiguousarray(self._whole[:, start:stop].T)

@@ -1,0 +1,1 @@
+"""Adapters: read, check, merge lazily, and account for every tensor of them."""
