@@ -21,7 +21,7 @@ from quantpress.convert.token_count import count_tokens
 from quantpress.quant.errors import InputError
 from quantpress.quant.floats import to_float32
 
-__all__ = ["Binding", "Preflight", "bind", "check_tied_head", "preflight"]
+__all__ = ["Binding", "Preflight", "bind", "check_tied_head", "preflight", "refuse_quantized"]
 
 Binding = tuple[TensorSpec, int, LazyTensor]
 """A row of a family's table, its layer (-1 outside layers), and the tensor that a checkpoint has for it."""
@@ -77,7 +77,7 @@ def preflight(checkpoint: Checkpoint, spec: ArchSpec | None = None, hyper: Hyper
         hyper = hyper or spec.read_config(checkpoint.config)
     except InputError as error:
         raise type(error)(f"{checkpoint.name}: {error}") from error
-    _refuse_quantized(checkpoint)
+    refuse_quantized(checkpoint)
     if hyper.layers > len(checkpoint.tensors):
         raise InputError(
             f"{checkpoint.name}: config.json says {hyper.layers} layers, the checkpoint holds only"
@@ -126,7 +126,12 @@ def check_tied_head(checked: Preflight) -> None:
             )
 
 
-def _refuse_quantized(checkpoint: Checkpoint) -> None:
+def refuse_quantized(checkpoint: Checkpoint) -> None:
+    """Refuses what a quantizer wrote, by its config and by the names of its tensors.
+
+    Raises:
+        InputError: the checkpoint is quantized already.
+    """
     if checkpoint.format == "gguf":
         return
     configs = [checkpoint.config, checkpoint.config.get("text_config")]

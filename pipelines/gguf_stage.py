@@ -19,6 +19,7 @@ from quantpress.convert.gguf.vocab import plan_vocab
 from quantpress.convert.preflight import check_tied_head, preflight
 from quantpress.convert.tokenizer_files import TokenizerFiles
 from quantpress.pipelines.machine import peak_memory
+from quantpress.pipelines.merge_stage import merged_names
 from quantpress.pipelines.stage import (
     Artifact,
     BuildingStage,
@@ -70,9 +71,13 @@ class Gguf(BuildingStage):
         """Says what would be written, without reading a weight."""
         tensors, metadata, notes = self._prepare(source)
         file = tensors.file(metadata)
+        merged = merged_names(source)
         return Plan(
             output=self._path(source, tensors.outtype),
-            tensors=tuple(PlannedTensor(t.name, t.shape, t.type, t.nbytes, t.note) for t in tensors.tensors),
+            tensors=tuple(
+                PlannedTensor(t.name, t.shape, t.type, t.nbytes, t.note, merged=t.source.name in merged)
+                for t in tensors.tensors
+            ),
             output_bytes=file.nbytes(),
             peak_memory=peak_memory(max((t.source.nbytes for t in tensors.tensors if t.transposed), default=0)),
             notes=notes,

@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantpress.convert.arch.registry import find_arch
 from quantpress.convert.atomic import check_replaceable
 from quantpress.convert.checkpoint import Checkpoint
 from quantpress.convert.open import open_checkpoint
 from quantpress.pipelines.hashing import BackgroundHashes
 from quantpress.pipelines.judging import JudgeOptions
 from quantpress.pipelines.machine import peak_rss
-from quantpress.pipelines.sidecar import statement, write_sidecar
-from quantpress.pipelines.stage import Artifact, BuildingStage, RunContext
-from quantpress.quant.errors import ParityError
+from quantpress.pipelines.merge_stage import (
+    adapter_notes,
+    input_names,
+    ledger_of,
+    merge_records,
+    run_lazy,
+    stage_record,
+)
+from quantpress.pipelines.sidecar import rounded, statement, write_sidecar
+from quantpress.pipelines.stage import Artifact, BuildingStage, RunContext, Stage, TensorResult
+from quantpress.quant.errors import ParityError, UnknownFamilyError
 
 if TYPE_CHECKING:
+    from quantpress.convert.lora.ledger import LedgerEntry
     from quantpress.pipelines.parity import Parity
     from quantpress.pipelines.verification import Reference
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +46,16 @@ class Pressed:
         parity: the verdict, or None where no proof was asked for.
         sidecar: path of the sidecar.
         timings: seconds and peak resident bytes of each step.
+        ledger: what became of every tensor of the adapters.
+        notes: what a user should know: of the adapters and of the file.
     """
 
     artifact: Artifact
     parity: Parity | None
     sidecar: Path
     timings: Mapping[str, Any]
+    ledger: tuple[LedgerEntry, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def require_parity(self) -> None:
         """Ends the run where the proof failed.
@@ -64,21 +81,59 @@ class _Clock:
         self._start = now
 
 
+class _Judge:
+    """What proves the output: made ready before anything is written, so that a wrong text costs nothing."""
+
+    def __init__(
+        self, source: Checkpoint, options: JudgeOptions, context: RunContext, reference: Reference | None
+    ) -> None:
+        """Makes the source ready.
+
+        Raises:
+            QuantpressError: the text or the tokenizer cannot be used.
+        """
+        self._source, self._options, self._reference = source, options, reference
+        self._problem = "" if reference is not None else _no_table(source)
+        if reference is None and not self._problem:
+            from quantpress.pipelines.verification import Reference  # brings torch
+
+            self._reference = Reference(source, options, context.progress)
+
+    def __call__(self, artifact: Artifact) -> Parity:
+        if self._reference is not None:
+            return self._reference.judge(artifact.path, artifact.ftype)
+        from quantpress.pipelines.parity import unjudged
+
+        limits = self._options.limits(artifact.ftype, self._source.parameters)
+        return unjudged(f"could not be judged: {self._problem}", limits)
+
+
+def _no_table(source: Checkpoint) -> str:
+    """Why a model cannot be run here, so that nothing can judge what is made from it; empty if it can."""
+    try:
+        find_arch(source.config)
+    except UnknownFamilyError as error:
+        return f"{source.name}: {error}"
+    return ""
+
+
 def press(
     model: Checkpoint | Path | str,
     stage: BuildingStage,
     context: RunContext,
     *,
-    judge: JudgeOptions | None,
+    lazy: Sequence[Stage] = (),
+    judge: JudgeOptions | None = None,
     reference: Reference | None = None,
     hashes: BackgroundHashes | None = None,
 ) -> Pressed:
-    """Runs one building stage on a source and proves the result.
+    """Runs one building stage on a model, in one pass with the lazy stages before it.
 
     Args:
-        model: the source, opened or not.
-        stage: what to write.
+        model: folder, file, Hub id or open checkpoint, merged or not.
+        stage: the target.
         context: what the run may use.
+        lazy: stages that give views, in order: the adapters to merge.
         judge: how to prove the output; None leaves it unproved.
         reference: the source made ready for judging, where several outputs share it.
         hashes: a thread that hashes the inputs, where it has been started already.
@@ -90,60 +145,42 @@ def press(
     clock = _Clock()
     source = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     clock.step("open")
-    if judge is not None and reference is None:
-        reference = _reference(source, stage, context, judge)
-    paths = [file.path for file in source.files]
+    records = [*merge_records(source), *(stage_record(each) for each in lazy), stage_record(stage)]
+    source = run_lazy(source, lazy, context)
+    if judge is not None or source.adapted is not None:
+        check_replaceable(stage.plan(source).output, force=context.force)
+    notes = adapter_notes(source)
+    for note in notes:
+        log.warning("%s", note)
+    judged = _Judge(source, judge, context, reference) if judge is not None else None
+    if lazy:
+        clock.step("merge_lora")
+    names = input_names(source)
     with BackgroundHashes() if hashes is None else contextlib.nullcontext(hashes) as hashing:
-        hashing.add(paths)
+        hashing.add(names)
         artifact = stage.run(source, context)
-        inputs = hashing.results(paths)
+        ledger = ledger_of(source)
+        hashed = hashing.results(list(names))
     clock.step(stage.name)
     parity = None
-    if judge is not None and reference is not None:
-        parity = reference.judge(artifact.path, artifact.ftype)
+    if judged is not None:
+        parity = judged(artifact)
         clock.step("verify")
+    notes = (*notes, *artifact.notes)
     contents = statement(
-        inputs=[{"name": path.name, "sha256": sha256, "bytes": nbytes} for path, (sha256, nbytes) in inputs.items()],
-        stages=[stage_record(stage)],
+        inputs=[{"name": names[path], "sha256": sha256, "bytes": size} for path, (sha256, size) in hashed.items()],
+        adapters=[rounded(entry.to_json()) for entry in ledger],
+        stages=records,
         device=context.device,
         outputs=[{"name": out.name, "sha256": out.sha256, "bytes": out.nbytes} for out in artifact.outputs],
-        tensors=[
-            {"name": t.name, "type": t.type, "bytes": t.nbytes, "relative_error": rounded(t.relative_error)}
-            for t in artifact.tensors
-        ],
+        tensors=[_tensor_record(tensor) for tensor in artifact.tensors],
         parity=rounded(parity.to_json()) if parity is not None else None,
-        notes=artifact.notes,
+        notes=notes,
         timings=clock.steps,
     )
-    return Pressed(artifact, parity, write_sidecar(artifact.path, contents), clock.steps)
+    return Pressed(artifact, parity, write_sidecar(artifact.path, contents), clock.steps, ledger, notes)
 
 
-def _reference(source: Checkpoint, stage: BuildingStage, context: RunContext, judge: JudgeOptions) -> Reference:
-    """Makes the source ready for judging before anything is written, so that a wrong text costs nothing.
-
-    Raises:
-        QuantpressError: the stage, its output, the text or the tokenizer cannot be used.
-    """
-    check_replaceable(stage.plan(source).output, force=context.force)
-    from quantpress.pipelines.verification import Reference  # brings torch
-
-    return Reference(source, judge, context.progress)
-
-
-def stage_record(stage: BuildingStage) -> dict[str, Any]:
-    """Describes a stage for the sidecar; paths are kept by name, so that a run elsewhere gives the same record."""
-    record = dict(stage.describe())
-    options = dict(record["options"])
-    for key, value in options.items():
-        if isinstance(getattr(stage, key), Path):
-            options[key] = Path(value).name
-    return record | {"options": options}
-
-
-def rounded(value: Any) -> Any:
-    """Rounds every float to six significant digits: the last ones depend on how a processor orders its sums."""
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, Mapping):
-        return {key: rounded(item) for key, item in value.items()}
-    return value
+def _tensor_record(tensor: TensorResult) -> dict[str, Any]:
+    error = rounded(tensor.relative_error)
+    return {"name": tensor.name, "type": tensor.type, "bytes": tensor.nbytes, "relative_error": error}

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 from quantpress.convert.checkpoint import Checkpoint
-from quantpress.convert.preflight import check_tied_head, preflight
+from quantpress.convert.preflight import Preflight, check_tied_head, preflight, refuse_quantized
 from quantpress.convert.safetensors_writer import planned_tensors, write_checkpoint
 from quantpress.pipelines.gguf_stage import fill_name
 from quantpress.pipelines.hashing import hash_files
 from quantpress.pipelines.machine import peak_memory
+from quantpress.pipelines.merge_stage import merged_names
 from quantpress.pipelines.stage import (
     Artifact,
     BuildingStage,
@@ -21,6 +23,22 @@ from quantpress.pipelines.stage import (
     RunContext,
     TensorResult,
 )
+from quantpress.quant.errors import UnknownFamilyError
+
+log = logging.getLogger(__name__)
+
+
+def checked_or_unknown(source: Checkpoint) -> Preflight | UnknownFamilyError:
+    """Checks a checkpoint against its family's table, or gives the reason why there is no table to check it with.
+
+    Raises:
+        InputError: it does not fit its family, or it is quantized already.
+    """
+    try:
+        return preflight(source)
+    except UnknownFamilyError as error:
+        refuse_quantized(source)
+        return error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,17 +58,25 @@ class Safetensors(BuildingStage):
 
     def plan(self, source: Checkpoint) -> Plan:
         """Says what would be written, without reading a weight."""
-        preflight(source)
+        checked = checked_or_unknown(source)
+        merged = merged_names(source)
         tensors = tuple(
-            PlannedTensor(name, shape, dtype, nbytes)
+            PlannedTensor(name, shape, dtype, nbytes, merged=name in merged)
             for name, shape, dtype, nbytes in planned_tensors(source, self.dtype)
         )
-        return Plan(self._path(source), tensors, sum(tensor.nbytes for tensor in tensors), peak_memory())
+        notes = (
+            () if isinstance(checked, Preflight) else (f"{checked}; tensors are passed on by their names, unchecked",)
+        )
+        return Plan(self._path(source), tensors, sum(tensor.nbytes for tensor in tensors), peak_memory(), notes)
 
     def run(self, source: Checkpoint, context: RunContext) -> Artifact:
         """Writes the folder."""
         plan = self.plan(source)
-        check_tied_head(preflight(source))
+        checked = checked_or_unknown(source)
+        if isinstance(checked, Preflight):
+            check_tied_head(checked)
+        for note in plan.notes:
+            log.warning("%s", note)
         files = write_checkpoint(
             source,
             plan.output,
@@ -69,6 +95,7 @@ class Safetensors(BuildingStage):
                 OutputFile(path.relative_to(plan.output).as_posix(), *hashed[path]) for path in sorted(hashed)
             ),
             tensors=tuple(TensorResult(t.name, t.type, t.nbytes) for t in plan.tensors),
+            notes=plan.notes,
         )
 
     def _ftype(self, source: Checkpoint) -> str:

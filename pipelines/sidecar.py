@@ -77,6 +77,15 @@ def statement(
     }
 
 
+def rounded(value: Any) -> Any:
+    """Rounds every float to six significant digits: the last ones depend on how a processor orders its sums."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, Mapping):
+        return {key: rounded(item) for key, item in value.items()}
+    return value
+
+
 def write_sidecar(output: Path, contents: Mapping[str, Any]) -> Path:
     """Writes the sidecar of an output atomically, replacing an older one.
 

@@ -57,13 +57,19 @@ class TensorResult:
 
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
-    """A tensor as it would be written; `note` says why its type is not the one that was asked for."""
+    """A tensor as it would be written.
+
+    Attributes:
+        note: why its type is not the one that was asked for.
+        merged: whether an adapter changes it.
+    """
 
     name: str
     shape: tuple[int, ...]
     type: str
     nbytes: int
     note: str = ""
+    merged: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,8 @@
 QuantpressError            (exit code 1)
 ├── UsageError             2  a flag, option or pipeline key is wrong
 ├── InputError             3  a checkpoint, adapter, GGUF, ONNX or text file is wrong
-│   └── LayoutError        3  a format cannot hold what it is asked to hold exactly
+│   ├── LayoutError        3  a format cannot hold what it is asked to hold exactly
+│   └── UnknownFamilyError 3  a model of a family without a table here
 ├── ParityError            4  the output does not speak like the source, or could not be judged
 ├── OutputError            5  disk full, no permission, a missing runtime
 └── BusyError              6  another run holds the output or the cache
@@ -20,6 +21,7 @@ __all__ = [
     "OutputError",
     "ParityError",
     "QuantpressError",
+    "UnknownFamilyError",
     "UsageError",
 ]
 
@@ -44,6 +46,10 @@ class InputError(QuantpressError):
 
 class LayoutError(InputError):
     """A target format cannot hold the values exactly."""
+
+
+class UnknownFamilyError(InputError):
+    """A model is of a family that has no table here; what needs none still works."""
 
 
 class ParityError(QuantpressError):

@@ -14,7 +14,7 @@ from quantpress.convert.arch.llama import LLAMA, MISTRAL
 from quantpress.convert.arch.phi3 import PHI3
 from quantpress.convert.arch.qwen import QWEN2, QWEN3
 from quantpress.convert.arch.spec import ArchSpec
-from quantpress.quant.errors import InputError
+from quantpress.quant.errors import InputError, UnknownFamilyError
 
 ARCHITECTURES: tuple[ArchSpec, ...] = (
     LLAMA,
@@ -34,7 +34,8 @@ def find_arch(config: Mapping[str, Any]) -> ArchSpec:
     """Finds the family of a config.json: by `architectures`, or by `model_type` where that is missing.
 
     Raises:
-        InputError: neither key names a known family, the message has the nearest known names.
+        UnknownFamilyError: the key names no known family, the message has the nearest known names.
+        InputError: neither key names a family.
     """
     classes = config.get("architectures")
     if classes is not None and not (
@@ -78,4 +79,4 @@ def _by_name(key: str, name: str, known: Mapping[str, ArchSpec]) -> ArchSpec:
     lowered = {spelling.lower(): spelling for spelling in known}
     near = [lowered[match] for match in difflib.get_close_matches(name.lower()[:80], lowered, n=3, cutoff=0.4)]
     hint = f"nearest: {', '.join(near)}" if near else f"known: {', '.join(known)}"
-    raise InputError(f"{key} is {short(name)}, a family that is not implemented; {hint}")
+    raise UnknownFamilyError(f"{key} is {short(name)}, a family that is not implemented; {hint}")

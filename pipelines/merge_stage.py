@@ -1,0 +1,119 @@
+"""Merges an adapter into a checkpoint, lazily: the building stage that follows reads each tensor once, merged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from quantpress.convert.checkpoint import Checkpoint
+from quantpress.pipelines.stage import RunContext, Stage
+
+if TYPE_CHECKING:
+    from quantpress.convert.lora.ledger import LedgerEntry
+
+__all__ = [
+    "MergeLora",
+    "adapter_notes",
+    "input_names",
+    "ledger_of",
+    "merge_records",
+    "merged_names",
+    "run_lazy",
+    "stage_record",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeLora(Stage):
+    """Options of the stage.
+
+    Attributes:
+        adapter: the adapter's folder, or a Hub id as text.
+        weight: factor on what the adapter adds; what it replaces is replaced whatever the weight.
+    """
+
+    name: ClassVar[str] = "merge_lora"
+    version: ClassVar[int] = 1
+
+    adapter: Path | str
+    weight: float = 1.0
+
+    def run(self, source: Checkpoint, context: RunContext) -> Checkpoint:
+        """Gives the merged view; reads headers only."""
+        del context
+        from quantpress.convert.lora.merge import merge_lora
+
+        return merge_lora(source, self.adapter, self.weight)
+
+
+def stage_record(stage: Stage) -> dict[str, Any]:
+    """Describes a stage for the sidecar; paths are kept by name, so that a run elsewhere gives the same record."""
+    record = dict(stage.describe())
+    options = dict(record["options"])
+    for field in fields(stage):
+        value = getattr(stage, field.name)
+        if isinstance(value, Path):
+            options[field.name] = _folder_name(value)
+    return record | {"options": options}
+
+
+def _folder_name(path: Path) -> str:
+    """Last part of a path, also of "." and "..", which have none that says anything."""
+    return path.resolve().name if path.name in ("", "..") else path.name
+
+
+def merge_records(source: Checkpoint) -> list[dict[str, Any]]:
+    """Gives the records of the stages that made a merged checkpoint, as if they had been run as stages."""
+    if source.adapted is None:
+        return []
+    stages = [MergeLora(adapter=_place(each.adapter.name), weight=each.weight) for each in source.adapted.applied]
+    return [stage_record(stage) for stage in stages]
+
+
+def _place(name: str) -> Path | str:
+    """A folder as a path, a Hub id as text."""
+    path = Path(name)
+    return path if path.exists() else name
+
+
+def adapter_notes(source: Checkpoint) -> tuple[str, ...]:
+    """Reads the small tensors of a merged checkpoint's adapters and gives what a user must know of them.
+
+    Raises:
+        InputError: NaN or infinity in an adapter.
+    """
+    if source.adapted is None:
+        return ()
+    return tuple(dict.fromkeys((*source.adapted.notes, *source.adapted.check())))
+
+
+def merged_names(source: Checkpoint) -> frozenset[str]:
+    """Gives the names of the tensors that a checkpoint's adapters change."""
+    return frozenset(source.adapted.changed) if source.adapted is not None else frozenset()
+
+
+def ledger_of(source: Checkpoint) -> tuple[LedgerEntry, ...]:
+    """Gives what became of every tensor of a checkpoint's adapters; reads what nobody has read yet."""
+    return source.adapted.ledger() if source.adapted is not None else ()
+
+
+def input_names(source: Checkpoint) -> Mapping[Path, str]:
+    """Names a checkpoint's files for the sidecar; an adapter's with its folder, for many are called alike."""
+    adapters = source.adapted.applied if source.adapted is not None else ()
+    behind = {file.path for each in adapters for file in each.adapter.files}
+    return {
+        file.path: f"{_folder_name(file.path.parent)}/{file.path.name}" if file.path in behind else file.path.name
+        for file in source.files
+    }
+
+
+def run_lazy(source: Checkpoint, stages: Sequence[Stage], context: RunContext) -> Checkpoint:
+    """Runs stages that give views, in order."""
+    for stage in stages:
+        view = stage.run(source, context)
+        if not isinstance(view, Checkpoint):
+            raise TypeError(f"stage {stage.name} writes files: it stands last, not among the lazy ones")
+        source = view
+    return source
