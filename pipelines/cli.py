@@ -26,6 +26,7 @@ COMMANDS = {
     "demo": "the main job from end to end on a small model",
     "doctor": "versions, devices and runtimes on this machine",
     "inspect": "what a model file holds, without reading its weights",
+    "merge": "make adapters part of a model, and account for every tensor of them",
     "perplexity": "llama.cpp's perplexity of any model",
     "verify": "compare a file with the model it was made from",
 }
@@ -51,6 +52,7 @@ class Session:
     quiet: bool
     debug: bool
     log_format: str
+    verbose: bool = False
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[Progress]:
@@ -87,6 +89,7 @@ EXAMPLES = """
 \b
 Examples:
   quantpress convert MODEL model-Q8_0.gguf --outtype q8_0
+  quantpress merge MODEL ADAPTER ./merged
   quantpress verify model-Q8_0.gguf --against MODEL
   quantpress COMMAND --help
 """
@@ -105,7 +108,7 @@ def cli(ctx: click.Context, verbose: bool, quiet: bool, debug: bool, log_format:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonLines() if log_format == "json" else logging.Formatter("%(levelname)s: %(message)s"))
     logging.basicConfig(level=level, handlers=[handler], force=True)
-    ctx.obj = Session(quiet=quiet, debug=debug, log_format=log_format)
+    ctx.obj = Session(quiet=quiet, debug=debug, log_format=log_format, verbose=verbose)
 
 
 def _terminate(signum: int, frame: FrameType | None) -> NoReturn:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,20 +9,13 @@ import click
 
 from quantpress.convert.gguf.file_types import FILE_TYPES
 from quantpress.pipelines.cli import Session
-from quantpress.pipelines.commands.options import (
-    limit_options,
-    machine_options,
-    resolve_device,
-    text_options,
-    writing_options,
-)
-from quantpress.pipelines.hashing import BackgroundHashes, likely_weights
+from quantpress.pipelines.commands.adapters import adapter_option, parse_adapter, qlora_options, take_qlora
+from quantpress.pipelines.commands.options import limit_options, machine_options, text_options, writing_options
+from quantpress.pipelines.commands.writing import write
 from quantpress.quant.errors import UsageError
 
-if TYPE_CHECKING:  # what loads numpy is imported while the weights are being hashed already
-    from quantpress.pipelines.judging import JudgeOptions
-    from quantpress.pipelines.runner import Pressed
-    from quantpress.pipelines.stage import BuildingStage, Plan
+if TYPE_CHECKING:
+    from quantpress.pipelines.stage import BuildingStage
 
 EXAMPLES = """
 \b
@@ -32,9 +24,15 @@ Examples:
   quantpress convert org/name '{name}-{ftype}.gguf' --outtype bf16
   quantpress convert ./model model.gguf --outtype q4_0 --tensor-type ffn_down=q8_0
   quantpress convert model.gguf ./model-f16 --to safetensors --dtype f16
+  quantpress convert ./model tuned-Q8_0.gguf --outtype q8_0 --adapter ./adapter
+  quantpress convert ./model mixed.gguf --adapter ./tone=0.7 --adapter ./facts=0.3
   quantpress convert ./model model.gguf --outtype q4_0 --dry-run
 """
 TYPES = ", ".join(name.lower() for name in FILE_TYPES)
+STAGE_FLAGS = (
+    "outtype", "tensor_type", "output_tensor_type", "token_embedding_type", "leave_output_tensor", "pure",
+    "override_kv", "metadata", "vocab_only", "model_name", "dtype",
+)  # fmt: skip
 
 
 def _pairs(values: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
@@ -71,59 +69,6 @@ def make_stage(out: Path, to: str | None, flags: dict[str, Any]) -> BuildingStag
     return Gguf(output=out, tensor_types=_pairs(flags["tensor_type"]), **options)
 
 
-def _size(nbytes: float) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
-
-
-def _show_plan(plan: Plan, as_json: bool) -> None:
-    if as_json:
-        tensors = [
-            {"name": t.name, "shape": t.shape, "type": t.type, "bytes": t.nbytes, "note": t.note} for t in plan.tensors
-        ]
-        record = {"output": str(plan.output), "bytes": plan.output_bytes, "peak_memory": plan.peak_memory}
-        record["disk_needed"] = plan.output_bytes
-        click.echo(json.dumps(record | {"notes": plan.notes, "tensors": tensors}, indent=2))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("tensor", "shape", "type", "bytes", "note")
-    for tensor in plan.tensors:
-        shape = " x ".join(str(size) for size in tensor.shape)
-        table.add_row(tensor.name, shape, tensor.type, f"{tensor.nbytes:,}", tensor.note)
-    console = Console()
-    console.print(table)
-    for note in plan.notes:
-        console.print(f"note: {note}")
-    console.print(
-        f"{plan.output}: {_size(plan.output_bytes)} to write, about {_size(plan.peak_memory)} of memory; "
-        "nothing was written"
-    )
-
-
-def show_result(pressed: Pressed, as_json: bool) -> None:
-    """Prints what was written and how it was judged."""
-    artifact, parity = pressed.artifact, pressed.parity
-    nbytes = sum(output.nbytes for output in artifact.outputs)
-    if as_json:
-        record: dict[str, Any] = {"output": str(artifact.path), "ftype": artifact.ftype, "bytes": nbytes}
-        record["sidecar"] = str(pressed.sidecar)
-        record["parity"] = parity.to_json() if parity is not None else None
-        click.echo(json.dumps(record | {"notes": artifact.notes}, indent=2))
-        return
-    click.echo(f"{artifact.path}: {artifact.ftype}, {_size(nbytes)}")
-    if parity is None:
-        click.echo("not verified (--no-verify)")
-    elif parity.tokens:
-        verdict = "verified" if parity.passed else "NOT VERIFIED"
-        click.echo(
-            f"{verdict} in {parity.candidate.runtime} on {parity.tokens} tokens: "
-            f"perplexity {parity.candidate.perplexity:.4f} (source {parity.baseline.perplexity:.4f}), "
-            f"KL divergence {parity.mean_kld:.2g} mean, {parity.kld_p99:.2g} p99, "
-            f"top-1 agreement {100 * parity.top1_agreement:.2f} %"
-        )
-
-
 @click.command(name="convert", epilog=EXAMPLES)
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
@@ -141,59 +86,23 @@ def show_result(pressed: Pressed, as_json: bool) -> None:
 @click.option("--dtype", help="safetensors type: f32, f16, bf16; default: as stored.")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Run the file and compare it with MODEL.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@adapter_option
+@qlora_options
 @text_options
 @limit_options
 @writing_options
 @machine_options
 @click.pass_obj
-def command(session: Session, /, model: str, out: Path, to: str | None, **flags: Any) -> None:
+def command(
+    session: Session, /, model: str, out: Path, to: str | None, adapters: tuple[str, ...], **flags: Any
+) -> None:
     """Press MODEL into OUT in one pass, run OUT, and compare it with MODEL.
 
     MODEL is a Hugging Face folder, a Hub id (org/name or org/name@revision) or a GGUF file. OUT is a .gguf file or a
-    folder for safetensors, and may hold {ftype} and {name}.
+    folder for safetensors, and may hold {ftype} and {name}. With --adapter, OUT is compared with MODEL and the adapter
+    run beside each other, unmerged.
     """
-    with BackgroundHashes() as hashes:
-        if not flags["dry_run"]:
-            hashes.add(likely_weights(model))
-        _convert(session, model, out, to, flags, hashes)
-
-
-def _convert(
-    session: Session, model: str, out: Path, to: str | None, flags: dict[str, Any], hashes: BackgroundHashes
-) -> None:
-    from quantpress.convert.open import open_checkpoint
-    from quantpress.pipelines.machine import available_threads
-    from quantpress.pipelines.runner import press
-    from quantpress.pipelines.stage import RunContext
-
-    judge = _judge_options(flags)
-    context_flags = {name: flags.pop(name) for name in ("threads", "force", "allow_nonfinite", "max_memory")}
-    as_json, dry_run, wanted = flags.pop("as_json"), flags.pop("dry_run"), flags.pop("verify")
-    stage = make_stage(out, to, flags)
-    if dry_run:
-        _show_plan(stage.plan(open_checkpoint(model)), as_json)
-        return
-    with session.progress() as progress:
-        context_flags["threads"] = context_flags["threads"] or available_threads()
-        context = RunContext(progress=progress, device=judge.device, **context_flags)
-        judged = wanted and not flags.get("vocab_only")
-        pressed = press(model, stage, context, judge=judge if judged else None, hashes=hashes)
-    if not session.quiet or as_json:
-        show_result(pressed, as_json)
-    pressed.require_parity()
-
-
-def _judge_options(flags: dict[str, Any]) -> JudgeOptions:
-    from quantpress.pipelines.judging import JudgeOptions
-
-    names = ("text", "chunks", "max_kld", "max_ppl_change", "min_top1")
-    taken = {name: flags.pop(name) for name in names}
-    device = flags.pop("device")
-    wants_torch = flags["verify"] and not flags["dry_run"]
-    return JudgeOptions(
-        **taken,
-        context=flags.pop("context"),
-        device=resolve_device(device) if wants_torch or device == "cuda" else "cpu",
-        threads=flags["threads"],
-        max_memory=flags["max_memory"],
-    )
+    weighted = tuple(parse_adapter(text) for text in adapters)
+    qlora = take_qlora(flags, weighted)
+    chosen = {name: flags.pop(name) for name in STAGE_FLAGS}
+    write(session, model, lambda: make_stage(out, to, chosen), weighted, qlora, flags)

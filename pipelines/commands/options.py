@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from quantpress.quant.errors import OutputError
+
+if TYPE_CHECKING:  # what loads numpy is imported while the weights are being hashed already
+    from quantpress.pipelines.judging import JudgeOptions
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 SIZE_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -100,3 +103,34 @@ def resolve_device(device: str) -> str:
     if device == "cuda":
         raise OutputError("--device cuda: torch finds no CUDA device; run `quantpress doctor`, or use --device cpu")
     return "cpu"
+
+
+def take_judge_options(flags: dict[str, Any], *, needs_torch: bool) -> JudgeOptions:
+    """Takes the flags that say how to judge out of a writing command's flags; leaves what the run needs too.
+
+    Args:
+        flags: of the command; `threads` and `max_memory` stay.
+        needs_torch: whether anything will run, so that "auto" must find out what is there.
+
+    Raises:
+        OutputError: see `resolve_device`.
+    """
+    from quantpress.pipelines.judging import JudgeOptions
+
+    names = ("text", "context", "chunks", "max_kld", "max_ppl_change", "min_top1")
+    taken = {name: flags.pop(name) for name in names}
+    device = flags.pop("device")
+    return JudgeOptions(
+        **taken,
+        device=resolve_device(device) if needs_torch or device == "cuda" else "cpu",
+        threads=flags["threads"],
+        max_memory=flags["max_memory"],
+    )
+
+
+def take_run_context(flags: dict[str, Any], device: str) -> dict[str, Any]:
+    """Takes the flags out that a `RunContext` holds, and gives them as its arguments."""
+    from quantpress.pipelines.machine import available_threads
+
+    taken = {name: flags.pop(name) for name in ("threads", "force", "allow_nonfinite", "max_memory")}
+    return taken | {"threads": taken["threads"] or available_threads(), "device": device}

@@ -1,0 +1,114 @@
+"""An adapter's ledger as a table that a person can read: one row per kind of target."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from quantpress.pipelines.commands.showing import plain_console
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from quantpress.convert.lora.ledger import LedgerEntry
+
+__all__ = ["Group", "Key", "group_entries", "show_ledger", "target_kind"]
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+class Key(NamedTuple):
+    """What the targets of a group share; `target` is their common name, the rest is as in `LedgerEntry`."""
+
+    adapter: str
+    weight: float
+    target: str
+    kind: str
+    rank: int | None
+    alpha: float | None
+    scale: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Targets of one kind that an adapter changes in one way.
+
+    Attributes:
+        key: what they share.
+        modules: how many there are.
+        norms: relative norm of each target's change, ascending, where it is known.
+    """
+
+    key: Key
+    modules: int
+    norms: tuple[float, ...]
+
+
+def target_kind(name: str) -> str:
+    """Gives the name that a tensor has in every layer: "model.layers.3.mlp.up_proj.weight" -> "mlp.up_proj"."""
+    pattern = _NUMBER.sub("*", name).removesuffix(".weight")
+    return pattern.partition(".*.")[2] or pattern.removeprefix("model.")
+
+
+def group_entries(ledger: Sequence[LedgerEntry]) -> list[Group]:
+    """Puts the entries together that differ in the layer only, in the order in which they first appear."""
+    norms: dict[Key, dict[str, float | None]] = {}
+    for entry in ledger:
+        key = Key(
+            entry.adapter, entry.weight, target_kind(entry.target), entry.kind, entry.rank, entry.alpha, entry.scale
+        )
+        norms.setdefault(key, {})[entry.target] = entry.delta_norm
+    return [
+        Group(key, len(targets), tuple(sorted(norm for norm in targets.values() if norm is not None)))
+        for key, targets in norms.items()
+    ]
+
+
+def _text(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def show_ledger(ledger: Sequence[LedgerEntry], *, every_tensor: bool = False) -> None:
+    """Prints the ledger, each adapter in a table of its own."""
+    console = plain_console()
+    for adapter, weight in dict.fromkeys((entry.adapter, entry.weight) for entry in ledger):
+        own = [entry for entry in ledger if (entry.adapter, entry.weight) == (adapter, weight)]
+        title = f"{adapter}, weight {weight:g}"
+        console.print(_tensors(own, title) if every_tensor else _groups(own, title))
+
+
+def _table(title: str, names: Sequence[str], numbers: Sequence[str]) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for name in names:
+        table.add_column(name, overflow="fold")
+    for name in numbers:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _groups(entries: Sequence[LedgerEntry], title: str) -> Table:
+    table = _table(
+        title, ["target", "kind"], ["rank", "alpha", "scale", "modules", "min change", "median", "max change"]
+    )
+    for key, modules, norms in ((group.key, group.modules, group.norms) for group in group_entries(entries)):
+        figures = (norms[0], statistics.median(norms), norms[-1]) if norms else (None, None, None)
+        settings = [_text(each) for each in (key.rank, key.alpha, key.scale)]
+        table.add_row(key.target, key.kind, *settings, str(modules), *(_text(each) for each in figures))
+    return table
+
+
+def _tensors(entries: Sequence[LedgerEntry], title: str) -> Table:
+    table = _table(title, ["tensor of the adapter", "target", "kind"], ["shape", "type", "scale", "change"])
+    for entry in entries:
+        shape = " x ".join(str(size) for size in entry.shape)
+        table.add_row(
+            entry.name, entry.target, entry.kind, shape, entry.dtype, _text(entry.scale), _text(entry.delta_norm)
+        )
+    return table
