@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,46 @@ Observe = Callable[[str, torch.Tensor], "torch.Tensor | None"]
 returns takes the input's place."""
 
 Turns = tuple[torch.Tensor, torch.Tensor]
+
+
+class Adapt(Protocol):
+    """What runs beside the weights: adapters that were not merged into them."""
+
+    def linear(
+        self,
+        place: tuple[str, int],
+        values: torch.Tensor,
+        result: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Changes the output of a linear.
+
+        Args:
+            place: its slot (`attn_q.weight`; the head is `output.weight` also where it is tied) and layer (-1: none).
+            values: (..., K) its input.
+            result: (..., N) its output.
+            weight: (N, K) its weight, in any floating-point type.
+            bias: (N,) or None.
+
+        Returns:
+            (..., N).
+        """
+        ...
+
+    def rows(self, slot: str, index: torch.Tensor, result: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Changes rows that were taken from an embedding.
+
+        Args:
+            slot: `token_embd.weight` or `position_embd.weight`.
+            index: (...) int64 numbers of the rows.
+            result: (..., H) the rows.
+            weight: (V, H) the embedding, in any floating-point type.
+
+        Returns:
+            (..., H).
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +127,7 @@ class Layer:
         hyper: sizes and scales.
         weights: slot -> weight; norms and their biases in float32.
         observe: told the input of every linear; see `Observe`.
+        adapt: changes the output of linears.
     """
 
     index: int
@@ -93,6 +135,7 @@ class Layer:
     hyper: Hyperparameters
     weights: Mapping[str, torch.Tensor]
     observe: Observe | None = None
+    adapt: Adapt | None = None
 
     def run(self, hidden: torch.Tensor, turns: Turns | None, cache: Cache | None) -> torch.Tensor:
         """Computes the layer.
@@ -123,7 +166,11 @@ class Layer:
     def _linear(self, name: str, values: torch.Tensor) -> torch.Tensor:
         if self.observe is not None and (seen := self.observe(f"{name}.weight", values)) is not None:
             values = seen
-        return F.linear(values, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
+        weight, bias = self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias")
+        result = F.linear(values, weight, bias)
+        if self.adapt is None:
+            return result
+        return self.adapt.linear((f"{name}.weight", self.index), values, result, weight, bias)
 
     def _attention(self, values: torch.Tensor, turns: Turns | None, cache: Cache | None) -> torch.Tensor:
         hyper = self.hyper

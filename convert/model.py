@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from quantpress.convert.arch.spec import ArchSpec, Hyperparameters, Role, Rope
 from quantpress.convert.attention import Cache
-from quantpress.convert.layer import Layer, Observe, Turns, normalize, traits_of
+from quantpress.convert.layer import Adapt, Layer, Observe, Turns, normalize, traits_of
 from quantpress.convert.rope import angles, depends_on_length
 from quantpress.convert.weights import Weight
 from quantpress.quant.errors import InputError
@@ -33,6 +33,7 @@ class Decoder:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         resident: bool = False,
+        adapt: Adapt | None = None,
     ) -> None:
         """Reads nothing yet.
 
@@ -43,10 +44,11 @@ class Decoder:
             device: where to compute.
             dtype: what to compute in.
             resident: keep weights after their first use.
+            adapt: adapters that run beside the weights.
         """
         self.spec, self.hyper = spec, hyper
         self.device, self.dtype, self.resident = torch.device(device), dtype, resident
-        self._weight = weight
+        self._weight, self._adapt = weight, adapt
         self._traits = traits_of(spec, hyper)
         self._float32 = frozenset(row.slot for row in spec.tensors if row.role is Role.NORM)
         self._tied = hyper.tied and any(row.tied_to for row in spec.tensors if row.role is Role.HEAD)
@@ -149,7 +151,7 @@ class Decoder:
         found = {slot: self._get(slot, layer) for slot in self._traits.slots}
         weights = {slot: weight for slot, weight in found.items() if weight is not None}
         turns = self._turns_of(layer, start, hidden.shape[1])
-        return Layer(layer, self._traits, self.hyper, weights, observe).run(hidden, turns, cache)
+        return Layer(layer, self._traits, self.hyper, weights, observe, self._adapt).run(hidden, turns, cache)
 
     def head(self, hidden: torch.Tensor, *, observe: Observe | None = None) -> torch.Tensor:
         """Gives logits from the last layer's output.
@@ -174,12 +176,15 @@ class Decoder:
             for low in range(0, rows.shape[0], _HEAD_ROWS):
                 part = rows[low : low + _HEAD_ROWS].to(self.device, self.dtype)
                 logits[..., low : low + _HEAD_ROWS] = F.linear(hidden, part)
+        if self._adapt is not None:
+            logits = self._adapt.linear(("output.weight", -1), hidden, logits, rows, None)
         cap = self.hyper.logit_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def _rows(self, slot: str, index: torch.Tensor) -> torch.Tensor:
         stored = self._stored(slot, -1)
-        return stored[index.to(stored.device)].to(self.device, self.dtype)
+        rows = stored[index.to(stored.device)].to(self.device, self.dtype)
+        return rows if self._adapt is None else self._adapt.rows(slot, index, rows, stored)
 
     def _stored(self, slot: str, layer: int) -> torch.Tensor:
         """Gives an embedding or head: converted when it is kept, else as it is stored, to convert only what is used."""

@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 
 from quantpress.convert.arch.spec import ArchSpec, Hyperparameters
 from quantpress.convert.checkpoint import Checkpoint
-from quantpress.convert.layer import Observe
+from quantpress.convert.layer import Adapt, Observe
+from quantpress.convert.lora.ledger import Adapted
+from quantpress.convert.lora.unmerged import unmerged
 from quantpress.convert.model import Decoder
 from quantpress.convert.preflight import check_tied_head, preflight
 from quantpress.convert.weights import CheckpointWeights, Weight
@@ -21,6 +23,7 @@ from quantpress.pipelines.gguf_readback import read_back
 from quantpress.pipelines.machine import free_memory
 
 FLOAT32_BYTES = 4
+UNMERGED = "torch (base + adapter, unmerged)"
 STREAM_BATCH = 4  # windows that run through a layer together when weights are streamed
 
 
@@ -45,16 +48,17 @@ class _OneLayer:
 class TorchRuntime:
     """The decoder as a `Runtime`, in float32."""
 
-    name = "torch"
-
     def __init__(
         self, weight: Weight, spec: ArchSpec, hyper: Hyperparameters, *, parameters: int, device: str,
         max_memory: int | None, rounded_input: Callable[[int, str, torch.Tensor], torch.Tensor] | None = None,
+        adapt: Adapt | None = None, name: str = "torch",
     ) -> None:  # fmt: skip
         """Reads nothing yet; weights stay in memory if they fit `max_memory` (default: half of what is free).
 
-        `rounded_input` gives layer (-1: the head), slot and input of a linear as another runtime would round it.
+        `rounded_input` gives layer (-1: the head), slot and input of a linear as another runtime would round it;
+        `adapt` are adapters that run beside the weights.
         """
+        self.name = name
         limit = free_memory() // 2 if max_memory is None else max_memory
         resident = parameters * FLOAT32_BYTES <= limit
         self.vocab_size, self.context = hyper.vocab, hyper.context
@@ -62,7 +66,7 @@ class TorchRuntime:
         self._batch = 1 if resident else STREAM_BATCH
         weights = weight if resident else _OneLayer(weight)
         self._rounded_input = rounded_input
-        self._decoder = Decoder(weights, spec, hyper, device=device, resident=resident)
+        self._decoder = Decoder(weights, spec, hyper, device=device, resident=resident, adapt=adapt)
         self._prepared: dict[tuple[bytes, int], torch.Tensor] = {}
 
     @classmethod
@@ -78,6 +82,19 @@ class TorchRuntime:
         return cls(
             weight, checked.spec, checked.hyper, parameters=source.parameters, device=device, max_memory=max_memory
         )
+
+    @classmethod
+    def of_adapted(cls, adapted: Adapted, *, device: str = "cpu", max_memory: int | None = None) -> TorchRuntime:
+        """Runs a base with its adapters beside it; nothing that merges is used.
+
+        Raises:
+            InputError: base and adapters do not fit, or the decoder cannot run an adapter of this kind.
+        """
+        model = unmerged(adapted.base, adapted.applied)
+        return cls(
+            model.weight, model.spec, model.hyper, parameters=model.parameters, device=device, max_memory=max_memory,
+            adapt=model.adapt, name=UNMERGED,
+        )  # fmt: skip
 
     @classmethod
     def of_gguf(cls, path: Path, *, device: str = "cpu", max_memory: int | None = None) -> TorchRuntime:
