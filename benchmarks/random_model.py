@@ -39,7 +39,8 @@ def _config(shape: Shape) -> dict[str, object]:
     }
 
 
-def _tensor_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a checkpoint's tensors."""
     kv = shape.hidden // shape.heads * shape.kv_heads
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape.vocab, shape.hidden)}
     for layer in range(shape.layers):
@@ -73,7 +74,7 @@ def make_checkpoint(folder: Path, shape: Shape) -> Path:
     folder.mkdir(parents=True)
     generator = np.random.default_rng(0)
     tensors = {}
-    for name, size in _tensor_shapes(shape).items():
+    for name, size in tensor_shapes(shape).items():
         values = generator.standard_normal(size, dtype=np.float32) * np.float32(0.02)
         tensors[name] = (values + np.float32("norm" in name)).astype(ml_dtypes.bfloat16)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
