@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from quantpress.convert.files import shown
 from quantpress.pipelines.commands.showing import plain_console
 
 if TYPE_CHECKING:
@@ -71,12 +72,17 @@ def _text(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
+def _printable(name: str) -> str:
+    """A name from a file without what would steer the terminal."""
+    return name if name.isprintable() else shown(name)
+
+
 def show_ledger(ledger: Sequence[LedgerEntry], *, every_tensor: bool = False) -> None:
     """Prints the ledger, each adapter in a table of its own."""
     console = plain_console()
     for adapter, weight in dict.fromkeys((entry.adapter, entry.weight) for entry in ledger):
         own = [entry for entry in ledger if (entry.adapter, entry.weight) == (adapter, weight)]
-        title = f"{adapter}, weight {weight:g}"
+        title = f"{_printable(adapter)}, weight {weight:g}"
         console.print(_tensors(own, title) if every_tensor else _groups(own, title))
 
 
@@ -100,7 +106,7 @@ def _groups(entries: Sequence[LedgerEntry], title: str) -> Table:
     for key, modules, norms in ((group.key, group.modules, group.norms) for group in group_entries(entries)):
         figures = (norms[0], statistics.median(norms), norms[-1]) if norms else (None, None, None)
         settings = [_text(each) for each in (key.rank, key.alpha, key.scale)]
-        table.add_row(key.target, key.kind, *settings, str(modules), *(_text(each) for each in figures))
+        table.add_row(_printable(key.target), key.kind, *settings, str(modules), *(_text(each) for each in figures))
     return table
 
 
@@ -108,7 +114,6 @@ def _tensors(entries: Sequence[LedgerEntry], title: str) -> Table:
     table = _table(title, ["tensor of the adapter", "target", "kind"], ["shape", "type", "scale", "change"])
     for entry in entries:
         shape = " x ".join(str(size) for size in entry.shape)
-        table.add_row(
-            entry.name, entry.target, entry.kind, shape, entry.dtype, _text(entry.scale), _text(entry.delta_norm)
-        )
+        names = (_printable(entry.name), _printable(entry.target), entry.kind)
+        table.add_row(*names, shape, entry.dtype, _text(entry.scale), _text(entry.delta_norm))
     return table
