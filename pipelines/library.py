@@ -33,7 +33,7 @@ def export_gguf(
     """Writes a model as a GGUF file, in one pass with bounded memory, and a sidecar beside it.
 
     Args:
-        model: an open checkpoint, a folder, a GGUF file or a Hub id.
+        model: an open checkpoint, merged or not, a folder, a GGUF file or a Hub id.
         output: the file; may hold `{ftype}` and `{name}`.
         outtype: "f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1" in any case, or "auto".
         tensor_types: pairs of a regular expression and a type; the first that is found in a GGUF name wins.
@@ -75,7 +75,7 @@ def export_safetensors(
     """Writes a model as a Hugging Face folder, in its own types or cast to one, and a sidecar in it.
 
     Args:
-        model: an open checkpoint, a folder, a GGUF file or a Hub id.
+        model: an open checkpoint, merged or not, a folder, a GGUF file or a Hub id.
         output: the folder.
         dtype: "f32", "f16" or "bf16" for all floating-point tensors; None keeps each tensor's type.
         verify: run the folder in torch and compare it with the model.

@@ -6,6 +6,9 @@
     qp.export_gguf(model, "my-model-Q8_0.gguf", outtype="Q8_0")
     report = qp.verify("my-model-Q8_0.gguf", against=model)
 
+    merged = qp.merge_lora(model, "my-adapter/")
+    qp.export_safetensors(merged, "my-merged-model/", verify=True)
+
 Names are handed on from where they live when they are first used, so importing the package costs nothing.
 """
 
@@ -16,6 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from quantpress.convert.checkpoint import Checkpoint, LazyTensor
+    from quantpress.convert.lora.adapter import Adapter, open_adapter
+    from quantpress.convert.lora.ledger import LedgerEntry
+    from quantpress.convert.lora.merge import merge_lora
     from quantpress.convert.open import open_checkpoint
     from quantpress.pipelines.inspection import inspect
     from quantpress.pipelines.judging import JudgeOptions
@@ -32,16 +38,19 @@ if TYPE_CHECKING:
         OutputError,
         ParityError,
         QuantpressError,
+        UnknownFamilyError,
         UsageError,
     )
 
 __all__ = [
+    "Adapter",
     "BusyError",
     "Checkpoint",
     "InputError",
     "JudgeOptions",
     "LayoutError",
     "LazyTensor",
+    "LedgerEntry",
     "Limits",
     "OutputError",
     "Parity",
@@ -49,19 +58,24 @@ __all__ = [
     "Perplexity",
     "Pressed",
     "QuantpressError",
+    "UnknownFamilyError",
     "UsageError",
     "export_gguf",
     "export_safetensors",
     "inspect",
+    "merge_lora",
+    "open_adapter",
     "open_checkpoint",
     "perplexity",
     "verify",
 ]
 
 _HOMES = {
+    "Adapter": "convert.lora.adapter",
     "Checkpoint": "convert.checkpoint",
     "JudgeOptions": "pipelines.judging",
     "LazyTensor": "convert.checkpoint",
+    "LedgerEntry": "convert.lora.ledger",
     "Limits": "pipelines.parity_limits",
     "Parity": "pipelines.parity",
     "Perplexity": "pipelines.perplexity",
@@ -69,6 +83,8 @@ _HOMES = {
     "export_gguf": "pipelines.library",
     "export_safetensors": "pipelines.library",
     "inspect": "pipelines.inspection",
+    "merge_lora": "convert.lora.merge",
+    "open_adapter": "convert.lora.adapter",
     "open_checkpoint": "convert.open",
     "perplexity": "pipelines.verification",
     "verify": "pipelines.verification",

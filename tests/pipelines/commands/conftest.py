@@ -103,3 +103,20 @@ def quantpress(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
         return Ended(code, captured.out, captured.err)
 
     return call
+
+
+@pytest.fixture(scope="session")
+def tiny_adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA of three kinds of linear layers, made by PEFT; never write into it."""
+    from tests.pipelines.commands.peft_adapters import make_adapter
+
+    return make_adapter(tiny_model, tmp_path_factory.mktemp("adapters") / "tone")
+
+
+@pytest.fixture(scope="session")
+def other_adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another LoRA, with rsLoRA and other targets."""
+    from tests.pipelines.commands.peft_adapters import make_adapter
+
+    folder = tmp_path_factory.mktemp("adapters") / "facts"
+    return make_adapter(tiny_model, folder, seed=1, target_modules=["v_proj", "up_proj"], use_rslora=True)
