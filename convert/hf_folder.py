@@ -13,7 +13,7 @@ from quantpress.convert.json_reader import parse_json
 from quantpress.convert.safetensors_reader import Shard, open_shard
 from quantpress.quant.errors import InputError
 
-__all__ = ["EXTRA_TEMPLATES", "MODEL_CARD", "TOKENIZER_FILES", "open_folder"]
+__all__ = ["EXTRA_TEMPLATES", "MODEL_CARD", "TOKENIZER_FILES", "Folder", "open_folder", "read_tokenizer_files"]
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -37,7 +37,7 @@ _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.
 _OTHER_WEIGHTS = re.compile(r".*\.(gguf|onnx|h5|msgpack|ot|pth|pt|ckpt|npz)")
 
 
-class _Folder:
+class Folder:
     """Files of a model folder, each opened by name through `inside` and remembered."""
 
     def __init__(self, path: Path) -> None:
@@ -50,6 +50,7 @@ class _Folder:
         return path if path.exists() else None
 
     def read(self, name: str, limit: int = MAX_SMALL_FILE) -> bytes | None:
+        """Gives the bytes of a file of at most `limit` bytes, or None if there is none."""
         path = self.find(name)
         if path is None:
             return None
@@ -58,10 +59,12 @@ class _Folder:
         return data
 
     def read_object(self, name: str) -> dict[str, Any] | None:
+        """Gives the contents of a file that must hold a JSON object, or None if there is none."""
         data = self.read(name)
         return None if data is None else self.parse_object(name, data)
 
     def parse_object(self, name: str, data: bytes) -> dict[str, Any]:
+        """Parses JSON text that must be an object."""
         value = parse_json(data, name=str(self.path / name), max_values=_MAX_VALUES)
         if not isinstance(value, dict):
             raise InputError(f"{self.path / name}: a JSON object is expected, found {shown(value)}")
@@ -78,18 +81,18 @@ def open_folder(path: Path | str, *, name: str = "") -> Checkpoint:
     Raises:
         InputError: no config.json, no weights, an index that does not fit its shards, or a damaged or hostile file.
     """
-    folder = _Folder(Path(path))
+    folder = Folder(Path(path))
     if (config_bytes := folder.read("config.json", _MAX_CONFIG)) is None:
         raise InputError(_why_not_a_model(folder.path))
     config = folder.parse_object("config.json", config_bytes)
-    tokenizer_files = _read_tokenizer_files(folder)
+    tokenizer_files = read_tokenizer_files(folder)
     tokenizer_files["config.json"] = config_bytes  # the tokenizer asks it for ids of special tokens
     generation: dict[str, Any] = {}
     if generation_bytes := folder.read("generation_config.json", _MAX_CONFIG):
         generation = folder.parse_object("generation_config.json", generation_bytes)
         tokenizer_files["generation_config.json"] = generation_bytes
     tensors, kind = _open_weights(folder)
-    return Checkpoint(
+    checkpoint = Checkpoint(
         name=name or folder.path.resolve().name,
         config=config,
         tensors=tensors,
@@ -98,6 +101,11 @@ def open_folder(path: Path | str, *, name: str = "") -> Checkpoint:
         files=tuple(folder.files),
         format=kind,
     )
+    if not config.get("quantization_config"):
+        return checkpoint
+    from quantpress.convert.bitsandbytes import dequantized
+
+    return dequantized(checkpoint)
 
 
 def _why_not_a_model(path: Path) -> str:
@@ -113,8 +121,13 @@ def _why_not_a_model(path: Path) -> str:
     return f"{path}: no config.json; a Hugging Face model folder is expected"
 
 
-def _read_tokenizer_files(folder: _Folder) -> dict[str, bytes]:
-    names = [*TOKENIZER_FILES, MODEL_CARD]
+def read_tokenizer_files(folder: Folder, *, card: bool = True) -> dict[str, bytes]:
+    """Reads what belongs to the tokenizer, and the model card if `card`.
+
+    Returns:
+        File name -> bytes, of those that are there.
+    """
+    names = [*TOKENIZER_FILES, *([MODEL_CARD] if card else [])]
     if (templates := folder.find(EXTRA_TEMPLATES)) is not None and templates.is_dir():
         found = sorted(entry.name for entry in templates.iterdir() if entry.name.endswith(".jinja"))
         names += [f"{EXTRA_TEMPLATES}/{name}" for name in found[:_MAX_TEMPLATES]]
@@ -122,7 +135,7 @@ def _read_tokenizer_files(folder: _Folder) -> dict[str, bytes]:
     return {name: data for name, data in contents if data is not None}
 
 
-def _open_weights(folder: _Folder) -> tuple[dict[str, LazyTensor], str]:
+def _open_weights(folder: Folder) -> tuple[dict[str, LazyTensor], str]:
     """Opens the weights, safetensors before .bin, a whole file before shards as transformers does."""
     if (path := folder.find("model.safetensors")) is not None:
         return dict(_one(folder, path, "model.safetensors").tensors), "safetensors"
@@ -150,13 +163,13 @@ def _why_no_weights(path: Path) -> str:
     return f"{path}: no weights: neither model.safetensors, its index, nor pytorch_model.bin"
 
 
-def _one(folder: _Folder, path: Path, name: str) -> Shard:
+def _one(folder: Folder, path: Path, name: str) -> Shard:
     shard = open_shard(path, label=str(folder.path / name))
     folder.files.append(SourceFile(folder.path / name, shard.file.nbytes))
     return shard
 
 
-def _one_bin(folder: _Folder, path: Path, name: str) -> Shard:
+def _one_bin(folder: Folder, path: Path, name: str) -> Shard:
     from quantpress.convert.torch_bin import open_bin
 
     shard = open_bin(path, label=str(folder.path / name))
@@ -165,7 +178,7 @@ def _one_bin(folder: _Folder, path: Path, name: str) -> Shard:
 
 
 def _open_shards(
-    folder: _Folder, index: dict[str, Any], name: str, open_one: Callable[[_Folder, Path, str], Shard]
+    folder: Folder, index: dict[str, Any], name: str, open_one: Callable[[Folder, Path, str], Shard]
 ) -> dict[str, LazyTensor]:
     """Opens every shard an index names and checks that index and shards hold the same tensors."""
     label = str(folder.path / name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import sys
 from pathlib import Path
 from typing import cast
@@ -11,8 +12,10 @@ from quantpress.convert.files import shown
 from quantpress.convert.hf_folder import EXTRA_TEMPLATES, MODEL_CARD, TOKENIZER_FILES
 from quantpress.quant.errors import InputError, OutputError, QuantpressError
 
-__all__ = ["download"]
+__all__ = ["download", "download_adapter", "is_hub_id"]
 
+# org/name or org/name@revision, the characters that the Hub allows
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[\w./-]{1,200})?", re.ASCII)
 _SMALL = (
     "config.json",
     "generation_config.json",
@@ -25,7 +28,13 @@ _SAFETENSORS = (*_SMALL, "*.safetensors", "model.safetensors.index.json")
 _BIN = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 # Second copies of the weights that many models carry: in folders, and in the form of Mistral's own loader.
 _COPIES = ("*/*.safetensors", "consolidated*.safetensors")
+_ADAPTER = ("adapter_config.json", *TOKENIZER_FILES, f"{EXTRA_TEMPLATES}/*.jinja")
 _DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EFBIG})
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a text has the form of a Hub id, `org/name` or `org/name@revision`."""
+    return _HUB_ID.fullmatch(text) is not None and not text.endswith(".gguf")
 
 
 def download(model_id: str) -> Path:
@@ -42,6 +51,29 @@ def download(model_id: str) -> Path:
             not in the cache.
         OutputError: the cache cannot be written.
     """
+    return _fetch(model_id, _SAFETENSORS, _COPIES, "*.safetensors", (*_SMALL, *_BIN))
+
+
+def download_adapter(adapter_id: str) -> Path:
+    """Fetches an adapter: its configuration, its weights as safetensors or else .bin, and tokenizer files beside them.
+
+    Args:
+        adapter_id: `org/name` or `org/name@revision`, a branch, tag or commit.
+
+    Returns:
+        The folder in the Hub's cache.
+
+    Raises:
+        InputError, OutputError: as `download`.
+    """
+    weights = "adapter_model.safetensors"
+    return _fetch(adapter_id, (*_ADAPTER, "config.json", weights), (), weights, (*_ADAPTER, "adapter_model.bin"))
+
+
+def _fetch(
+    model_id: str, patterns: tuple[str, ...], but: tuple[str, ...], wanted_file: str, fallback: tuple[str, ...]
+) -> Path:
+    """Fetches files by `patterns` without `but`, then, if `wanted_file` is not among them, by `fallback`."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils.tqdm import disable_progress_bars
@@ -55,10 +87,10 @@ def download(model_id: str) -> Path:
     failures = (OSError, ValueError, cast(type[Exception], HfHubHTTPError.__mro__[1]))
     try:
         folder = Path(
-            snapshot_download(name, revision=wanted, allow_patterns=list(_SAFETENSORS), ignore_patterns=list(_COPIES))
+            snapshot_download(name, revision=wanted, allow_patterns=list(patterns), ignore_patterns=list(but))
         )
-        if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(name, revision=wanted, allow_patterns=[*_SMALL, *_BIN]))
+        if not any(folder.glob(wanted_file)):
+            folder = Path(snapshot_download(name, revision=wanted, allow_patterns=list(fallback)))
     except failures as error:
         raise _explain(model_id, error) from error
     return folder

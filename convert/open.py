@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from quantpress.convert.checkpoint import Checkpoint
@@ -11,9 +10,6 @@ from quantpress.convert.hf_folder import open_folder
 from quantpress.quant.errors import InputError
 
 __all__ = ["open_checkpoint"]
-
-# org/name or org/name@revision, the characters that the Hub allows
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[\w./-]{1,200})?", re.ASCII)
 
 
 def open_checkpoint(model: Path | str) -> Checkpoint:
@@ -35,9 +31,9 @@ def open_checkpoint(model: Path | str) -> Checkpoint:
     if path.exists() or path.is_symlink():
         return _open_file(path)
     text = str(model)
-    if isinstance(model, str) and _HUB_ID.fullmatch(text) and not text.endswith(".gguf"):
-        from quantpress.convert.hub import download
+    from quantpress.convert.hub import download, is_hub_id
 
+    if isinstance(model, str) and is_hub_id(text):
         return open_folder(download(text), name=text)
     raise InputError(
         f"{shown(text, 200)}: no such file or folder; give a model folder, a .gguf file, or a Hub id like org/name"
