@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from quantpress.convert.arch.spec import Hyperparameters
-from quantpress.convert.checkpoint import Checkpoint
+from quantpress.convert.checkpoint import Checkpoint, LazyTensor
 from quantpress.convert.gguf.export import plan_tensors
 from quantpress.convert.gguf.file_types import FILE_TYPES
 from quantpress.convert.gguf.mixture import TypeOptions
-from quantpress.convert.json_reader import read_json
 from quantpress.convert.open import open_checkpoint
 from quantpress.convert.preflight import Preflight, preflight
 from quantpress.convert.tokenizer_files import TokenizerFiles
@@ -35,7 +35,9 @@ def inspect(model: Checkpoint | Path | str) -> dict[str, Any]:
         InputError: the files cannot be opened.
     """
     if not isinstance(model, Checkpoint) and (Path(model) / ADAPTER_CONFIG).is_file():
-        return _adapter(Path(model))
+        from quantpress.pipelines.adapter_inspection import inspect_adapter
+
+        return inspect_adapter(Path(model))
     source = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     report = {
         "model": source.name,
@@ -44,7 +46,7 @@ def inspect(model: Checkpoint | Path | str) -> dict[str, Any]:
         "parameters": source.parameters,
         "bytes": sum(file.nbytes for file in source.files),
         "tensors": len(source.tensors),
-        "tensor_types": _types(source),
+        "tensor_types": tensor_types(source.tensors.values(), source.storage_types),
         "tokenizer": _tokenizer(source),
         "quantization": source.config.get("quantization_config"),
     }
@@ -55,28 +57,14 @@ def inspect(model: Checkpoint | Path | str) -> dict[str, Any]:
     return report | _sizes(checked) | {"problem": None}
 
 
-def _adapter(folder: Path) -> dict[str, Any]:
-    config = read_json(folder / ADAPTER_CONFIG)
-    if not isinstance(config, Mapping):
-        raise InputError(f"{folder / ADAPTER_CONFIG}: a JSON object is wanted")
-    return {
-        "model": folder.name,
-        "format": "adapter",
-        "type": config.get("peft_type"),
-        "rank": config.get("r"),
-        "alpha": config.get("lora_alpha"),
-        "targets": config.get("target_modules"),
-        "dora": bool(config.get("use_dora")),
-        "rslora": bool(config.get("use_rslora")),
-        "base": config.get("base_model_name_or_path"),
-    }
-
-
-def _types(source: Checkpoint) -> dict[str, dict[str, int]]:
+def tensor_types(
+    tensors: Iterable[LazyTensor], storage_types: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, dict[str, int]]:
+    """Counts tensors and their values by the type that they are stored in."""
     kinds: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
-    for tensor in source.tensors.values():
-        kind = source.storage_types.get(tensor.name, tensor.dtype)
+    for tensor in tensors:
+        kind = storage_types.get(tensor.name, tensor.dtype)
         kinds[kind] += 1
         sizes[kind] += tensor.size
     return {kind: {"tensors": kinds[kind], "parameters": sizes[kind]} for kind in sorted(kinds)}

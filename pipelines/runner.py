@@ -117,6 +117,20 @@ def _no_table(source: Checkpoint) -> str:
     return ""
 
 
+def _notes(source: Checkpoint, lazy: Sequence[Stage]) -> tuple[str, ...]:
+    """Looks at the adapters' values, and warns of all that a user should know before anything is written."""
+    if source.adapted is None:
+        return ()
+    from quantpress.pipelines.qlora_choice import QloraBase, qlora_notes
+
+    notes = adapter_notes(source)
+    if not any(isinstance(stage, QloraBase) for stage in lazy):
+        notes = (*notes, *qlora_notes(source))
+    for note in notes:
+        log.warning("%s", note)
+    return notes
+
+
 def press(
     model: Checkpoint | Path | str,
     stage: BuildingStage,
@@ -149,9 +163,7 @@ def press(
     source = run_lazy(source, lazy, context)
     if judge is not None or source.adapted is not None:
         check_replaceable(stage.plan(source).output, force=context.force)
-    notes = adapter_notes(source)
-    for note in notes:
-        log.warning("%s", note)
+    notes = _notes(source, lazy)
     judged = _Judge(source, judge, context, reference) if judge is not None else None
     if lazy:
         clock.step("merge_lora")

@@ -92,23 +92,23 @@ def adapter_weights(adapters: Sequence[Weighted]) -> list[Path]:
 
 
 def qlora_options(command: Command) -> Command:
-    """Adds the flags for adapters that were trained on a 4-bit base."""
+    """Adds the flags for adapters that were trained on a quantized base."""
     options = [
         click.option(
             "--qlora-base",
             type=click.Choice(["fp16", "dequantized", "auto"]),
-            help="For adapters trained on a 4-bit base: merge into MODEL's own weights (fp16, the default), into what"
+            help="For adapters trained on a quantized base: merge into MODEL's own weights (fp16, default), into what"
             " the training saw of them (dequantized), or measure both and take the better (auto).",
         ),
         click.option(
             "--qlora-type",
-            type=click.Choice(["nf4", "fp4"]),
-            help="4-bit type of the training's base.  [default: nf4]",
+            type=click.Choice(["nf4", "fp4", "int8"]),
+            help="bitsandbytes type of the training's base.  [default: nf4]",
         ),
         click.option(
             "--qlora-double-quant/--no-qlora-double-quant",
             default=None,
-            help="Whether the training's base had its scales quantized too.  [default: no]",
+            help="Whether the training's base had its scales quantized too.  [default: yes]",
         ),
     ]
     for option in reversed(options):
@@ -128,5 +128,5 @@ def take_qlora(flags: dict[str, Any], adapters: Sequence[Weighted]) -> Mapping[s
         raise UsageError("--qlora-base says what an adapter is merged into: give --adapter too")
     if base not in ("dequantized", "auto") and any(value is not None for value in details.values()):
         flag = "--qlora-type" if details["quant_type"] is not None else "--qlora-double-quant"
-        raise UsageError(f"{flag} describes a 4-bit base: give --qlora-base dequantized or auto too")
+        raise UsageError(f"{flag} describes a quantized base: give --qlora-base dequantized or auto too")
     return {"base": base, **{name: value for name, value in details.items() if value is not None}}

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from quantpress.pipelines.cli import Session
+from quantpress.pipelines.commands.showing import plain_console
 from quantpress.pipelines.inspection import inspect
 
 EXAMPLES = """
@@ -28,27 +30,37 @@ def _text(key: str, value: Any) -> str:
         return ", ".join(f"{name} {item}" for name, item in value.items())
     if isinstance(value, list):
         return ", ".join(str(item) for item in value)
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _show(report: Mapping[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("what", "value")
     for key, value in report.items():
-        if value is not None and value != {}:
+        if key != "modules" and value not in (None, {}, [], False):
             table.add_row(key.replace("_", " "), _text(key, value))
-    Console().print(table)
+    plain_console().print(table)
 
 
 @click.command(name="inspect", epilog=EXAMPLES)
 @click.argument("model")
+@click.option("-v", "--verbose", is_flag=True, help="Show every module of an adapter.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(model: str, as_json: bool) -> None:
-    """Describe MODEL from its headers: family, sizes, types, tokenizer, and how big each target type would be."""
+@click.pass_obj
+def command(session: Session, /, model: str, verbose: bool, as_json: bool) -> None:
+    """Describe MODEL from its headers: family, sizes, types, tokenizer, and how big each target type would be.
+
+    Of an adapter: its settings, and for each kind of module the rank, the scale and the norm of what it adds.
+    """
     report = inspect(model)
     if as_json:
         click.echo(json.dumps(report, indent=2))
-    else:
-        _show(report)
+        return
+    _show(report)
+    if "modules" in report:
+        from quantpress.pipelines.commands.ledger_table import show_modules
+
+        show_modules(report, every_module=verbose or session.verbose)

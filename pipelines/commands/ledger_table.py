@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from quantpress.convert.files import shown
 from quantpress.pipelines.commands.showing import plain_console
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from quantpress.convert.lora.ledger import LedgerEntry
 
-__all__ = ["Group", "Key", "group_entries", "show_ledger", "target_kind"]
+__all__ = ["Group", "Key", "group_entries", "show_ledger", "show_modules", "target_kind"]
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -99,10 +99,9 @@ def _table(title: str, names: Sequence[str], numbers: Sequence[str]) -> Table:
     return table
 
 
-def _groups(entries: Sequence[LedgerEntry], title: str) -> Table:
-    table = _table(
-        title, ["target", "kind"], ["rank", "alpha", "scale", "modules", "min change", "median", "max change"]
-    )
+def _groups(entries: Sequence[LedgerEntry], title: str, figure: str = "change") -> Table:
+    numbers = ["rank", "alpha", "scale", "modules", f"min {figure}", "median", f"max {figure}"]
+    table = _table(title, ["target", "kind"], numbers)
     for key, modules, norms in ((group.key, group.modules, group.norms) for group in group_entries(entries)):
         figures = (norms[0], statistics.median(norms), norms[-1]) if norms else (None, None, None)
         settings = [_text(each) for each in (key.rank, key.alpha, key.scale)]
@@ -113,7 +112,35 @@ def _groups(entries: Sequence[LedgerEntry], title: str) -> Table:
 def _tensors(entries: Sequence[LedgerEntry], title: str) -> Table:
     table = _table(title, ["tensor of the adapter", "target", "kind"], ["shape", "type", "scale", "change"])
     for entry in entries:
-        shape = " x ".join(str(size) for size in entry.shape)
         names = (_printable(entry.name), _printable(entry.target), entry.kind)
-        table.add_row(*names, shape, entry.dtype, _text(entry.scale), _text(entry.delta_norm))
+        table.add_row(*names, _shape(entry.shape), entry.dtype, _text(entry.scale), _text(entry.delta_norm))
     return table
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return " x ".join(str(size) for size in shape)
+
+
+def show_modules(report: Mapping[str, Any], *, every_module: bool = False) -> None:
+    """Prints what an adapter does to modules, as `inspect` tells it without a base.
+
+    Args:
+        report: of `inspect`.
+        every_module: a row for each module, not for each kind of them.
+    """
+    if every_module:
+        table = _table("", ["module", "kind", "tensors"], ["rank", "alpha", "scale", "norm"])
+        for module in report["modules"]:
+            parts = ", ".join(f"{part} {_shape(shape)}" for part, shape in module["shapes"].items())
+            figures = [_text(module[name]) for name in ("rank", "alpha", "scale", "delta_norm")]
+            table.add_row(_printable(module["path"]), module["kind"], _printable(parts), *figures)
+    else:
+        table = _groups([_as_entry(module) for module in report["modules"]], "norms of what is added", "norm")
+    plain_console().print(table)
+
+
+def _as_entry(module: Mapping[str, Any]) -> LedgerEntry:
+    from quantpress.convert.lora.ledger import LedgerEntry
+
+    figures = {name: module[name] for name in ("kind", "rank", "alpha", "scale", "delta_norm")}
+    return LedgerEntry(adapter="", weight=1.0, name="", shape=(), dtype="", target=module["path"], **figures)

@@ -68,13 +68,6 @@ def test_inspect_says_why_a_model_cannot_be_converted(quantpress: Run, tiny_mode
     assert "layer 2 is missing" in report["problem"]
 
 
-def test_inspect_tells_an_adapter_from_a_model(quantpress: Run, tmp_path: Path) -> None:
-    settings = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
-    report = json.loads(quantpress("inspect", tmp_path, "--json").out)
-    assert (report["format"], report["rank"], report["targets"]) == ("adapter", 8, ["q_proj"])
-
-
 def test_doctor_lists_runtimes_and_says_how_to_get_a_missing_one(
     quantpress: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
