@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from quantpress.convert.checkpoint import DTYPES, Array, LazyTensor
 from quantpress.convert.lora.blocks import Block, BlockReader
-from quantpress.convert.lora.changes import Change, squares
-from quantpress.quant.float64 import Rounding
+from quantpress.convert.lora.changes import Change
+from quantpress.convert.lora.product import squares
+from quantpress.quant.float64 import check_target, round_float64
 
 __all__ = ["MergedTensor"]
 
@@ -35,6 +36,7 @@ class MergedTensor:
         self.base = base
         self.changes = changes
         self.dtype = dtype or base.dtype
+        check_target(DTYPES[self.dtype])
         for change in changes:
             if change.shape not in (None, base.shape):
                 raise ValueError(f"{name}: a change for shape {change.shape} of a tensor of shape {base.shape}")
@@ -53,10 +55,14 @@ class MergedTensor:
 
         They are summed up while rows are read; this reads only what nobody has read.
         """
+        return tuple(_ratio(before, moved) for before, moved in np.sqrt(self.squared_norms()).tolist())
+
+    def squared_norms(self) -> NDArray[np.float64]:
+        """Gives (changes, 2): for each change ||before||^2 and ||after - before||^2; reads as `delta_norms` does."""
         for start, stop in self._norms.missing():
             for _ in self._merged_blocks(start, stop):
                 pass
-        return self._norms.ratios()
+        return self._norms.sums()
 
     def _read_rows(self, start: int, stop: int) -> Array:
         return self._read(start, stop, DTYPES[self.dtype])
@@ -70,9 +76,9 @@ class MergedTensor:
         reader = self._reader
         first, last = start * reader.row_lines, stop * reader.row_lines
         out = np.empty((last - first, reader.width), dtype)
-        rounding = Rounding(dtype, min(reader.most_lines, last - first) * reader.width)
         for block in self._merged_blocks(first, last):
-            rounding.apply(block.values.reshape(-1), out[block.start - first : block.stop - first].reshape(-1))
+            target = out[block.start - first : block.stop - first]
+            round_float64(block.values.reshape(-1), target.reshape(-1), block.spare)
         return out.reshape((stop - start, *self.base.shape[1:]) if self.base.shape else ())
 
     def _merged_blocks(self, start: int, stop: int) -> Iterator[Block]:
@@ -147,10 +153,10 @@ class _Norms:
             borders = np.flatnonzero(np.diff(np.pad(~self._known, 1).astype(np.int8)))
         return [(int(start), int(stop)) for start, stop in borders.reshape(-1, 2)]
 
-    def ratios(self) -> tuple[float, ...]:
-        """Gives the relative norms; all lines must be known."""
+    def sums(self) -> NDArray[np.float64]:
+        """Gives the sums over all lines, which must be known."""
         assert self._sums is not None, "every line was read"
-        return tuple(_ratio(before, moved) for before, moved in np.sqrt(self._sums).tolist())
+        return self._sums
 
 
 def _ratio(before: float, moved: float) -> float:

@@ -13,7 +13,7 @@ from quantpress.convert.checkpoint import Checkpoint
 from quantpress.convert.files import shown
 from quantpress.quant.errors import InputError
 
-__all__ = ["Embeddings", "Names"]
+__all__ = ["BaseNames", "Embeddings"]
 
 # What models wrap their layers in. The same model has other wrappers when it is saved from another class.
 _WRAPPERS = frozenset({"model", "transformer", "language_model", "text_model", "base_model", "backbone", "gpt_neox"})
@@ -47,7 +47,7 @@ class Embeddings:
     tied: bool
 
 
-class Names:
+class BaseNames:
     """Finds a base's tensors by the paths that an adapter gives.
 
     The family's table is asked where there is one; no family needs one.
@@ -58,6 +58,7 @@ class Names:
         self._checkpoint = checkpoint
         self._tensors = checkpoint.tensors
         self._arch, self._hyper = _family(checkpoint.config)
+        self.model_type = checkpoint.config.get("model_type")
 
     def find(self, name: str) -> str | None:
         """Gives the checkpoint's spelling of a tensor.
@@ -84,6 +85,13 @@ class Names:
                 return found[0]
         return None
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Gives the shape of a tensor by its name in the checkpoint; of a head that is not there, the embedding's."""
+        ends = self.embeddings
+        if name == ends.head and ends.tied and ends.input is not None:
+            name = ends.input
+        return self._tensors[name].shape
+
     def transposed(self, name: str) -> bool | None:
         """Whether the tensor of this name in the checkpoint is stored (K, N); None where no table says."""
         place = self._rows.get(name)
@@ -99,6 +107,19 @@ class Names:
         end = path.rsplit(".", 1)[-1]
         similar = [name for name in self._tensors if f".{end}." in f".{name}"]
         return ", ".join(shown(name) for name in similar[:2])
+
+    def matrices(self, *, linear: bool) -> Iterator[str]:
+        """Gives the paths of modules with a matrix, without single experts, which are no modules in transformers 5.
+
+        Args:
+            linear: without the embeddings and the head.
+        """
+        ends = self.embeddings
+        for name, tensor in self._tensors.items():
+            if len(tensor.shape) != 2 or not name.endswith(".weight") or ".experts." in name:
+                continue
+            if not linear or (name not in (ends.input, ends.head) and not _core(name).endswith(_EMBEDDINGS)):
+                yield name.removesuffix(".weight")
 
     @cached_property
     def embeddings(self) -> Embeddings:

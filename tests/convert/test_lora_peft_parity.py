@@ -1,0 +1,118 @@
+"""merge_lora against PEFT's merge_and_unload, variant by variant, from the same files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import peft
+import pytest
+
+from quantpress.convert.lora.merge import merge_lora
+from quantpress.convert.open import open_checkpoint
+from tests.peft_oracle import attach, differences, float64_of, merged, train
+from tests.tiny import tiny_case, tiny_checkpoint
+
+# PEFT adds sums of at most 16 products in float32 and rounds the result: weights here stay below 4, deltas below 4, so
+# each of its roundings is at most 2^-23 (half a unit in the last place below 4), and errors of the 4 or so that matter
+# are smaller than 1e-6 together. Ours are rounded once.
+TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Case:
+    """An adapter of a tiny model: `options` go to PEFT's class `kind`."""
+
+    id: str
+    options: Mapping[str, Any]
+    base: str = "llama"
+    kind: str = "LoraConfig"
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.id
+
+
+ALL = "all-linear"
+
+
+def lora(name: str, base: str = "llama", **options: Any) -> Case:
+    return Case(name, {"r": 4, "lora_alpha": 6, "target_modules": ALL, **options}, base)
+
+
+def other(name: str, kind: str, **options: Any) -> Case:
+    return Case(name, {"target_modules": ["q_proj", "v_proj", "down_proj"], **options}, kind=kind)
+
+
+CONV = {"target_modules": ["c_attn", "c_fc", "c_proj"], "fan_in_fan_out": True}
+CASES = (
+    lora("all-linear"),
+    lora("one", target_modules=["k_proj"]),
+    lora("regex", target_modules=r".*layers\.[12]\..*(k|down)_proj"),
+    lora("exclude", exclude_modules=["v_proj", "up_proj"]),
+    lora("layers", target_modules=["q_proj", "up_proj"], layers_to_transform=[0, 2], layers_pattern="layers"),
+    lora("rslora", use_rslora=True),
+    lora(
+        "patterns",
+        rank_pattern={"q_proj": 2, "layers.1.mlp.*": 3, r".*\.2\.self_attn\.(k|v)_proj": 5},
+        alpha_pattern={"v_proj|down_proj": 1, "o_proj": 9, r"^model\.layers\.0.*up_proj": 2},
+    ),
+    lora("conv1d", "gpt2", **CONV),
+    lora("conv1d-bare", "gpt2-bare", **CONV),
+    lora("conv1d-unsaid", "gpt2", target_modules=["c_attn", "c_proj"]),
+    lora("lora-bias", "llama-bias", lora_bias=True, lora_alpha=2),
+    lora("conv1d-lora-bias", "gpt2", **CONV, lora_bias=True),
+    lora("dora", use_dora=True),
+    lora("dora-rslora", use_dora=True, use_rslora=True, rank_pattern={"q_proj": 2}),
+    lora("dora-conv1d", "gpt2", **CONV, use_dora=True),
+    lora("dora-embedding", target_modules=["embed_tokens"], use_dora=True),
+    lora("embedding", target_modules=["embed_tokens", "q_proj"]),
+    lora("positions", "gpt2-untied", target_modules=["wpe", "wte"]),
+    lora("head", target_modules=["lm_head", "embed_tokens"]),
+    lora("head-renamed", "gptneox", target_modules=["lm_head", "dense"]),
+    lora("dora-head", target_modules=["lm_head"], use_dora=True),
+    lora("saved", target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head", "norm", "mlp.up_proj"]),
+    lora("saved-conv1d", "gpt2-untied", target_modules=["c_attn"], modules_to_save=["wte", "ln_f", "h.1.mlp.c_fc"]),
+    lora("tokens", target_modules=["q_proj"], trainable_token_indices=[3, 200, 7]),
+    lora("tokens-both", target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [9, 4], "lm_head": [5]}),
+    lora("bias-all", "gptneox", target_modules=["dense"], bias="all"),
+    lora("bias-lora_only", "llama-bias", target_modules=["q_proj", "down_proj"], bias="lora_only"),
+    lora("router-of-parameters", target_modules=[], target_parameters=["self_attn.q_proj.weight", "up_proj.weight"]),
+    lora("bare", "llama-bare", target_modules=["q_proj", "up_proj"]),
+    lora("vision", "gemma3-vision", target_modules=r".*language_model.*(q_proj|up_proj)"),
+    lora("vision-tower", "gemma3-vision", target_modules=["q_proj", "out_proj"]),
+    lora("phi3", "phi3"),
+    lora("qwen2", "qwen2", bias="all"),
+    lora("adapted-by-hand", "qwen3", target_modules=["q_proj", "k_proj"], rank_pattern={"k_proj": 1}),
+    other("loha", "LoHaConfig", r=3, alpha=5, init_weights=False),
+    other("loha-patterns", "LoHaConfig", r=3, alpha=5, rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 1}),
+    other("lokr", "LoKrConfig", r=3, alpha=5, init_weights=False),
+    other("lokr-both", "LoKrConfig", r=2, alpha=3, decompose_both=True, decompose_factor=4, init_weights=False),
+    other("lokr-factor", "LoKrConfig", r=2, alpha=3, decompose_factor=8, init_weights=False),
+    other("lokr-whole", "LoKrConfig", r=64, alpha=70, init_weights=False),
+    other("adalora", "AdaLoraConfig", init_r=6, target_r=3, lora_alpha=5, total_step=10),
+)
+
+
+def make(tmp_path: Path, case: Case, dtype: str = "float32") -> tuple[Path, Path]:
+    """Makes base and adapter."""
+    tiny = tiny_case(case.base)
+    base = tiny_checkpoint(tmp_path / "base", tiny.family, dtype=dtype, **{"num_hidden_layers": 3, **tiny.options})
+    config = getattr(peft, case.kind)(task_type="CAUSAL_LM", **case.options)
+    return base, train(tmp_path / "adapter", base, config)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_float32_merge_equals_pefts(case: Case, tmp_path: Path) -> None:
+    base, adapter = make(tmp_path, case)
+    ours = float64_of(merge_lora(open_checkpoint(base), adapter))
+    theirs = merged(tmp_path / "merged", attach(base, adapter))
+    if case.base == "gpt2-bare":
+        theirs = {name.removeprefix("transformer."): value for name, value in theirs.items()}
+    assert max(differences(ours, theirs).values()) <= TOLERANCE
+    changed = differences(ours, float64_of(open_checkpoint(base)))
+    assert max(changed.values()) > 1e-3
