@@ -14,14 +14,15 @@ from numpy.typing import NDArray
 from quantpress.quant.errors import InputError
 from quantpress.quant.floats import BFLOAT16, CHUNK, Array, to_float16, widen
 
-__all__ = ["Rounding", "from_float64", "widen_to_float64"]
+__all__ = ["ROUNDING_SLACK", "check_target", "from_float64", "round_float64", "widen_to_float64"]
 
 _FLOAT16 = np.dtype(np.float16)
 _FLOAT32 = np.dtype(np.float32)
 _FLOAT64 = np.dtype(np.float64)
 
-# As many bytes of float64 as `CHUNK` has of float32.
-_PIECE = CHUNK // 2
+_PIECE = CHUNK // 2  # values; as many bytes of float64 as `CHUNK` has of float32
+
+ROUNDING_SLACK = 2  # float64 of scratch beside one for each value: 7 bytes a value, aligned
 
 
 def from_float64(array: NDArray[np.float64], dtype: np.dtype[Any]) -> Array:
@@ -38,16 +39,54 @@ def from_float64(array: NDArray[np.float64], dtype: np.dtype[Any]) -> Array:
     Raises:
         InputError: the dtype is not one of these.
     """
+    dtype = np.dtype(dtype)
+    check_target(dtype)
     flat = np.ascontiguousarray(array).reshape(-1)
     out = np.empty(flat.size, dtype)
-    rounding = Rounding(dtype, min(_PIECE, flat.size))
+    scratch = np.empty(min(_PIECE, flat.size) + ROUNDING_SLACK)
     for start in range(0, flat.size, _PIECE):
-        rounding.apply(flat[start : start + _PIECE], out[start : start + _PIECE])
+        round_float64(flat[start : start + _PIECE], out[start : start + _PIECE], scratch)
     return out.reshape(np.shape(array))
 
 
-def widen_to_float64(flat: Array, out: NDArray[np.float64], single: NDArray[np.float32]) -> None:
-    """Convert `flat` (n,), native byte order, into `out` (n,) float64; `single` is (n,) float32 scratch.
+def check_target(dtype: np.dtype[Any]) -> None:
+    """Checks that `round_float64` can round to a type.
+
+    Raises:
+        InputError: it cannot.
+    """
+    plain = dtype in (_FLOAT64, _FLOAT32, _FLOAT16, BFLOAT16)
+    if not plain and not (dtype.itemsize == 1 and dtype.name.startswith("float8")):
+        raise InputError(f"float64 cannot be rounded to dtype {dtype}")
+
+
+def round_float64(flat: NDArray[np.float64], out: Array, scratch: NDArray[np.float64]) -> None:
+    """Round `flat` (n,) into `out` (n,) in one pass; for callers that cut into pieces themselves.
+
+    Args:
+        flat: float64.
+        out: of a type that `check_target` allows; contiguous.
+        scratch: (n + ROUNDING_SLACK,) or longer, contiguous.
+    """
+    if not flat.size:
+        return
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        if out.dtype in (_FLOAT32, _FLOAT64):
+            np.copyto(out, flat, casting="unsafe")
+        elif out.dtype == BFLOAT16:
+            _to_bfloat16(flat, out.view(np.uint16), scratch)
+        else:
+            single = _to_odd_float32(flat, scratch)
+            np.copyto(out, to_float16(single) if out.dtype == _FLOAT16 else single.astype(out.dtype))
+
+
+def widen_to_float64(flat: Array, out: NDArray[np.float64], scratch: NDArray[np.float64]) -> None:
+    """Convert `flat` (n,), native byte order, into `out` (n,) float64.
+
+    Args:
+        flat: any float type.
+        out: float64.
+        scratch: (n / 2,) rounded up, or longer, contiguous.
 
     Raises:
         InputError: the dtype is not a float type.
@@ -57,75 +96,63 @@ def widen_to_float64(flat: Array, out: NDArray[np.float64], single: NDArray[np.f
         return
     if flat.dtype.kind in "iub":
         raise InputError(f"dtype {flat.dtype} is not a float type")
+    single = scratch.view(np.float32)[: flat.size]
     widen(flat, single)
     np.copyto(out, single)
 
 
-class Rounding:
-    """Rounds piece after piece of a long array to one type, in the same scratch; for one thread.
+def _to_bfloat16(flat: NDArray[np.float64], out: NDArray[np.uint16], scratch: NDArray[np.float64]) -> None:
+    """Round half away from zero in float32, then repair the midpoints: three passes instead of six."""
+    single, low, hit = _split(scratch, flat.size)
+    np.copyto(single, flat, casting="unsafe")
+    bits = single.view(np.uint32)
+    if np.isnan(np.maximum.reduce(single)):
+        nan = np.flatnonzero(np.isnan(single))
+        bits[nan] = bits[nan] & 0xFFFF0000 | 0x400000  # quiet, and no carry out of the fraction
+    np.add(bits, 0x8000, out=bits)
+    np.copyto(low, bits, casting="unsafe")
+    np.right_shift(bits, 16, out=bits)
+    np.copyto(out, bits, casting="unsafe")
+    tied = _zeros(low, hit)
+    if tied.size:
+        upper = out[tied]
+        midpoint = np.abs(((upper.astype(np.uint32) << 16) - 0x8000).view(np.float32).astype(np.float64))
+        exact = np.abs(flat[tied])
+        out[tied] = upper - ((exact < midpoint) | ((exact == midpoint) & (upper & 1 == 1)))
 
-    Args:
-        dtype: as for `from_float64`.
-        size: most values of a piece.
-    """
 
-    def __init__(self, dtype: np.dtype[Any], size: int) -> None:
-        self.dtype = np.dtype(dtype)
-        plain = self.dtype in (_FLOAT64, _FLOAT32, _FLOAT16, BFLOAT16)
-        if not plain and not (self.dtype.itemsize == 1 and self.dtype.name.startswith("float8")):
-            raise InputError(f"float64 cannot be rounded to dtype {dtype}")
-        narrow = size if self.dtype not in (_FLOAT32, _FLOAT64) else 0
-        self._single = np.empty(narrow, np.float32)
-        self._low = np.empty(narrow, np.uint16)
-        self._hit = np.empty(narrow, np.bool_)
+def _to_odd_float32(flat: NDArray[np.float64], scratch: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Give float32 that lies on a midpoint of a type with fewer than 12 bits only where the value does."""
+    single, low, hit = _split(scratch, flat.size)
+    np.copyto(single, flat, casting="unsafe")
+    bits = single.view(np.uint32)
+    # Midpoints of float16 have 12 zero bits at the end, or more where the target is subnormal or narrower.
+    np.copyto(low, bits, casting="unsafe")
+    np.left_shift(low, 4, out=low)
+    suspects = _zeros(low, hit)
+    if suspects.size:
+        exact, rounded = np.abs(flat[suspects]), np.abs(single[suspects].astype(np.float64))
+        moved = bits[suspects]
+        moved += exact > rounded
+        moved -= exact < rounded
+        bits[suspects] = moved
+    return single
 
-    def apply(self, flat: NDArray[np.float64], out: Array) -> None:
-        """Round `flat` (n,) into `out` (n,) of the type."""
-        if not flat.size:
-            return
-        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-            if self.dtype in (_FLOAT32, _FLOAT64):
-                np.copyto(out, flat, casting="unsafe")
-            elif self.dtype == BFLOAT16:
-                self._to_bfloat16(flat, out.view(np.uint16))
-            else:
-                single = self._to_odd_float32(flat)
-                np.copyto(out, to_float16(single) if self.dtype == _FLOAT16 else single.astype(self.dtype))
 
-    def _to_bfloat16(self, flat: NDArray[np.float64], out: NDArray[np.uint16]) -> None:
-        """Round half away from zero in float32, then repair the midpoints: three passes instead of six."""
-        single, low, hit = self._single[: flat.size], self._low[: flat.size], self._hit[: flat.size]
-        np.copyto(single, flat, casting="unsafe")
-        bits = single.view(np.uint32)
-        if np.isnan(np.maximum.reduce(single)):
-            nan = np.flatnonzero(np.isnan(single))
-            bits[nan] = bits[nan] & 0xFFFF0000 | 0x400000  # quiet, and no carry out of the fraction
-        np.add(bits, 0x8000, out=bits)
-        np.copyto(low, bits, casting="unsafe")
-        np.right_shift(bits, 16, out=bits)
-        np.copyto(out, bits, casting="unsafe")
-        np.equal(low, 0, out=hit)
-        tied = np.flatnonzero(hit)
-        if tied.size:
-            upper = out[tied]
-            midpoint = np.abs(((upper.astype(np.uint32) << 16) - 0x8000).view(np.float32).astype(np.float64))
-            exact = np.abs(flat[tied])
-            out[tied] = upper - ((exact < midpoint) | ((exact == midpoint) & (upper & 1 == 1)))
+def _split(
+    scratch: NDArray[np.float64], size: int
+) -> tuple[NDArray[np.float32], NDArray[np.uint16], NDArray[np.bool_]]:
+    """Cut scratch into (n,) float32, (n,) uint16 and bool for n rounded up to a multiple of 8."""
+    places = scratch.view(np.uint8)
+    flags = -(-6 * size // 8) * 8
+    single, low = places[: 4 * size].view(np.float32), places[4 * size : 6 * size].view(np.uint16)
+    return single, low, places[flags : flags + -(-size // 8) * 8].view(np.bool_)
 
-    def _to_odd_float32(self, flat: NDArray[np.float64]) -> NDArray[np.float32]:
-        """Give float32 that is beside, never on, a midpoint of a type with fewer than 12 bits unless the value is."""
-        single, low, hit = self._single[: flat.size], self._low[: flat.size], self._hit[: flat.size]
-        np.copyto(single, flat, casting="unsafe")
-        bits = single.view(np.uint32)
-        # Midpoints of float16 have 12 zero bits at the end, or more where the target is subnormal or narrower.
-        np.copyto(low, bits, casting="unsafe")
-        np.left_shift(low, 4, out=low)
-        np.equal(low, 0, out=hit)
-        suspects = np.flatnonzero(hit)
-        if suspects.size:
-            exact, rounded = np.abs(flat[suspects]), np.abs(single[suspects].astype(np.float64))
-            moved = bits[suspects]
-            moved += exact > rounded
-            moved -= exact < rounded
-            bits[suspects] = moved
-        return single
+
+def _zeros(low: NDArray[np.uint16], hit: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Find where `low` (n,) is 0; such are rare, so eight flags are looked at together."""
+    hit[low.size :] = False
+    np.equal(low, 0, out=hit[: low.size])
+    found = np.flatnonzero(hit.view(np.uint64))
+    places: NDArray[np.int64] = (found[:, None] * 8 + np.arange(8)).reshape(-1)
+    return places[hit[places]]

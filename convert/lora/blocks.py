@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantpress.convert.checkpoint import Array, LazyTensor
+from quantpress.convert.lora.factors import to_float64
 from quantpress.convert.lora.product import tile_lines
-from quantpress.quant.float64 import widen_to_float64
+from quantpress.quant.float64 import ROUNDING_SLACK, widen_to_float64
 
 __all__ = ["Block", "BlockReader", "lines_of"]
 
@@ -21,6 +22,11 @@ Float64 = NDArray[np.float64]
 
 _BLOCK = 1 << 17  # values of a block: a megabyte of float64; with its scratch it stays in the second-level cache
 _READ = 1 << 21  # values that are read from the file at a time
+
+# Memory for blocks that no thread uses now. Giving it back to the system after each read and getting it again, page by
+# page, costs a third of the time of a merge. There are as many as threads that read at once.
+_SPARE: list[NDArray[np.float64]] = []
+_MOST_SPARE = 4 * _BLOCK  # values; what is larger is not kept
 
 
 def lines_of(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -38,34 +44,27 @@ class Block:
         stop: number of the line after the last.
         values: (n, width) as they are now; changes write here.
         scratch: (n, width) for the use of one change.
+        spare: the memory of `scratch`, (n * width + ROUNDING_SLACK,).
         changed: whether `values` are no longer the tensor's own.
         reader: reads other blocks of the same tensor.
     """
 
-    __slots__ = ("_stored", "changed", "reader", "scratch", "start", "stop", "values")
+    __slots__ = ("_stored", "changed", "reader", "scratch", "spare", "start", "stop", "values")
 
-    def __init__(self, start: int, stored: Array, values: Float64, scratch: Float64, reader: BlockReader) -> None:
+    def __init__(self, start: int, stored: Array, memory: Float64, reader: BlockReader) -> None:
         self.start = start
         self.stop = start + len(stored)
-        self.values = values
-        self.scratch = scratch
+        self.values = memory[: stored.size].reshape(stored.shape)
+        self.spare = memory[len(memory) // 2 :]
+        self.scratch = self.spare[: stored.size].reshape(stored.shape)
         self.changed = False
         self.reader = reader
         self._stored = stored
-        self._widen(values)
+        widen_to_float64(stored.reshape(-1), self.values.reshape(-1), self.spare)
 
     def original(self) -> Float64:
         """Gives (n, width) as they were before any change; not to be written."""
-        if not self.changed:
-            return self.values
-        values = np.empty_like(self.values)
-        self._widen(values)
-        return values
-
-    def _widen(self, values: Float64) -> None:
-        # The scratch has room for the float32 that lies between.
-        single = self.scratch.reshape(-1).view(np.float32)[: values.size]
-        widen_to_float64(self._stored.reshape(-1), values.reshape(-1), single)
+        return to_float64(self._stored) if self.changed else self.values
 
 
 class BlockReader:
@@ -86,14 +85,16 @@ class BlockReader:
 
     def blocks(self, start: int, stop: int) -> Iterator[Block]:
         """Gives lines [start, stop), block after block, as they are stored."""
-        most = min(self.most_lines, self._period, stop - start)
-        values, scratch = np.empty((most, self.width)), np.empty((most, self.width))
-        for first, last in self._reads(start, stop):
-            stored = self.tensor.read_rows(first, last).reshape(-1, self.width)
-            before = first * self.row_lines
-            for begin, end in self._cuts(max(start, before), min(stop, last * self.row_lines)):
-                size = end - begin
-                yield Block(begin, stored[begin - before : end - before], values[:size], scratch[:size], self)
+        memory = _borrow(2 * (min(self.most_lines, self._period, stop - start) * self.width + ROUNDING_SLACK))
+        try:
+            for first, last in self._reads(start, stop):
+                stored = self.tensor.read_rows(first, last).reshape(-1, self.width)
+                before = first * self.row_lines
+                for begin, end in self._cuts(max(start, before), min(stop, last * self.row_lines)):
+                    yield Block(begin, stored[begin - before : end - before], memory, self)
+        finally:
+            if memory.size <= _MOST_SPARE:
+                _SPARE.append(memory)
 
     def _reads(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Gives the rows [first, last) to read one after the other; they end with blocks."""
@@ -114,3 +115,12 @@ class BlockReader:
             end = min(stop, border, origin + self._period)
             yield start, end
             start = end
+
+
+def _borrow(size: int) -> Float64:
+    """Gives memory that no other thread has, of at least `size` values."""
+    try:
+        memory = _SPARE.pop()
+    except IndexError:
+        return np.empty(size)
+    return memory if memory.size >= size else np.empty(size)

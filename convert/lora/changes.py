@@ -14,8 +14,9 @@ from numpy.typing import ArrayLike, NDArray
 from quantpress.convert.lora.blocks import Block
 from quantpress.convert.lora.deltas import Delta
 from quantpress.convert.lora.factors import FactorSource, as_factor
+from quantpress.convert.lora.product import squares
 
-__all__ = ["Add", "Change", "Dora", "SetRows", "squares"]
+__all__ = ["Add", "Change", "Dora", "SetRows"]
 
 Float64 = NDArray[np.float64]
 
@@ -32,12 +33,6 @@ class Change(Protocol):
 
     def release(self) -> None:
         """Drops what was loaded; it is loaded again when needed."""
-
-
-def squares(lines: Float64) -> Float64:
-    """Gives the squared norm of each line of (n, width), (n,); no BLAS, so a line's bits are its own."""
-    total: Float64 = np.einsum("ij,ij->i", lines, lines)
-    return total
 
 
 class Add:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from quantpress.convert.lora.blocks import lines_of
 from quantpress.convert.lora.factors import FactorSource, Kept, as_factor
-from quantpress.convert.lora.product import multiply_into
+from quantpress.convert.lora.product import Product
 
 __all__ = [
     "Delta",
@@ -87,22 +87,21 @@ class LowRank:
         self._expert = expert
         shape = self._b.shape[0], self._a.shape[1]
         self.shape: tuple[int, ...] = shape[::-1] if transposed else shape
-        self._pair = Kept(self._load)
+        self._product = Kept(self._load)
         for factor in self._factors:
             factor.register(self)
 
     def lines(self, start: int, stop: int, out: Float64) -> None:
         """Fills `out` with lines [start, stop)."""
-        left, right = self._pair.get()
-        multiply_into(left, right, start, stop, out)
+        self._product.get().lines(start, stop, out)
 
     def release(self) -> None:
         """Drops what was loaded."""
-        self._pair.drop()
+        self._product.drop()
         for factor in self._factors:
             factor.release(self)
 
-    def _load(self) -> tuple[Float64, Float64]:
+    def _load(self) -> Product:
         a, b = self._a.values(), self._b.values()
         if self._expert:
             number, count = self._expert
@@ -114,7 +113,7 @@ class LowRank:
             left = left * self._scale
         else:
             right = right * self._scale
-        return np.ascontiguousarray(left), np.ascontiguousarray(right)
+        return Product(left, right)
 
 
 def svd_low_rank(

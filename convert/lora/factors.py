@@ -90,5 +90,5 @@ def to_float64(array: Array) -> NDArray[np.float64]:
     """
     flat = np.ascontiguousarray(array).reshape(-1)
     out = np.empty(flat.size, np.float64)
-    widen_to_float64(flat, out, np.empty(flat.size, np.float32))
+    widen_to_float64(flat, out, np.empty(flat.size // 2 + 1))
     return out.reshape(array.shape)

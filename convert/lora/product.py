@@ -1,75 +1,96 @@
-"""Products of thin matrices, tile by tile, so that each value depends on its place alone and BLAS starts no threads."""
+"""Products of thin matrices, tile by tile, so that each value depends on its place alone and BLAS starts no threads.
+
+OpenBLAS starts threads of its own for all but small products. Where several workers multiply at once these wait for
+each other: measured 2 to 100 times slower on two cores than the tiles here, which it computes in the calling thread.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["multiply_into", "tile_lines"]
+__all__ = ["Product", "squares", "tile_lines"]
 
 Float64 = NDArray[np.float64]
 
-# Values of a tile that few columns leave small: enough work for one call.
-_TILE = 1 << 14
-
-# Multiplications that OpenBLAS does without its own threads (interface/gemm.c: 65536 * GEMM_MULTITHREAD_THRESHOLD, and
-# interface/gemv.c: 2304 times the same). Two workers that both start threads wait for each other: measured 3 to 100
-# times slower than tiles on two cores.
+# Most multiplications that OpenBLAS does without threads: interface/gemm.c 65536 * GEMM_MULTITHREAD_THRESHOLD (4),
+# interface/gemv.c 2304 times the same, kernel/x86_64/ddot.c 10000.
 _GEMM_LIMIT = 1 << 18
 _GEMV_LIMIT = 9216
+_DOT_LIMIT = 8192
 
-_MOST_COLUMNS = 1 << 17  # wider lines are tiles of their own, to bound the memory of a tile
+_TILE = 1 << 14  # values that a tile of short lines has at least
+_WIDE_TILE = 3 << 16  # values that a tile of long lines has at most, if it has more than 8 lines
+_PANEL = 1 << 11  # values of a panel, 16 KB: it stays in the first-level cache while a tile is computed
 
 
 def tile_lines(width: int) -> int:
     """Gives how many lines of `width` values form a tile; tiles begin at multiples of it."""
-    if width > _MOST_COLUMNS:
-        return 1
-    return max(16, _TILE // max(width, 1) // 16 * 16)
+    if width * 32 <= _WIDE_TILE:
+        return min(512, max(32, _TILE // max(width, 1) // 32 * 32))
+    return 16 if width * 16 <= _WIDE_TILE else 8
 
 
-def multiply_into(left: Float64, right: Float64, start: int, stop: int, out: Float64) -> None:
-    """Fill `out` (stop - start, width) with lines [start, stop) of `left` (N, r) @ `right` (r, width).
+def squares(lines: Float64) -> Float64:
+    """Gives the squared norm of each line of (n, width), (n,); a line's sum does not depend on the others."""
+    total = np.zeros(len(lines))
+    for start in range(0, lines.shape[1], _DOT_LIMIT):
+        part = lines[:, start : start + _DOT_LIMIT]
+        total += np.matmul(part[:, None, :], part[:, :, None]).reshape(-1)
+    return total
 
-    All float64, C order. Each value comes out of the same call of BLAS whatever lines are asked for: tiles are computed
-    whole, so asking for whole ones is cheaper.
+
+class Product:
+    """`left` (N, r) @ `right` (r, width), computed by lines; all float64.
+
+    Each value comes out of the same call of BLAS, on the same numbers in the same places, whatever lines are asked for.
     """
-    rank, width = right.shape
-    if rank < 2:
-        np.multiply(left[start:stop], right, out=out) if rank else out.fill(0)
-        return
-    tile = tile_lines(width)
-    first, last = -(-start // tile) * tile, stop // tile * tile
-    if first > start:
-        _multiply_part(left, right, start, min(first, stop), out[: first - start])
-    if last > first:
-        _multiply_tiles(left[first:last], right, out[first - start : last - start], tile)
-    if stop > max(first, last):
-        _multiply_part(left, right, max(first, last), stop, out[max(first, last) - start :])
 
+    def __init__(self, left: Float64, right: Float64) -> None:
+        rank, self.width = right.shape
+        self._left = np.ascontiguousarray(left)
+        self._tile = tile_lines(self.width)
+        self._panel = min(_GEMM_LIMIT // (self._tile * max(rank, 1)), _GEMV_LIMIT // max(rank, 1))
+        self._panel = max(1, min(self._panel, max(64, _PANEL // max(rank, 1))))
+        whole = self.width // self._panel * self._panel
+        panels = right[:, :whole].reshape(rank, -1, self._panel).transpose(1, 0, 2)
+        self._panels = np.ascontiguousarray(panels), np.ascontiguousarray(right[None, :, whole:])
 
-def _multiply_part(left: Float64, right: Float64, start: int, stop: int, out: Float64) -> None:
-    """Give lines that all lie in one tile."""
-    tile = tile_lines(right.shape[1])
-    first = start // tile * tile
-    last = min(first + tile, len(left))
-    whole = out if stop - start == last - first else np.empty((last - first, right.shape[1]))
-    _multiply_tiles(left[first:last], right, whole, last - first)
-    if whole is not out:
+    def lines(self, start: int, stop: int, out: Float64) -> None:
+        """Fills `out` (stop - start, width), C order; whole tiles are computed, so asking for such is cheaper."""
+        tile = self._tile
+        first, last = min(-(-start // tile) * tile, stop), stop // tile * tile
+        if first > start:
+            self._part(start, first, out[: first - start])
+        if last > first:
+            self._multiply(first, last, tile, out[first - start : last - start])
+        if stop > max(first, last):
+            self._part(max(first, last), stop, out[max(first, last) - start :])
+
+    def _part(self, start: int, stop: int, out: Float64) -> None:
+        """Gives lines that all lie in one tile."""
+        first = start // self._tile * self._tile
+        last = min(first + self._tile, len(self._left))
+        if (start, stop) == (first, last):
+            self._multiply(first, last, last - first, out)
+            return
+        whole = np.empty((last - first, self.width))
+        self._multiply(first, last, last - first, whole)
         np.copyto(out, whole[start - first : stop - first])
 
-
-def _multiply_tiles(left: Float64, right: Float64, out: Float64, tile: int) -> None:
-    """Multiply lines, a multiple of `tile`, in panels of columns."""
-    rank, width = right.shape
-    limit = _GEMV_LIMIT if tile == 1 else _GEMM_LIMIT
-    panel = max(1, min(width, max(16, limit // (tile * rank))))
-    whole = width // panel * panel
-    tiles = left.reshape(-1, 1, tile, rank)
-    for start, stop, size in ((0, whole, panel), (whole, width, width - whole)):
-        if stop > start and len(tiles):
-            count = (stop - start) // size
-            panels = right[:, start:stop].reshape(rank, count, size).transpose(1, 0, 2)
+    def _multiply(self, first: int, last: int, tile: int, out: Float64) -> None:
+        """Multiplies a multiple of `tile` lines, panel by panel."""
+        rank = self._left.shape[1]
+        if rank < 2:  # matmul has no BLAS for it
+            row = np.concatenate([part.transpose(1, 0, 2).reshape(rank, -1) for part in self._panels], axis=1)
+            np.multiply(self._left[first:last], row, out=out) if rank else out.fill(0)
+            return
+        tiles = self._left[first:last].reshape(-1, 1, tile, rank)
+        column = 0
+        for panels in self._panels:
+            count, _, size = panels.shape
             # Splitting axes never copies, so this is a view of `out`.
-            target = out[:, start:stop].reshape(len(tiles), tile, count, size).transpose(0, 2, 1, 3)
-            np.matmul(tiles, panels[None], out=target)
+            target = out[:, column : column + count * size].reshape(len(tiles), tile, count, size)
+            if target.size:
+                np.matmul(tiles, panels[None], out=target.transpose(0, 2, 1, 3))
+            column += count * size
