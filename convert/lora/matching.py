@@ -46,10 +46,16 @@ class Names:
         """Whether the list holds the path itself and not only an end of it."""
         return self._pattern is None and path in self._ends
 
+    @cached_property
+    def _known(self) -> dict[str, bool]:
+        return {}
+
     def match(self, path: str) -> bool:
         """Whether the path is meant."""
         if self._pattern is not None:
-            return self._pattern.fullmatch(path)
+            if path not in self._known:
+                self._known[path] = self._pattern.fullmatch(path)
+            return self._known[path]
         return any(end in self._ends for end in path_ends(path))
 
 
