@@ -94,6 +94,8 @@ def transposed(tensor: LazyTensor, recent: Recent[Array]) -> LazyTensor:
 
     def turn(read: _Rows, kind: str) -> _Rows:
         def read_rows(start: int, stop: int) -> Array:
+            if not 0 <= start <= stop <= rows:
+                raise IndexError(f"{tensor.name}: rows [{start}, {stop}) of {rows}")
             whole = recent.get((tensor.name, kind), lambda: read(0, columns))
             return np.ascontiguousarray(whole[:, start:stop].T)
 
