@@ -60,22 +60,14 @@ def stage_record(stage: Stage) -> dict[str, Any]:
 
 
 def _folder_name(path: Path) -> str:
-    """Last part of a path, also of "." and "..", which have none that says anything."""
-    return path.resolve().name if path.name in ("", "..") else path.name
+    """What a path is called, as the adapter in it is: a link's own name says nothing, nor does "."."""
+    return path.resolve().name if path.name in ("", "..") or path.is_dir() else path.name
 
 
 def merge_records(source: Checkpoint) -> list[dict[str, Any]]:
     """Gives the records of the stages that made a merged checkpoint, as if they had been run as stages."""
-    if source.adapted is None:
-        return []
-    stages = [MergeLora(adapter=_place(each.adapter.name), weight=each.weight) for each in source.adapted.applied]
-    return [stage_record(stage) for stage in stages]
-
-
-def _place(name: str) -> Path | str:
-    """A folder as a path, a Hub id as text."""
-    path = Path(name)
-    return path if path.exists() else name
+    applied = source.adapted.applied if source.adapted is not None else ()
+    return [stage_record(MergeLora(adapter=each.adapter.name, weight=each.weight)) for each in applied]
 
 
 def adapter_notes(source: Checkpoint) -> tuple[str, ...]:

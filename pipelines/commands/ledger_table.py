@@ -50,8 +50,9 @@ class Group:
 
 def target_kind(name: str) -> str:
     """Gives the name that a tensor has in every layer: "model.layers.3.mlp.up_proj.weight" -> "mlp.up_proj"."""
-    pattern = _NUMBER.sub("*", name).removesuffix(".weight")
-    return pattern.partition(".*.")[2] or pattern.removeprefix("model.")
+    first, separator, more = name.partition(" and ")  # of a fused module whose parts are apart in the base
+    pattern = _NUMBER.sub("*", first).removesuffix(".weight")
+    return (pattern.partition(".*.")[2] or pattern.removeprefix("model.")) + separator + more
 
 
 def group_entries(ledger: Sequence[LedgerEntry]) -> list[Group]:

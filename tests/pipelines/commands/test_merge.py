@@ -104,7 +104,7 @@ def test_weights_and_order_are_those_of_the_command_line(
 def test_converting_to_safetensors_with_an_adapter_is_merging(
     quantpress: Run, tiny_model: Path, tiny_adapter: Path, tmp_path: Path
 ) -> None:
-    merged, converted = tmp_path / "merged", tmp_path / "converted"
+    merged, converted = (tmp_path / command / "out" for command in ("merge", "convert"))
     assert quantpress("merge", tiny_model, tiny_adapter, merged, "--weight", 0.5, "--no-verify").code == 0
     flags = ("--to", "safetensors", "--adapter", f"{tiny_adapter}=0.5", "--no-verify")
     ended = quantpress("convert", tiny_model, converted, *flags)
@@ -140,10 +140,10 @@ def test_one_pass_from_base_and_adapter_to_gguf_is_proved_in_llama_cpp(
 def test_the_library_leaves_the_sidecar_of_the_program(
     quantpress: Run, tiny_model: Path, tiny_adapter: Path, tmp_path: Path
 ) -> None:
-    assert quantpress("merge", tiny_model, tiny_adapter, tmp_path / "program", "--no-verify").code == 0
+    assert quantpress("merge", tiny_model, tiny_adapter, tmp_path / "program" / "out", "--no-verify").code == 0
     merged = qp.merge_lora(qp.open_checkpoint(tiny_model), tiny_adapter)
-    pressed = qp.export_safetensors(merged, tmp_path / "library", threads=1)
-    records = [sidecar(tmp_path / name) for name in ("program", "library")]
+    pressed = qp.export_safetensors(merged, tmp_path / "library" / "out", threads=1)
+    records = [sidecar(tmp_path / name / "out") for name in ("program", "library")]
     for record in records:
         del record["timings"]
     assert records[0] == records[1]
