@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import peft
 import pytest
 
 from quantpress.convert.lora.merge import merge_lora
 from quantpress.convert.open import open_checkpoint
-from tests.peft_oracle import attach, differences, float64_of, merged, train
+from tests.peft_oracle import Arrays, attach, differences, float64_of, merged, train
 from tests.tiny import tiny_case, tiny_checkpoint
 
 # PEFT adds sums of at most 16 products in float32 and rounds the result: weights here stay below 4, deltas below 4, so
@@ -81,14 +80,15 @@ CASES = (
     lora("tokens-both", target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [9, 4], "lm_head": [5]}),
     lora("bias-all", "gptneox", target_modules=["dense"], bias="all"),
     lora("bias-lora_only", "llama-bias", target_modules=["q_proj", "down_proj"], bias="lora_only"),
-    lora("router-of-parameters", target_modules=[], target_parameters=["self_attn.q_proj.weight", "up_proj.weight"]),
+    lora("parameters", target_modules=[], target_parameters=["self_attn.q_proj.weight", "up_proj.weight"]),
     lora("bare", "llama-bare", target_modules=["q_proj", "up_proj"]),
     lora("vision", "gemma3-vision", target_modules=r".*language_model.*(q_proj|up_proj)"),
     lora("vision-tower", "gemma3-vision", target_modules=["q_proj", "out_proj"]),
     lora("phi3", "phi3"),
     lora("qwen2", "qwen2", bias="all"),
     lora("adapted-by-hand", "qwen3", target_modules=["q_proj", "k_proj"], rank_pattern={"k_proj": 1}),
-    other("loha", "LoHaConfig", r=3, alpha=5, init_weights=False),
+    # PEFT rounds the scale of LoHa to float32, which 6 / 3 does not show
+    other("loha", "LoHaConfig", r=3, alpha=6, init_weights=False),
     other("loha-patterns", "LoHaConfig", r=3, alpha=5, rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 1}),
     other("lokr", "LoKrConfig", r=3, alpha=5, init_weights=False),
     other("lokr-both", "LoKrConfig", r=2, alpha=3, decompose_both=True, decompose_factor=4, init_weights=False),
@@ -110,9 +110,51 @@ def make(tmp_path: Path, case: Case, dtype: str = "float32") -> tuple[Path, Path
 def test_a_float32_merge_equals_pefts(case: Case, tmp_path: Path) -> None:
     base, adapter = make(tmp_path, case)
     ours = float64_of(merge_lora(open_checkpoint(base), adapter))
-    theirs = merged(tmp_path / "merged", attach(base, adapter))
-    if case.base == "gpt2-bare":
-        theirs = {name.removeprefix("transformer."): value for name, value in theirs.items()}
+    theirs = _as_saved(case, merged(tmp_path / "merged", attach(base, adapter)))
     assert max(differences(ours, theirs).values()) <= TOLERANCE
     changed = differences(ours, float64_of(open_checkpoint(base)))
     assert max(changed.values()) > 1e-3
+
+
+def _as_saved(case: Case, tensors: Arrays) -> Arrays:
+    """transformers gives the tensors of a bare model the prefix of the whole one."""
+    prefix = {"gpt2-bare": "transformer.", "llama-bare": "model."}.get(case.base, "")
+    return {name.removeprefix(prefix): value for name, value in tensors.items()}
+
+
+IN_BFLOAT16 = [
+    "all-linear",
+    "patterns",
+    "conv1d",
+    "lora-bias",
+    "dora",
+    "dora-conv1d",
+    "dora-embedding",
+    "embedding",
+    "head",
+    "saved",
+    "tokens-both",
+    "bias-all",
+    "parameters",
+    "loha",
+    "lokr",
+    "adalora",
+]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.id in IN_BFLOAT16], ids=str)
+def test_a_bfloat16_merge_is_the_float64_result_rounded_once(case: Case, tmp_path: Path) -> None:
+    base, adapter = make(tmp_path, case, "bfloat16")
+    checkpoint = merge_lora(open_checkpoint(base), adapter)
+    assert {tensor.dtype for tensor in checkpoint.tensors.values()} == {"BF16"}
+    ours = float64_of(checkpoint)
+    exact = merged(tmp_path / "exact", attach(base, adapter, dtype="float64"))
+    theirs = merged(tmp_path / "merged", attach(base, adapter))
+    assert set(ours) == set(exact) == set(theirs)
+    for name, value in exact.items():
+        # PEFT's float64 and ours add up in different orders, which differs by 1e-12 at most.
+        further = np.abs(ours[name] - value) > np.abs(theirs[name] - value) + 1e-12
+        assert not further.any(), f"{name}: {np.count_nonzero(further)} values are further from float64 than PEFT's"
+        # bfloat16 has 8 bits of significand: half a unit in the last place of x is 2^(exponent - 8)
+        half = np.ldexp(1.0, np.frexp(value)[1] - 1 - 8)
+        assert (np.abs(ours[name] - value) <= half + 1e-12).all(), name
