@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantpress.quant.errors import InputError
-from quantpress.quant.floats import BFLOAT16, CHUNK, Array, to_float16, widen
+from quantpress.quant.floats import BFLOAT16, CHUNK, Array, widen
 
 __all__ = ["ROUNDING_SLACK", "check_target", "from_float64", "round_float64", "widen_to_float64"]
 
@@ -45,7 +45,7 @@ def from_float64(array: NDArray[np.float64], dtype: np.dtype[Any]) -> Array:
     out = np.empty(flat.size, dtype)
     scratch = np.empty(min(_PIECE, flat.size) + ROUNDING_SLACK)
     for start in range(0, flat.size, _PIECE):
-        round_float64(flat[start : start + _PIECE], out[start : start + _PIECE], scratch)
+        round_float64(flat[start : start + _PIECE].copy(), out[start : start + _PIECE], scratch)
     return out.reshape(np.shape(array))
 
 
@@ -64,7 +64,7 @@ def round_float64(flat: NDArray[np.float64], out: Array, scratch: NDArray[np.flo
     """Round `flat` (n,) into `out` (n,) in one pass; for callers that cut into pieces themselves.
 
     Args:
-        flat: float64.
+        flat: float64; what it holds is lost.
         out: of a type that `check_target` allows; contiguous.
         scratch: (n + ROUNDING_SLACK,) or longer, contiguous.
     """
@@ -75,9 +75,10 @@ def round_float64(flat: NDArray[np.float64], out: Array, scratch: NDArray[np.flo
             np.copyto(out, flat, casting="unsafe")
         elif out.dtype == BFLOAT16:
             _to_bfloat16(flat, out.view(np.uint16), scratch)
+        elif out.dtype == _FLOAT16:
+            _to_float16(flat, out.view(np.uint16), scratch)
         else:
-            single = _to_odd_float32(flat, scratch)
-            np.copyto(out, to_float16(single) if out.dtype == _FLOAT16 else single.astype(out.dtype))
+            np.copyto(out, _to_odd_float32(flat, scratch).astype(out.dtype))
 
 
 def widen_to_float64(flat: Array, out: NDArray[np.float64], scratch: NDArray[np.float64]) -> None:
@@ -115,10 +116,37 @@ def _to_bfloat16(flat: NDArray[np.float64], out: NDArray[np.uint16], scratch: ND
     np.copyto(out, bits, casting="unsafe")
     tied = _zeros(low, hit)
     if tied.size:
-        upper = out[tied]
-        midpoint = np.abs(((upper.astype(np.uint32) << 16) - 0x8000).view(np.float32).astype(np.float64))
-        exact = np.abs(flat[tied])
-        out[tied] = upper - ((exact < midpoint) | ((exact == midpoint) & (upper & 1 == 1)))
+        _untie(out, tied, flat, 16)
+
+
+def _to_float16(flat: NDArray[np.float64], out: NDArray[np.uint16], scratch: NDArray[np.float64]) -> None:
+    """The same for float16, on values times 2^-112: then its normal numbers are float32's and its subnormals too.
+
+    The integer image of such a float32 is that of the float16 with 13 bits more at the end.
+    """
+    np.multiply(flat, 2.0**-112, out=flat)
+    single, low, hit = _split(scratch, flat.size)
+    np.copyto(single, flat, casting="unsafe")
+    limit = 65520.0 * 2.0**-112  # from here on rounding gives infinity
+    if not (np.maximum.reduce(single) < limit and np.minimum.reduce(single) > -limit):
+        outside = np.flatnonzero(~(np.abs(single) < limit))
+    else:
+        outside = None
+    bits = single.view(np.uint32)
+    np.add(bits, 0x1000, out=bits)
+    np.copyto(low, bits, casting="unsafe")
+    np.left_shift(low, 3, out=low)
+    tied = _zeros(low, hit)
+    np.right_shift(bits, 13, out=bits)
+    np.copyto(out, bits, casting="unsafe")
+    np.right_shift(bits, 3, out=bits)
+    np.copyto(low, bits, casting="unsafe")
+    np.bitwise_and(low, 0x8000, out=low)
+    np.bitwise_or(out, low, out=out)
+    if tied.size:
+        _untie(out, tied, flat, 13)
+    if outside is not None:
+        out[outside] = (flat[outside] * 2.0**112).astype(np.float16).view(np.uint16)
 
 
 def _to_odd_float32(flat: NDArray[np.float64], scratch: NDArray[np.float64]) -> NDArray[np.float32]:
@@ -137,6 +165,18 @@ def _to_odd_float32(flat: NDArray[np.float64], scratch: NDArray[np.float64]) -> 
         moved -= exact < rounded
         bits[suspects] = moved
     return single
+
+
+def _untie(out: NDArray[np.uint16], tied: NDArray[np.int64], flat: NDArray[np.float64], shift: int) -> None:
+    """Correct numbers that were rounded up from a midpoint in float32, where float64 lies below it or even is below.
+
+    `shift` is how many bits more a float32 has.
+    """
+    upper = out[tied]
+    magnitude = (upper & np.uint16(0x7FFF)).astype(np.uint32)
+    midpoint = ((magnitude << shift) - (1 << shift - 1)).view(np.float32).astype(np.float64)
+    exact = np.abs(flat[tied])
+    out[tied] = upper - ((exact < midpoint) | ((exact == midpoint) & (upper & 1 == 1)))
 
 
 def _split(
