@@ -92,14 +92,14 @@ def widen_to_float64(flat: Array, out: NDArray[np.float64], scratch: NDArray[np.
     Raises:
         InputError: the dtype is not a float type.
     """
-    if flat.dtype in (_FLOAT32, _FLOAT64):
-        np.copyto(out, flat)
-        return
     if flat.dtype.kind in "iub":
         raise InputError(f"dtype {flat.dtype} is not a float type")
-    single = scratch.view(np.float32)[: flat.size]
-    widen(flat, single)
-    np.copyto(out, single)
+    source = flat
+    if flat.dtype not in (_FLOAT32, _FLOAT64):
+        source = scratch.view(np.float32)[: flat.size]
+        widen(flat, source)
+    with np.errstate(invalid="ignore"):  # a signalling NaN becomes a quiet one
+        np.copyto(out, source)
 
 
 def _to_bfloat16(flat: NDArray[np.float64], out: NDArray[np.uint16], scratch: NDArray[np.float64]) -> None:
