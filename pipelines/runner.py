@@ -27,7 +27,7 @@ from quantpress.pipelines.merge_stage import (
 )
 from quantpress.pipelines.sidecar import rounded, statement, write_sidecar
 from quantpress.pipelines.stage import Artifact, BuildingStage, RunContext, Stage, TensorResult
-from quantpress.quant.errors import ParityError, UnknownFamilyError
+from quantpress.quant.errors import InputError, ParityError, UnknownFamilyError
 
 if TYPE_CHECKING:
     from quantpress.convert.lora.ledger import LedgerEntry
@@ -97,7 +97,14 @@ class _Judge:
         if reference is None and not self._problem:
             from quantpress.pipelines.verification import Reference  # brings torch
 
-            self._reference = Reference(source, options, context.progress)
+            try:
+                self._reference = Reference(source, options, context.progress)
+            except InputError as error:
+                if not _only_mergeable(source):
+                    raise
+                self._problem = str(error)
+        if self._problem:
+            log.warning("the output will not be judged: %s", self._problem)
 
     def __call__(self, artifact: Artifact) -> Parity:
         if self._reference is not None:
@@ -106,6 +113,19 @@ class _Judge:
 
         limits = self._options.limits(artifact.ftype, self._source.parameters)
         return unjudged(f"could not be judged: {self._problem}", limits)
+
+
+def _only_mergeable(source: Checkpoint) -> bool:
+    """Whether a checkpoint's adapters can be merged but not run beside their base, so that nothing can judge them."""
+    if source.adapted is None:
+        return False
+    from quantpress.convert.lora.unmerged import unmerged
+
+    try:
+        unmerged(source.adapted.base, source.adapted.applied)
+    except InputError:
+        return True
+    return False
 
 
 def _no_table(source: Checkpoint) -> str:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from quantpress.pipelines.runner import Pressed
     from quantpress.pipelines.stage import Plan, PlannedTensor
 
-WIDTH = 120  # columns of a table whose reader is no terminal
+WIDTH = 160  # columns of a table whose reader is no terminal: names of tensors in one line
 
 
 def size_text(nbytes: float) -> str:
@@ -114,9 +114,11 @@ def _summaries(ledger: Sequence[LedgerEntry]) -> list[str]:
 
 
 def _verdict(parity: Parity) -> str:
+    share = parity.adapter_share
+    effect = f", {100 * share.share:.1f} % of the adapters' effect" if share is not None else ""
     return (
         f"{'verified' if parity.passed else 'NOT VERIFIED'} in {parity.candidate.runtime} on {parity.tokens} tokens: "
         f"perplexity {parity.candidate.perplexity:.4f} (source {parity.baseline.perplexity:.4f}), "
         f"KL divergence {parity.mean_kld:.2g} mean, {parity.kld_p99:.2g} p99, "
-        f"top-1 agreement {100 * parity.top1_agreement:.2f} %"
+        f"top-1 agreement {100 * parity.top1_agreement:.2f} %{effect}"
     )

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from quantpress.pipelines.cli import Session
+from quantpress.pipelines.commands.adapters import adapter_option, parse_adapter
 from quantpress.pipelines.commands.options import (
     ByteSize,
     limit_options,
@@ -25,6 +26,8 @@ EXAMPLES = """
 \b
 Examples:
   quantpress verify model-Q8_0.gguf --against ./model
+  quantpress verify tuned-Q8_0.gguf --against ./model --adapter ./adapter
+  quantpress verify mixed.gguf --against ./model --adapter ./tone=0.7 --adapter ./facts=0.3
   quantpress verify model-Q4_0.gguf --against org/name --text wiki.test.raw --chunks 20 --max-kld 0.1
 """
 
@@ -44,6 +47,10 @@ def show_parity(parity: Parity) -> None:
     table.add_row("99 % KL divergence", f"{parity.kld_p99:.3g}", "")
     table.add_row("greatest KL divergence", f"{parity.max_kld:.3g}", "")
     table.add_row("top-1 agreement", f"{100 * parity.top1_agreement:.2f} %", f"{100 * limits.min_top1:g} %")
+    if (share := parity.adapter_share) is not None:
+        table.add_row(
+            "adapters' effect in the file", f"{100 * share.share:.1f} %", f"100 ± {100 * share.tolerance:.0f} %"
+        )
     console = Console()
     console.print(table)
     runtimes = f"{parity.baseline.runtime} (source) and {parity.candidate.runtime} (file)"
@@ -53,6 +60,7 @@ def show_parity(parity: Parity) -> None:
 @click.command(name="verify", epilog=EXAMPLES)
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--against", required=True, help="The model it was made from: folder, Hub id or GGUF file.")
+@adapter_option
 @click.option("--runtime", type=click.Choice(RUNTIMES), default="auto", show_default=True, help="What runs ARTIFACT.")
 @click.option("--json", "as_json", is_flag=True, help="Print the parity report as JSON.")
 @text_options
@@ -60,11 +68,18 @@ def show_parity(parity: Parity) -> None:
 @machine_options
 @click.option("--max-memory", type=ByteSize(), help="Memory for weights, as in 8G; default: half of what is free.")
 @click.pass_obj
-def command(session: Session, /, artifact: Path, against: str, as_json: bool, device: str, **flags: Any) -> None:
-    """Run ARTIFACT and compare it with the model it was made from; exit code 4 if it fails or cannot be judged."""
+def command(
+    session: Session, /, artifact: Path, against: str, adapters: tuple[str, ...], as_json: bool, device: str,
+    **flags: Any,
+) -> None:  # fmt: skip
+    """Run ARTIFACT and compare it with the model it was made from; exit code 4 if it fails or cannot be judged.
+
+    With --adapter the model is run with the adapters beside it, unmerged, by code that shares nothing with the merge.
+    """
+    weighted = tuple(parse_adapter(text) for text in adapters)
     options = JudgeOptions(device=resolve_device(device), **flags)
     with session.progress() as progress:
-        parity = verify(artifact, against, options=options, progress=progress)
+        parity = verify(artifact, against, adapters=weighted, options=options, progress=progress)
     if as_json:
         click.echo(json.dumps(parity.to_json(), indent=2))
     elif not session.quiet:
