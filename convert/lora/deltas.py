@@ -209,7 +209,7 @@ class Kronecker:
             inner = _lines(self._inner, start % height, stop % height)
         else:
             inner = _lines(self._inner, 0, height)[line % height]
-        np.multiply(outer[:, :, None], inner[:, None, :], out=out.reshape(len(line), -1, width))
+        np.multiply(outer[:, :, None], inner[:, None, :], out=out.reshape(len(line), outer.shape[1], width))
 
     def release(self) -> None:
         """Drops what was loaded."""

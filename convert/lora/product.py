@@ -53,7 +53,7 @@ class Product:
         self._panel = min(_GEMM_LIMIT // (self._tile * max(rank, 1)), _GEMV_LIMIT // max(rank, 1))
         self._panel = max(1, min(self._panel, max(64, _PANEL // max(rank, 1))))
         whole = self.width // self._panel * self._panel
-        panels = right[:, :whole].reshape(rank, -1, self._panel).transpose(1, 0, 2)
+        panels = right[:, :whole].reshape(rank, whole // self._panel, self._panel).transpose(1, 0, 2)
         self._panels = np.ascontiguousarray(panels), np.ascontiguousarray(right[None, :, whole:])
 
     def lines(self, start: int, stop: int, out: Float64) -> None:
@@ -82,10 +82,12 @@ class Product:
         """Multiplies a multiple of `tile` lines, panel by panel."""
         rank = self._left.shape[1]
         if rank < 2:  # matmul has no BLAS for it
-            row = np.concatenate([part.transpose(1, 0, 2).reshape(rank, -1) for part in self._panels], axis=1)
+            row = np.concatenate(
+                [part.transpose(1, 0, 2).reshape(rank, len(part) * part.shape[2]) for part in self._panels], axis=1
+            )
             np.multiply(self._left[first:last], row, out=out) if rank else out.fill(0)
             return
-        tiles = self._left[first:last].reshape(-1, 1, tile, rank)
+        tiles = self._left[first:last].reshape((last - first) // tile, 1, tile, rank)
         column = 0
         for panels in self._panels:
             count, _, size = panels.shape

@@ -79,7 +79,7 @@ def test_nan_infinity_and_overflow_are_counted_as_not_finite(dtype):
     values = np.concatenate((all_ones, [np.nan, np.inf, -np.inf]))
     for sample in (values, np.repeat(values, 1000)):
         assert count_nonfinite(from_float64(sample, dtype)) == sample.size
-    assert np.isnan(from_float64(all_ones, dtype).astype(np.float32)).all()
+    assert (from_float64(all_ones, dtype) != from_float64(all_ones, dtype)).all()
     if dtype.itemsize < 8:
         assert count_nonfinite(from_float64(np.array([1e300, -1e300, 1.0]), dtype)) == 2
 
