@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from quantpress.pipelines.cli import Session
 from quantpress.pipelines.commands.adapters import Weighted, adapter_weights, merge_stages
 from quantpress.pipelines.commands.options import take_judge_options, take_run_context
@@ -14,6 +16,7 @@ from quantpress.pipelines.hashing import BackgroundHashes, likely_weights
 if TYPE_CHECKING:  # what loads numpy is imported while the weights are being hashed already
     from quantpress.convert.checkpoint import Checkpoint
     from quantpress.pipelines.judging import JudgeOptions
+    from quantpress.pipelines.qlora_choice import QloraBase
     from quantpress.pipelines.stage import BuildingStage, RunContext, Stage
 
 UNMEASURED = "--qlora-base auto measures both bases, which a dry run does not: the plan is the same for either"
@@ -69,7 +72,7 @@ def _plan(
 def _base(
     source: Checkpoint, qlora: Mapping[str, Any], lazy: Sequence[Stage], context: RunContext,
     judge: JudgeOptions | None = None,
-) -> Sequence[Stage]:  # fmt: skip
+) -> Sequence[QloraBase]:  # fmt: skip
     """The stages before the adapters, where --qlora-base asks for one; measures for "auto"."""
     from quantpress.pipelines.judging import JudgeOptions
     from quantpress.pipelines.qlora_choice import base_stages, choose_base
@@ -95,10 +98,15 @@ def _write(
     with session.progress() as progress:
         context = RunContext(progress=progress, **arguments)
         source: Checkpoint | str = model
+        before: Sequence[QloraBase] = ()
         if qlora["base"] is not None:
             source = open_checkpoint(model)
-            lazy = [*_base(source, qlora, lazy, context, judge), *lazy]
+            before = _base(source, qlora, lazy, context, judge)
+            lazy = [*before, *lazy]
         pressed = press(source, stage, context, lazy=lazy, judge=judge if proved else None, hashes=hashes)
+    if not session.quiet and not as_json:
+        for each in before:
+            click.echo(each.summary())
     if not session.quiet or as_json:
         show_result(pressed, as_json=as_json, tables=tables, every_tensor=every_tensor)
     pressed.require_parity()
