@@ -150,7 +150,9 @@ class Planner:
         return self.adapter.config.fan_in_fan_out
 
     def _tokens(self, path: str, target: str, values: LazyTensor) -> Edit:
-        ids = self.adapter.config.tokens_of(path)
+        ends, ids = self.names.embeddings, self.adapter.config.tokens_of(path)
+        if ids is None and ends.tied and target == ends.head and ends.input is not None:
+            ids = self.adapter.config.tokens_of(ends.input.removesuffix(".weight"))
         if ids is None:
             raise error_at(values, "holds trained tokens, and adapter_config.json names none for its module")
         width = self.names.shape(target)[1:]

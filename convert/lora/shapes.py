@@ -55,6 +55,9 @@ def check_module(path: str, parts: Mapping[str, LazyTensor], config: AdapterConf
     if (delta := parts.get("trainable_tokens_delta")) is not None:
         ids = config.tokens_of(path)
         if ids is None:
+            # PEFT repeats the tokens of an embedding for a head that is tied to it.
+            ids = next((ids for ids in config.trainable_tokens.values() if delta.shape[:1] == (len(ids),)), None)
+        if ids is None:
             raise InputError(f"{where} has trained tokens, but {config.name} names none for it")
         if len(delta.shape) != 2 or delta.shape[0] != len(ids):
             raise InputError(f"{where}: {delta.name} has shape {delta.shape}, {config.name} names {len(ids)} tokens")

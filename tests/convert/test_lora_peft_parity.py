@@ -122,24 +122,26 @@ def _as_saved(case: Case, tensors: Arrays) -> Arrays:
     return {name.removeprefix(prefix): value for name, value in tensors.items()}
 
 
-IN_BFLOAT16 = [
-    "all-linear",
-    "patterns",
-    "conv1d",
-    "lora-bias",
-    "dora",
-    "dora-conv1d",
-    "dora-embedding",
-    "embedding",
-    "head",
-    "saved",
-    "tokens-both",
-    "bias-all",
-    "parameters",
-    "loha",
-    "lokr",
-    "adalora",
-]
+IN_BFLOAT16 = frozenset(
+    {
+        "all-linear",
+        "patterns",
+        "conv1d",
+        "lora-bias",
+        "dora",
+        "dora-conv1d",
+        "dora-embedding",
+        "embedding",
+        "head",
+        "saved",
+        "tokens-both",
+        "bias-all",
+        "parameters",
+        "loha",
+        "lokr",
+        "adalora",
+    }
+)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.id in IN_BFLOAT16], ids=str)
