@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from quantpress.pipelines.adapter_share import AdapterShare, ShareTally
 from quantpress.pipelines.parity_limits import Limits
 from quantpress.pipelines.perplexity import Progress, Score, row_blocks
 from quantpress.pipelines.runtime import Runtime
@@ -50,6 +51,7 @@ class Parity:
         reason: why it did not pass, or what was shown.
         ppl_ratio_stderr, mean_kld_stderr, top1_stderr: standard errors; paired for the ratio. Not in the report's
             ``parity`` object.
+        adapter_share: what the file has of the adapters it was merged with; None where there were none.
     """
 
     text_sha256: str
@@ -68,6 +70,7 @@ class Parity:
     ppl_ratio_stderr: float = math.nan
     mean_kld_stderr: float = math.nan
     top1_stderr: float = math.nan
+    adapter_share: AdapterShare | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The ``parity`` object of sidecars and of ``verify --json``; figures that are not finite become null."""
@@ -85,6 +88,7 @@ class Parity:
             "limits": self.limits.to_json(),
             "passed": self.passed,
             "reason": self.reason,
+            **({} if self.adapter_share is None else {"adapter_share": self.adapter_share.to_json()}),
         }
 
 
@@ -168,6 +172,7 @@ def compare(
     text_sha256: str,
     vocabulary: int | None = None,
     progress: Progress | None = None,
+    watch: ShareTally | None = None,
 ) -> Parity:
     """Score the windows with both models and judge the difference; holds one window of logits of each side.
 
@@ -180,6 +185,7 @@ def compare(
         vocabulary: tokens the tokenizer knows. When the two sides have different numbers of rows, only these are
             compared, for rows beyond them are padding; without it, different numbers fail.
         progress: called after each window.
+        watch: shown each window and the logits of both sides that are compared.
 
     Returns:
         a verdict in every case: a runtime that fails, logits that are not finite and an empty text all give
@@ -192,7 +198,7 @@ def compare(
     tally = _Tally([])
     problem = _unfit(baseline, candidate, windows, rows)
     for index, window in enumerate(windows if problem is None else ()):
-        problem = _add_window(tally, (baseline, candidate), window, rows)
+        problem = _add_window(tally, (baseline, candidate), window, rows, watch)
         if problem is not None:
             problem = f"chunk {index}: {problem}"
             break
@@ -204,14 +210,19 @@ def compare(
     return _verdict(tally, limits, text_sha256, context, (baseline.name, candidate.name))
 
 
-def _add_window(tally: _Tally, runtimes: tuple[Runtime, Runtime], window: NDArray[np.int32], rows: int) -> str | None:
+def _add_window(
+    tally: _Tally, runtimes: tuple[Runtime, Runtime], window: NDArray[np.int32], rows: int, watch: ShareTally | None
+) -> str | None:
     """Score one window with both; returns why it could not be, or None. Its logits are freed on return."""
     first = len(window) // 2
     try:
         sides = [runtime.logits(window, first)[:-1, :rows] for runtime in runtimes]
+        problem = tally.add(sides, window[first + 1 :])
+        if problem is None and watch is not None:
+            watch.watch(window, *sides)
     except QuantpressError as error:
         return f"could not be judged: {error}"
-    return tally.add(sides, window[first + 1 :])
+    return problem
 
 
 def unjudged(
@@ -253,14 +264,14 @@ def _verdict(tally: _Tally, limits: Limits, text_sha256: str, context: int, name
     difference = losses[1] - losses[0]
     ratio = math.exp(min(float(difference.mean()), 700.0))
     agreement = tally.agreeing / count
-    figures = {
+    figures: dict[str, Any] = {
         "ppl_ratio": ratio,
         "mean_kld": max(float(divergence.mean()), 0.0),  # rounding may leave -1e-17
         "kld_p99": float(np.quantile(divergence, 0.99)),
         "max_kld": float(divergence.max()),
         "top1_agreement": agreement,
     }
-    errors = {
+    errors: dict[str, Any] = {
         "ppl_ratio_stderr": ratio * _stderr(difference),
         "mean_kld_stderr": _stderr(divergence),
         "top1_stderr": math.sqrt(agreement * (1 - agreement) / (count - 1)) if count > 1 else math.nan,

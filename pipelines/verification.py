@@ -1,7 +1,8 @@
 """Proves a file: runs it in its real runtime on the same tokens as its source and compares what both say.
 
-The source runs in the torch decoder, in float32. The file runs in llama.cpp; where that is not installed, it is read
-back by the `gguf` package into the torch decoder, and the report says so by its runtime.
+The source runs in the torch decoder, in float32; where adapters were merged, the base runs with them beside it,
+unmerged, so that a wrong merge has nothing to agree with. The file runs in llama.cpp; where that is not installed, it
+is read back by the `gguf` package into the torch decoder, and the report says so by its runtime.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,8 +20,10 @@ from numpy.typing import NDArray
 from quantpress.convert.arch.registry import find_arch
 from quantpress.convert.checkpoint import Checkpoint
 from quantpress.convert.files import read_bounded
+from quantpress.convert.lora.merge import merge_lora
 from quantpress.convert.open import open_checkpoint
 from quantpress.convert.tokenizer import Tokenizer, TokenizerFiles
+from quantpress.pipelines.adapter_share import ShareTally
 from quantpress.pipelines.default_text import Text, default_text
 from quantpress.pipelines.judging import JudgeOptions
 from quantpress.pipelines.llama_cpp import LlamaCppRuntime
@@ -78,15 +82,21 @@ class Reference:
     def __init__(self, source: Checkpoint, options: JudgeOptions, progress: Progress = no_progress) -> None:
         """Tokenizes the text; the model is run when the first file is judged.
 
+        Args:
+            source: the model; where adapters were merged into it, the yardstick is its base with them beside it.
+            options: how to judge.
+            progress: told how far the work has come.
+
         Raises:
-            InputError: the text or the tokenizer cannot be used.
+            InputError: the text or the tokenizer cannot be used, or base and adapters cannot be run unmerged.
         """
         self.options, self._progress = options, progress
         self.text = read_text(options.text)
         tokenizer = Tokenizer(TokenizerFiles(source.tokenizer_files, name=source.name))
         self._source, self._tokenizer = source, tokenizer
         self.vocabulary, self._parameters = tokenizer.size, source.parameters
-        self.runtime = TorchRuntime.of_checkpoint(source, device=options.device, max_memory=options.max_memory)
+        self.runtime = _yardstick(source, options)
+        self._without: TorchRuntime | None = None
         self.context = options.context or min(DEFAULT_CONTEXT, self.runtime.context)
         if self.context > self.runtime.context:
             raise UsageError(f"--context {self.context}: {source.name} was made for {self.runtime.context} tokens")
@@ -105,6 +115,7 @@ class Reference:
         limits = self.options.limits(ftype, self._parameters)
         try:
             self.runtime.prepare(self.windows, self.context // 2, progress=partial(self._progress, "source"))
+            tally = self._share_tally()
             with open_runtime(artifact, options, context=self.context) as candidate:
                 parity = compare(
                     self.runtime,
@@ -114,11 +125,28 @@ class Reference:
                     text_sha256=self.text.sha256,
                     vocabulary=self.vocabulary,
                     progress=partial(self._progress, "prove"),
+                    watch=tally,
                 )
+                if tally is not None:
+                    parity = _with_share(parity, tally)
                 return self._with_tokenizer(parity, artifact, candidate)
         except QuantpressError as error:
             reason = f"could not be judged: {error}"
             return unjudged(reason, limits, text_sha256=self.text.sha256, context=self.context)
+
+    def _share_tally(self) -> ShareTally | None:
+        """Makes the base without its adapters ready; None where there are none or the text has tokens it lacks."""
+        adapted = self._source.adapted
+        if adapted is None or not adapted.applied:
+            return None
+        if self._without is None:
+            # weights are streamed: those of the base beside its adapters may fill the memory already
+            self._without = TorchRuntime.of_checkpoint(adapted.base, device=self.options.device, max_memory=0)
+            if max(int(window.max()) for window in self.windows) < self._without.vocab_size:
+                progress = partial(self._progress, "source without adapters")
+                self._without.prepare(self.windows, self.context // 2, progress=progress)
+        known = max(int(window.max()) for window in self.windows) < self._without.vocab_size
+        return ShareTally(self._without) if known else None
 
     def _with_tokenizer(self, parity: Parity, artifact: Path, candidate: Runtime) -> Parity:
         """Turns a verdict into a failure where llama.cpp does not cut text as the source's tokenizer does."""
@@ -134,6 +162,26 @@ class Reference:
         problem = f"{proof.difference}; is tokenizer.ggml.pre the right one?"
         reason = problem if parity.passed else f"{parity.reason}; {problem}"
         return dataclasses.replace(parity, passed=False, reason=reason)
+
+
+def _yardstick(source: Checkpoint, options: JudgeOptions) -> TorchRuntime:
+    if source.adapted is None:
+        return TorchRuntime.of_checkpoint(source, device=options.device, max_memory=options.max_memory)
+    return TorchRuntime.of_adapted(source.adapted, device=options.device, max_memory=options.max_memory)
+
+
+def _with_share(parity: Parity, tally: ShareTally) -> Parity:
+    """Turns a verdict into a failure where the adapters' effect is not in the file."""
+    share = tally.result()
+    if share is None or not parity.tokens:
+        return parity
+    said = share.problem or (share.doubt if parity.passed else "")
+    return dataclasses.replace(
+        parity,
+        passed=parity.passed and not share.problem,
+        reason="; ".join(filter(None, ("" if parity.passed and share.problem else parity.reason, said))),
+        adapter_share=share,
+    )
 
 
 def open_runtime(model: Checkpoint | Path, options: JudgeOptions, *, context: int) -> Runtime:
@@ -180,6 +228,7 @@ def verify(
     artifact: Path | str,
     against: Checkpoint | Path | str,
     *,
+    adapters: Sequence[tuple[Path | str, float]] = (),
     text: Path | str | None = None,
     options: JudgeOptions | None = None,
     progress: Progress = no_progress,
@@ -188,7 +237,8 @@ def verify(
 
     Args:
         artifact: GGUF file or checkpoint folder.
-        against: the source, opened or not.
+        against: the source, opened or not; merged or not.
+        adapters: adapters with their weights that the artifact is to hold besides, in the order they were merged.
         text: UTF-8 file, or None for the built-in text; stands before `options.text`.
         options: how to judge.
         progress: told how far the work has come.
@@ -203,6 +253,8 @@ def verify(
     if text is not None:
         chosen = dataclasses.replace(chosen, text=Path(text))
     source = against if isinstance(against, Checkpoint) else open_checkpoint(against)
+    for adapter, weight in adapters:
+        source = merge_lora(source, adapter, weight)
     ftype = ftype_of(Path(artifact))
     return Reference(source, chosen, progress).judge(Path(artifact), ftype)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -51,7 +50,7 @@ class Trained:
     @property
     def tying(self) -> bool:
         """Whether what is trained at one end of tied embeddings acts at both."""
-        return self.tied and self.config.raw.get("ensure_weight_tying") is True
+        return self.tied and self.config.ensure_weight_tying
 
     def branch(self, path: str, parts: Parts, size: tuple[int, int], order: torch.Tensor | None) -> Branch:
         """Makes what runs beside a linear.
@@ -76,8 +75,8 @@ class Trained:
             wanted |= {"lora_B.bias": size[:1], "lora_magnitude_vector": size[:1]}
             self._check(parts, wanted, {"lora_A", "lora_B"} | ({"lora_E"} if kind == "ADALORA" else set()), path)
             return LowRank(factors, self._adalora_scale(path, rank) if kind == "ADALORA" else self._scale(path, rank))
-        rank = int(_by_pattern(self.config.rank_pattern, path, self.config.rank))
-        scale = self.applied.weight * float(_by_pattern(self.config.alpha_pattern, path, self.config.alpha)) / rank
+        rank = self.config.rank_of(path)
+        scale = self.applied.weight * self.config.alpha_of(path) / rank
         if kind == "LOHA":
             wide = {f"hada_w{number}_b": (rank, size[1]) for number in (1, 2)}
             wide |= {f"hada_w{number}_a": (size[0], rank) for number in (1, 2)}
@@ -108,9 +107,9 @@ class Trained:
         Raises:
             InputError: the config names none.
         """
-        for end, ids in self.config.trainable_tokens.items():
-            if path == end or path.endswith(f".{end}"):
-                return tuple(ids)
+        ids = self.config.tokens_of(path)
+        if ids is not None:
+            return ids
         raise InputError(f"{self.name}: adapter_config.json names no tokens of {shown(path)}")
 
     def tokens_are_tied(self) -> bool:
@@ -127,8 +126,7 @@ class Trained:
             raise InputError(f"{tensor.source}: {shown(tensor.name)} is {tensor.shape}, wanted {shape}")
 
     def _scale(self, path: str, rank: int) -> float:
-        alpha = float(_by_pattern(self.config.alpha_pattern, path, self.config.alpha))
-        return self.applied.weight * alpha / (rank**0.5 if self.config.rslora else rank)
+        return self.applied.weight * self.config.alpha_of(path) / (rank**0.5 if self.config.rslora else rank)
 
     def _adalora_scale(self, path: str, rank: int) -> float:
         """AdaLoRA divides by the rank that training began with, however many directions it kept."""
@@ -155,11 +153,6 @@ class Trained:
             if part not in wanted:
                 raise InputError(f"{tensor.source}: {shown(tensor.name)} cannot be run in the decoder")
             self.wants(tensor, wanted[part])
-
-
-def _by_pattern(patterns: Mapping[str, float], path: str, default: float) -> float:
-    """Gives the value of the first pattern that fits the end of a path (PEFT: utils/other.py get_pattern_key)."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)
 
 
 def _factors(parts: Parts, order: torch.Tensor | None) -> Factors:

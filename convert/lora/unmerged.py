@@ -167,18 +167,27 @@ class _Builder:
         if one.tying and places[0] in (_EMBEDDING, _HEAD):
             places = [_EMBEDDING, _HEAD]
         for place in places:
-            if place in self.whole and not (one.tying and self.whole[place].source == tensor.source):
+            if place in self.whole and not _same(self.whole[place], tensor):
                 raise InputError(f"{one.name}: {shown(name)} is replaced by an earlier adapter already")
             self.whole[place] = tensor
 
     def _replace_tokens(self, one: Trained, path: str, delta: LazyTensor) -> None:
         row, layer = self._row(one, f"{path}.weight")
+        if self._repeats_tokens(one, (row.slot, layer)):
+            return
         ids = one.token_ids(path)
         one.wants(delta, (len(ids), self.hyper.hidden))
         place = (row.slot, layer)
         places = [place, _HEAD] if place == _EMBEDDING and self.tied and one.tokens_are_tied() else [place]
         for changed in places:
             self.whole[changed] = _with_rows(self._now(changed), ids, delta)
+
+    def _repeats_tokens(self, one: Trained, place: Place) -> bool:
+        """Whether a tied head's trained tokens are the embedding's again, as PEFT may save them."""
+        if place != _HEAD or not self.tied or not one.tokens_are_tied():
+            return False
+        others = [module.path for module in one.applied.adapter.modules if _TOKENS in module.parts]
+        return any(self._row(one, f"{path}.weight")[0].role is Role.EMBEDDING for path in others)
 
     def _now(self, place: Place) -> LazyTensor:
         """Gives the tensor of a place as it is so far; that of a tied head is the embedding's."""
@@ -219,6 +228,11 @@ class _Builder:
             tensors[self.spec.names(row, layer)[0]] = tensor
         view = dataclasses.replace(self.base, tensors=tensors)
         return Unmerged(self.spec, hyper, CheckpointWeights(view, self.spec, hyper), self.beside, view.parameters)
+
+
+def _same(one: LazyTensor, other: LazyTensor) -> bool:
+    """Whether two tensors hold the same values: PEFT saves a base's embedding with every adapter that acts on it."""
+    return one.shape == other.shape and bool(torch.equal(values_of(one), values_of(other)))
 
 
 def _with_rows(tensor: LazyTensor, ids: Sequence[int], values: LazyTensor) -> LazyTensor:
