@@ -5,17 +5,19 @@ The byte format is written here because the safetensors library wants whole tens
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from quantpress.convert.atomic import atomic_folder, check_replaceable, new_file, require_space
 from quantpress.convert.checkpoint import DTYPES, Array, Checkpoint, LazyTensor
 from quantpress.convert.files import inside, shown
+from quantpress.convert.hashed_output import HashedOutput, Written, hashed_output
 from quantpress.convert.safetensors_reader import Entry
 from quantpress.quant.errors import InputError, LayoutError, UsageError
 from quantpress.quant.floats import count_nonfinite, to_bfloat16, to_float16, to_float32
@@ -67,7 +69,7 @@ def write_checkpoint(
     progress: Progress | None = None,
     threads: int = 1,
     max_shard_nbytes: int = MAX_SHARD,
-) -> tuple[Path, ...]:
+) -> dict[Path, Written]:
     """Writes config.json, generation_config.json, the tokenizer's files and the tensors, in order, as safetensors.
 
     Args:
@@ -81,7 +83,7 @@ def write_checkpoint(
         max_shard_nbytes: greatest number of bytes of values in one file, unless a single tensor has more.
 
     Returns:
-        The files that were written, in the order of their names.
+        The files that were written, in the order of their names, each with its hash and its bytes.
 
     Raises:
         UsageError: the output exists, or the type is not known.
@@ -94,17 +96,20 @@ def write_checkpoint(
     total = sum(entries[-1].end for entries in shards if entries)
     require_space(folder, total)
     counter = _Counter(total, progress)
+    written: dict[str, Written] = {}
     with atomic_folder(folder, force=force) as new:
         for name, data in _small_files(checkpoint, target, shards).items():
             path = inside(new, name)
             path.parent.mkdir(exist_ok=True)
             with new_file(path) as file:
                 file.write(data)
+            written[path.relative_to(new).as_posix()] = Written(hashlib.sha256(data).hexdigest(), len(data))
         for index, entries in enumerate(shards):
-            with new_file(new / _shard_name(index, len(shards))) as file:
-                _write_shard(file, checkpoint, entries, allow_nonfinite, threads, counter)
-        names = sorted(path.relative_to(new).as_posix() for path in new.rglob("*") if path.is_file())
-    return tuple(Path(folder) / name for name in names)
+            name = _shard_name(index, len(shards))
+            with new_file(new / name) as file, hashed_output(file) as output:
+                _write_shard(output, checkpoint, entries, allow_nonfinite, threads, counter)
+                written[name] = output.finish()
+    return {Path(folder) / name: written[name] for name in sorted(written)}
 
 
 def planned_tensors(checkpoint: Checkpoint, dtype: str | None = None) -> list[tuple[str, tuple[int, ...], str, int]]:
@@ -213,7 +218,12 @@ def encode_header(entries: Iterable[Entry], metadata: Mapping[str, str]) -> byte
 
 
 def _write_shard(
-    file: BinaryIO, checkpoint: Checkpoint, entries: list[Entry], allow_nonfinite: bool, threads: int, counter: _Counter
+    file: HashedOutput,
+    checkpoint: Checkpoint,
+    entries: list[Entry],
+    allow_nonfinite: bool,
+    threads: int,
+    counter: _Counter,
 ) -> None:
     file.write(encode_header(entries, {"format": "pt"}))
     jobs = (job for entry in entries for job in _jobs(checkpoint.tensors[entry.name], entry.dtype))

@@ -41,11 +41,6 @@ def hash_file(path: Path, stop: threading.Event | None = None) -> tuple[str, int
     return digest.hexdigest(), size
 
 
-def hash_files(paths: Iterable[Path]) -> dict[Path, tuple[str, int]]:
-    """Gives SHA-256 and size of each file."""
-    return {path: hash_file(path) for path in paths}
-
-
 class BackgroundHashes:
     """Hashes files on a thread of its own while the block runs; they may be named before it is known who needs them."""
 

@@ -11,7 +11,6 @@ from quantpress.convert.checkpoint import Checkpoint
 from quantpress.convert.preflight import Preflight, check_tied_head, preflight, refuse_quantized
 from quantpress.convert.safetensors_writer import planned_tensors, write_checkpoint
 from quantpress.pipelines.gguf_stage import fill_name
-from quantpress.pipelines.hashing import hash_files
 from quantpress.pipelines.machine import peak_memory
 from quantpress.pipelines.merge_stage import merged_names
 from quantpress.pipelines.stage import (
@@ -86,13 +85,13 @@ class Safetensors(BuildingStage):
             progress=context.progress,
             threads=context.threads,
         )
-        hashed = hash_files(files)
         return Artifact(
             path=plan.output,
             kind="safetensors",
             ftype=self._ftype(source),
             outputs=tuple(
-                OutputFile(path.relative_to(plan.output).as_posix(), *hashed[path]) for path in sorted(hashed)
+                OutputFile(path.relative_to(plan.output).as_posix(), file.sha256, file.nbytes)
+                for path, file in files.items()
             ),
             tensors=tuple(TensorResult(t.name, t.type, t.nbytes) for t in plan.tensors),
             notes=plan.notes,

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from quantpress.convert.atomic import atomic_file, require_space
 from quantpress.convert.checkpoint import Array
 from quantpress.convert.gguf.container import ALIGNMENT, ALIGNMENT_KEY, MetadataValue, align, encode_header
-
-_HASHES_BEHIND = 8  # chunks that wait to be hashed, at most
-_SYNC_BYTES = 256 << 20  # after so many the disk is told to begin, so that the sync at the end finds little to do
-_sync_data = getattr(os, "fdatasync", os.fsync)  # without the file's times, which only the sync at the end needs
+from quantpress.convert.hashed_output import HashedOutput, Written, hashed_output
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,51 +60,6 @@ class FilePlan:
         return len(self.header()) + sum(align(slot.nbytes, self.alignment) for slot in self.slots)
 
 
-@dataclass(frozen=True, slots=True)
-class Written:
-    """A finished file: its SHA-256 in hexadecimal and its bytes."""
-
-    sha256: str
-    nbytes: int
-
-
-class _HashedOutput:
-    """Hashes what is written here on one thread and syncs it on another; both release the interpreter's lock."""
-
-    def __init__(self, file: BinaryIO, hasher: ThreadPoolExecutor, syncer: ThreadPoolExecutor) -> None:
-        self._file, self._pool, self._syncer = file, hasher, syncer
-        self._digest = hashlib.sha256()
-        self._behind: deque[Future[None]] = deque()
-        self._sync: Future[None] | None = None
-        self._synced = 0
-        self.nbytes = 0
-
-    def write(self, data: bytes | memoryview) -> None:
-        """Writes bytes; `data` must not change afterwards."""
-        view = memoryview(data)
-        self._behind.append(self._pool.submit(self._digest.update, view))
-        self._file.write(view)
-        self.nbytes += view.nbytes
-        if len(self._behind) > _HASHES_BEHIND:
-            self._behind.popleft().result()
-        if self.nbytes - self._synced >= _SYNC_BYTES and (self._sync is None or self._sync.done()):
-            self._wait_for_sync()
-            self._sync = self._syncer.submit(_sync_data, self._file.fileno())
-            self._synced = self.nbytes
-
-    def _wait_for_sync(self) -> None:
-        """Ends the sync that was begun; a disk that failed says so once only, so its error must not be lost."""
-        if self._sync is not None:
-            self._sync.result()
-
-    def finish(self) -> Written:
-        """Waits for the hash and the sync."""
-        while self._behind:
-            self._behind.popleft().result()
-        self._wait_for_sync()
-        return Written(self._digest.hexdigest(), self.nbytes)
-
-
 def write_container(path: Path | str, plan: FilePlan, chunks: Iterable[tuple[int, Array]], *, force: bool) -> Written:
     """Writes a GGUF file atomically.
 
@@ -128,18 +75,13 @@ def write_container(path: Path | str, plan: FilePlan, chunks: Iterable[tuple[int
     """
     header = plan.header()
     require_space(path, len(header) + sum(align(slot.nbytes, plan.alignment) for slot in plan.slots))
-    with (
-        atomic_file(path, force=force) as file,
-        ThreadPoolExecutor(1, "quantpress-hash") as hasher,
-        ThreadPoolExecutor(1, "quantpress-sync") as syncer,
-    ):
-        output = _HashedOutput(file, hasher, syncer)
+    with atomic_file(path, force=force) as file, hashed_output(file) as output:
         output.write(header)
         _write_data(output, plan, chunks)
         return output.finish()
 
 
-def _write_data(output: _HashedOutput, plan: FilePlan, chunks: Iterable[tuple[int, Array]]) -> None:
+def _write_data(output: HashedOutput, plan: FilePlan, chunks: Iterable[tuple[int, Array]]) -> None:
     current, filled = 0, 0
     for number, data in chunks:
         while current < number:
@@ -152,7 +94,7 @@ def _write_data(output: _HashedOutput, plan: FilePlan, chunks: Iterable[tuple[in
         current, filled = current + 1, 0
 
 
-def _end_slot(output: _HashedOutput, plan: FilePlan, number: int, filled: int) -> None:
+def _end_slot(output: HashedOutput, plan: FilePlan, number: int, filled: int) -> None:
     slot = plan.slots[number]
     if filled != slot.nbytes:
         raise ValueError(f"tensor {slot.name!r} got {filled} bytes where {slot.nbytes} were planned")

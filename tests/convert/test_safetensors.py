@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -159,7 +160,10 @@ def test_the_library_reads_what_was_written(tmp_path: Path, threads: int, max_sh
         tokenizer_files={"tokenizer.json": b"{ }", "additional_chat_templates/t.jinja": b"hi", "config.json": b"old"},
     )
     files = write_checkpoint(source, out, threads=threads, max_shard_nbytes=max_shard_nbytes)
-    assert sorted(files) == sorted(path for path in out.rglob("*") if path.is_file())
+    assert list(files) == sorted(path for path in out.rglob("*") if path.is_file())
+    for path, file in files.items():
+        data = path.read_bytes()
+        assert (file.sha256, file.nbytes) == (hashlib.sha256(data).hexdigest(), len(data))
     read: dict[str, torch.Tensor] = {}
     for path in sorted(out.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
