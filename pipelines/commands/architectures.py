@@ -20,8 +20,8 @@ def families() -> list[dict[str, Any]]:
             "gguf": spec.gguf,
             "onnx": False,
             "gptq": False,
-            "lora": False,
-            "tested": "transformers, llama.cpp",
+            "lora": True,
+            "tested": "transformers, PEFT, llama.cpp",
         }
         for spec in ARCHITECTURES
     ]
@@ -38,7 +38,10 @@ def command(as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("family", "class in config.json", "GGUF architecture", "tested")
+    table = Table("family", "class in config.json", "GGUF architecture", "LoRA", "tested against")
     for row in rows:
-        table.add_row(row["family"], "\n".join(row["classes"]), row["gguf"], row["tested"])
+        table.add_row(
+            row["family"], "\n".join(row["classes"]), row["gguf"], "yes" if row["lora"] else "no", row["tested"]
+        )
     Console().print(table)
+    click.echo("adapters are merged into other families too, tensor by tensor into safetensors, but not judged there")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 
-def make_adapter(model: Path, folder: Path, *, seed: int = 0, **settings: Any) -> Path:
+def make_adapter(model: Path, folder: Path, *, seed: int = 0, spread: float = 0.1, **settings: Any) -> Path:
     """Saves a LoRA adapter of a model with random weights, none of them zero."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -26,7 +26,7 @@ def make_adapter(model: Path, folder: Path, *, seed: int = 0, **settings: Any) -
         with torch.no_grad():
             for name, value in adapted.named_parameters():
                 if "lora_B" in name:
-                    value.normal_(0, 0.1)
+                    value.normal_(0, spread)
         adapted.save_pretrained(folder, save_embedding_layers=False)
     return folder
 
