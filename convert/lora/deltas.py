@@ -228,7 +228,7 @@ class _Dense:
 
     def lines(self, start: int, stop: int, out: Float64) -> None:
         """Fills `out` with lines [start, stop)."""
-        np.multiply(self._values.values().reshape(len(self._values.values()), -1)[start:stop], self._scale, out=out)
+        np.multiply(self._values.values().reshape(lines_of(self.shape))[start:stop], self._scale, out=out)
 
     def release(self) -> None:
         """Drops what was loaded."""

@@ -29,6 +29,9 @@ class MergedTensor:
         base: its values before any change, a float type.
         changes: applied in order, without rounding between them.
         dtype: type of the result, a key of `DTYPES`; the base's by default.
+
+    Raises:
+        InputError: the base's type or `dtype` is no float type.
     """
 
     def __init__(self, name: str, base: LazyTensor, changes: tuple[Change, ...], dtype: str | None = None) -> None:
@@ -36,7 +39,8 @@ class MergedTensor:
         self.base = base
         self.changes = changes
         self.dtype = dtype or base.dtype
-        check_target(DTYPES[self.dtype])
+        for kind in (base.dtype, self.dtype):
+            check_target(DTYPES[kind])
         for change in changes:
             if change.shape not in (None, base.shape):
                 raise ValueError(f"{name}: a change for shape {change.shape} of a tensor of shape {base.shape}")
