@@ -12,7 +12,7 @@ from quantpress.convert.hf_folder import Folder, read_tokenizer_files
 from quantpress.convert.lora.config import AdapterConfig
 from quantpress.convert.lora.config_file import MAX_CONFIG, read_config
 from quantpress.convert.lora.names import Key, parse_key
-from quantpress.convert.lora.shapes import check_module
+from quantpress.convert.lora.shapes import check_module, check_tensor
 from quantpress.convert.safetensors_reader import Shard, open_shard
 from quantpress.quant.errors import InputError
 
@@ -160,6 +160,7 @@ def _collect(
             _check_ranknum(tensor, config, label)
             spare.append(tensor)
         else:
+            check_tensor(key.path, key.part, tensor, config, label)
             spare += _place(places, key, tensor, label)
     if len(adapters) > 1:
         first, second = list(adapters.values())[:2]

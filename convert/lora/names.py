@@ -16,6 +16,9 @@ from quantpress.quant.errors import InputError
 
 __all__ = ["CONVOLUTION_PARTS", "Key", "parse_key"]
 
+_MAX_DEPTH = 64  # modules inside modules, wrappers too; real ones have 12
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
 # Wrappers that no module of a model is called by, wherever they stand: torch.compile, FSDP, activation checkpointing,
 # and those of PEFT around a module that is adapted (`base_layer` is counted where it stands directly before a part).
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"})
@@ -74,8 +77,10 @@ def parse_key(name: str, *, where: str) -> Key:
     Raises:
         InputError: the name is not understood.
     """
+    if name.count(".") > _MAX_DEPTH or _CONTROL.search(name):
+        raise InputError(f"{where}: tensor {shown(name)} has no plain name of a module's tensor")
     segments = [segment for segment in name.split(".") if segment not in _WRAPPERS]
-    if not all(segments) or any(ord(char) < 32 or ord(char) == 127 for char in name):
+    if not all(segments):
         raise InputError(f"{where}: tensor {shown(name)} has no plain name of a module's tensor")
     segments = _without_prefix(segments)
     place = max((index for index, segment in enumerate(segments) if segment in _PARTS), default=-1)

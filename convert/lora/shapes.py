@@ -14,7 +14,7 @@ from quantpress.convert.lora.config import AdapterConfig
 from quantpress.convert.lora.names import CONVOLUTION_PARTS
 from quantpress.quant.errors import InputError
 
-__all__ = ["ADAPTED_PARTS", "check_module"]
+__all__ = ["ADAPTED_PARTS", "check_module", "check_tensor"]
 
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 _KIND_OF: Mapping[str, tuple[str, ...]] = {
@@ -42,12 +42,9 @@ def check_module(path: str, parts: Mapping[str, LazyTensor], config: AdapterConf
         label: the file of the weights, for messages.
 
     Raises:
-        InputError: a tensor that is no tensor of floats, is empty or has the wrong shape, one without its counterpart,
-            or one that does not belong to this kind of adapter.
+        InputError: a tensor without its counterpart, or shapes that do not fit each other or the configuration.
     """
     where = f"{label}: module {shown(path, 200)}"
-    for part, tensor in parts.items():
-        _check_tensor(path, part, tensor, config, label)
     adapted = ADAPTED_PARTS.intersection(parts) - {"trainable_tokens_delta"}
     if adapted:
         _check_complete(path, adapted, config, where)
@@ -63,7 +60,13 @@ def check_module(path: str, parts: Mapping[str, LazyTensor], config: AdapterConf
             raise InputError(f"{where}: {delta.name} has shape {delta.shape}, {config.name} names {len(ids)} tokens")
 
 
-def _check_tensor(path: str, part: str, tensor: LazyTensor, config: AdapterConfig, label: str) -> None:
+def check_tensor(path: str, part: str, tensor: LazyTensor, config: AdapterConfig, label: str) -> None:
+    """Checks one tensor by itself.
+
+    Raises:
+        InputError: it is no tensor of floats, is empty, has a number of dimensions it cannot have, or does not belong
+            to this kind of adapter.
+    """
     where = f"{label}: tensor {shown(tensor.name, 200)}"
     if tensor.dtype not in _FLOATS:
         raise InputError(f"{where} is of type {tensor.dtype}; the tensors of an adapter are {', '.join(_FLOATS)}")

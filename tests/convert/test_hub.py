@@ -22,6 +22,9 @@ _COMMIT = "0123456789abcdef0123456789abcdef01234567"
 _WEIGHTS = save({"w": np.arange(6, dtype=np.float32).reshape(2, 3)})
 
 
+_LORA = save({f"q.lora_{name}.weight": np.ones((2, 2), np.float32) for name in "AB"})
+
+
 @dataclass
 class Hub:
     """A Hub with a few models; `requests` remembers every file that was fetched."""
@@ -127,6 +130,16 @@ def hub() -> Iterator[Hub]:
             },
             "org/old": {"config.json": config, "pytorch_model.bin": b"not a torch file", "tokenizer.json": b"{}"},
             "org/adapter": {"adapter_config.json": b"{}", "adapter_model.safetensors": _WEIGHTS},
+            "org/lora": {
+                "adapter_config.json": b'{"peft_type": "LORA", "r": 2}',
+                "adapter_model.safetensors": _LORA,
+                "adapter_model.bin": b"never fetched",
+                "tokenizer_config.json": b"{}",
+                "README.md": b"never fetched",
+                "checkpoint-5/adapter_model.safetensors": b"never fetched",
+                "optimizer.pt": b"never fetched",
+            },
+            "org/lora-old": {"adapter_config.json": b'{"peft_type": "LORA"}', "adapter_model.bin": b"no torch file"},
             "org/empty": {"config.json": config},
         }
     )
@@ -152,14 +165,14 @@ except QuantpressError as error:
 """
 
 
-def _open(model_id: str, url: str, cache: Path, **extra: str) -> str:
+def _open(model_id: str, url: str, cache: Path, code: str = _OPEN, **extra: str) -> str:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     environment |= {"HF_ENDPOINT": url, "HF_HOME": str(cache), "HF_HUB_DISABLE_TELEMETRY": "1", **extra}
     for proxy in ("http_proxy", "https_proxy", "all_proxy"):
         environment.pop(proxy, None)
         environment.pop(proxy.upper(), None)
     process = subprocess.run(
-        [sys.executable, "-c", _OPEN, model_id],
+        [sys.executable, "-c", code, model_id],
         capture_output=True,
         text=True,
         timeout=60,
@@ -181,6 +194,27 @@ def test_a_model_is_fetched_once_and_without_what_is_not_needed(hub: Hub, tmp_pa
     assert _open("org/tiny@v1", hub.url, tmp_path).startswith("org/tiny@v1 [")
     assert hub.requests == []  # the same commit
     assert _open("org/tiny", hub.url, tmp_path, HF_HUB_OFFLINE="1") == said
+
+
+_OPEN_ADAPTER = """
+import sys
+from quantpress.convert.lora.adapter import open_adapter
+from quantpress.quant.errors import QuantpressError
+try:
+    adapter = open_adapter(sys.argv[1])
+    print(adapter.name, sorted(adapter.tokenizer_files), [t.read().tolist() for t in adapter.tensors])
+except QuantpressError as error:
+    print("exit", error.exit_code, error)
+"""
+
+
+def test_an_adapter_is_fetched_without_what_is_not_needed(hub: Hub, tmp_path: Path) -> None:
+    said = _open("org/lora", hub.url, tmp_path, _OPEN_ADAPTER)
+    assert said == "org/lora ['tokenizer_config.json'] [[[1.0, 1.0], [1.0, 1.0]], [[1.0, 1.0], [1.0, 1.0]]]"
+    assert sorted(hub.requests) == ["adapter_config.json", "adapter_model.safetensors", "tokenizer_config.json"]
+    assert "not a file of torch.save" in _open("org/lora-old", hub.url, tmp_path, _OPEN_ADAPTER)
+    assert "this is a model, not an adapter" in _open("org/empty", hub.url, tmp_path, _OPEN_ADAPTER)
+    assert "no such branch" in _open("org/lora@v9", hub.url, tmp_path, _OPEN_ADAPTER)
 
 
 def test_bin_files_are_fetched_only_where_there_are_no_safetensors(hub: Hub, tmp_path: Path) -> None:
