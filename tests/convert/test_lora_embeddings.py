@@ -18,7 +18,6 @@ import pytest
 
 from quantpress.convert.lora.merge import merge_lora
 from quantpress.convert.open import open_checkpoint
-from quantpress.quant.errors import InputError
 from tests.peft_oracle import attach, load_base, logits, quiet, train, write
 from tests.tiny import tiny_case, tiny_checkpoint
 
