@@ -11,6 +11,8 @@ from quantpress.quant.errors import InputError
 
 __all__ = ["Changed", "Edit", "Twin", "error_at"]
 
+_GROWN = "for a vocabulary that has grown and must be in the adapter whole (save_embedding_layers=True)"
+
 
 def error_at(tensor: LazyTensor, text: str) -> InputError:
     """Makes an error that names a tensor of an adapter and its file."""
@@ -107,13 +109,12 @@ class Changed:
         tensor, rows = edit.tensors[0], self.source.rows
         if edit.shape and edit.shape != self.source.shape:
             grown = edit.shape[0] != rows and edit.shape[1:] == self.source.shape[1:]
-            reason = "a vocabulary that has grown must be in the adapter whole" if grown else "it is for another model"
+            reason = "it is for another model" + (f", or {_GROWN}" if grown else "")
             raise error_at(tensor, f"is for a weight of shape {edit.shape}, {self._described()}; {reason}")
         if edit.ids and max(edit.ids) >= rows:
             raise error_at(
                 tensor,
-                f"is for token {max(edit.ids)}, {self._described()};"
-                " a vocabulary that has grown must be in the adapter whole",
+                f"is for token {max(edit.ids)}, {self._described()}; it is {_GROWN}",
             )
         for other in self.edits:
             if twice := sorted(set(edit.ids).intersection(other.ids)):

@@ -20,6 +20,7 @@ from quantpress.convert.lora.ledger import Adapted, Applied
 from quantpress.convert.lora.plan import Planner
 from quantpress.convert.lora.targets import BaseNames, Embeddings
 from quantpress.convert.lora.tokenizers import with_tokenizer
+from quantpress.convert.preflight import refuse_quantized
 from quantpress.quant.errors import InputError, UsageError
 
 __all__ = ["merge_lora"]
@@ -49,6 +50,7 @@ def merge_lora(checkpoint: Checkpoint, adapter: Adapter | Path | str, weight: fl
     adapter = adapter if isinstance(adapter, Adapter) else open_adapter(adapter)
     before = checkpoint.adapted or Adapted(checkpoint, ())
     base = before.base
+    refuse_quantized(base)
     names = BaseNames(base)
     planner = Planner(adapter, weight, names)
     placed, twins = place_edits(tuple(planner.edits()), names.embeddings)

@@ -158,8 +158,6 @@ class Planner:
         width = self.names.shape(target)[1:]
         if values.shape != (len(ids), *width):
             raise error_at(values, f"has shape {values.shape}, wanted {(len(ids), *width)}")
-        if len(set(ids)) != len(ids) or min(ids, default=0) < 0:
-            raise error_at(values, "is for token ids of which adapter_config.json repeats one, or names one below 0")
         return Edit(target, "tokens", (values,), change=SetRows(ids, values), ids=ids, shared=True)
 
     def _whole_edits(self, path: str, parts: Parts) -> Iterator[Edit]:
