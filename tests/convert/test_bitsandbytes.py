@@ -133,6 +133,17 @@ def test_rows_can_be_read_in_any_order_and_from_threads(
         open_checkpoint(tmp_path).tensor(_NAME if family == "llama" else name).read_rows(0, 10_000)
 
 
+@pytest.mark.parametrize("storage", ["bfloat16", "float32"])
+def test_rows_that_begin_inside_an_element_of_the_stored_type_are_read(tmp_path: Path, storage: str) -> None:
+    source = tiny_checkpoint(tmp_path / "base", "llama", dtype="bfloat16", intermediate_size=98)  # 49 bytes a row
+    settings = {**_SETTINGS["nf4-double"], "bnb_4bit_quant_storage": getattr(torch, storage)}
+    theirs = save_quantized(source, tmp_path / "nf4", **settings)
+    tensor = open_checkpoint(tmp_path / "nf4").tensor(_NAME)
+    for row in range(64):
+        part = tensor.read_rows(row, row + 1)
+        np.testing.assert_array_equal(part.astype(np.float32), theirs[_NAME][row : row + 1])
+
+
 def test_sharded_models_open(sources: dict[str, Path], nested: Path, tmp_path: Path) -> None:
     save_quantized(sources["llama"], tmp_path, shard="40KB", **_SETTINGS["nf4-double"])
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
@@ -196,6 +207,7 @@ _HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     "other type": ({"state": {"quant_type": "fp4"}}, r"quant_type is 'fp4', wanted nf4"),
     "odd block": ({"state": {"blocksize": 63}}, r"blocksize is 63"),
     "true block": ({"state": {"blocksize": True}}, r"blocksize is True"),
+    "block with a point": ({"state": {"blocksize": 64.0}}, r"blocksize is 64\.0"),
     "block of text": ({"state": {"blocksize": "64"}}, r"blocksize is '64'"),
     "unknown dtype": ({"state": {"dtype": "float64"}}, r"dtype is 'float64'"),
     "dtype in a list": ({"state": {"dtype": ["bfloat16"]}}, r"dtype is \['bfloat16'\]"),

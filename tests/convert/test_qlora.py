@@ -253,6 +253,14 @@ def test_a_training_in_another_type_rounds_before_and_after(stored: str, compute
     np.testing.assert_array_equal(tensor.read(), wanted.astype(np.float32).astype(DTYPES[stored]))
 
 
+def test_values_before_the_rounding_of_the_source_do_not_pass_by_the_quantization() -> None:
+    base = _one(np.ones((4, 64), np.float16))
+    ((name, tensor),) = base.tensors.items()
+    wide = replace(tensor, wide_rows=lambda start, stop: np.zeros((stop - start, 64), np.float32))
+    view = dequantized_base(replace(base, tensors={name: wide})).tensor(name)
+    np.testing.assert_array_equal(view.exact_rows(0, 4), np.ones((4, 64)))
+
+
 def test_memory_does_not_grow_with_the_tensor() -> None:
     rows, length = 4096, 4096
     block = np.random.default_rng(0).normal(size=(256, length)).astype(np.float32).astype(ml_dtypes.bfloat16)
