@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from quantpress.convert.checkpoint import LazyTensor
 from quantpress.convert.files import shown
 from quantpress.convert.lora.changes import Change
+from quantpress.convert.lora.merged_tensor import MergedTensor
 from quantpress.quant.errors import InputError
 
 __all__ = ["Changed", "Edit", "Twin", "error_at"]
@@ -85,6 +86,11 @@ class Changed:
     def changes(self) -> tuple[Edit, ...]:
         """Those edits that change `source`; the others replaced it."""
         return tuple(edit for edit in self.edits if edit.change is not None)
+
+    def merged(self) -> MergedTensor:
+        """Gives the tensor after all edits, in the base's name and type."""
+        changes = tuple(edit.change for edit in self.edits if edit.change is not None)
+        return MergedTensor(self.base.name, self.source, changes, self.base.dtype)
 
     def with_edit(self, edit: Edit) -> Changed:
         """Gives the tensor after one more edit.

@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 from quantpress.convert.checkpoint import Checkpoint, LazyTensor
@@ -72,6 +71,7 @@ class Adapted:
         applied: the adapters, in the order they are applied.
         notes: what a user must read: modules that were not trained, tied weights that were separated, and the like.
         changed: name in the merged checkpoint -> what was done to the tensor.
+        merged: the same tensors as they are after all adapters; they record norms while they are read.
         edits: of each adapter, with the names of the tensors that each edit was done to.
         twins: of each adapter, tensors that its file holds twice.
     """
@@ -80,16 +80,9 @@ class Adapted:
     applied: tuple[Applied, ...]
     notes: tuple[str, ...] = ()
     changed: Mapping[str, Changed] = field(default_factory=dict, repr=False)
+    merged: Mapping[str, MergedTensor] = field(default_factory=dict, repr=False)
     edits: tuple[tuple[tuple[Edit, tuple[str, ...]], ...], ...] = field(default=(), repr=False)
     twins: tuple[tuple[Twin, ...], ...] = field(default=(), repr=False)
-
-    @cached_property
-    def merged(self) -> Mapping[str, MergedTensor]:
-        """The tensors of `changed` as they are after all adapters, under their names and in their types."""
-        return {
-            name: MergedTensor(name, state.source, tuple(e.change for e in state.changes if e.change), state.base.dtype)
-            for name, state in self.changed.items()
-        }
 
     def check(self) -> tuple[str, ...]:
         """Reads the adapters' small tensors and looks for what headers do not show.

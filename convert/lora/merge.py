@@ -60,6 +60,7 @@ def merge_lora(checkpoint: Checkpoint, adapter: Adapter | Path | str, weight: fl
         base,
         (*before.applied, Applied(adapter, float(weight))),
         changed=changed,
+        merged={name: state.merged() for name, state in changed.items()},
         edits=(*before.edits, placed),
         twins=(*before.twins, (*twins, *copies)),
     )
