@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import quantpress as qp
 from quantpress.pipelines.llama_cpp_find import find_llama_cpp
-from tests.pipelines.commands.peft_adapters import merged_by_peft
+from tests.pipelines.commands.peft_adapters import make_adapter, merged_by_peft
 
 needs_llama_cpp = pytest.mark.skipif(find_llama_cpp() is None, reason="llama.cpp is not installed")
 Run = Callable[..., Any]
@@ -331,6 +331,21 @@ def test_a_quantized_model_of_an_unknown_family_is_refused(
     config = json.loads((unknown_family / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (unknown_family / "config.json").write_text(json.dumps(config))
-    ended = quantpress("merge", unknown_family, tiny_adapter, tmp_path / "merged", "--no-verify")
-    assert ended.code == 3
-    assert "already quantized" in ended.err
+    for line in (("merge", unknown_family, tiny_adapter), ("convert", "--to", "safetensors", unknown_family)):
+        ended = quantpress(*line, tmp_path / "out", "--no-verify")
+        assert ended.code == 3
+        assert "already quantized" in ended.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_that_can_be_merged_but_not_run_beside_its_base_is_unjudged(
+    quantpress: Run, tiny_model: Path, tmp_path: Path
+) -> None:
+    adapter = make_adapter(
+        tiny_model, tmp_path / "adapter", target_modules=[], target_parameters=["mlp.down_proj.weight"]
+    )
+    out = tmp_path / "merged"
+    ended = quantpress("merge", tiny_model, adapter, out, *JUDGE)
+    assert ended.code == 4, ended.err
+    assert "target_parameters" in sidecar(out)["parity"]["reason"]
+    assert_equal_to_peft(out, merged_by_peft(tiny_model, [(adapter, 1.0)]))
