@@ -13,6 +13,7 @@ import pytest
 
 from quantpress.convert.lora.merge import merge_lora
 from quantpress.convert.open import open_checkpoint
+from tests.convert.test_gguf_source import press
 from tests.peft_oracle import Arrays, attach, differences, float64_of, merged, train
 from tests.tiny import tiny_case, tiny_checkpoint
 
@@ -160,3 +161,54 @@ def test_a_bfloat16_merge_is_the_float64_result_rounded_once(case: Case, tmp_pat
         # bfloat16 has 8 bits of significand: half a unit in the last place of x is 2^(exponent - 8)
         half = np.ldexp(1.0, np.frexp(value)[1] - 1 - 8)
         assert (np.abs(ours[name] - value) <= half + 1e-12).all(), name
+
+
+SEVERAL = (
+    ("lora-lora", {}, {"r": 2, "use_rslora": True}),
+    ("lora-dora", {}, {"use_dora": True}),
+    ("dora-dora", {"use_dora": True, "r": 3}, {"use_dora": True}),
+    ("other-modules", {"target_modules": ["q_proj"]}, {"target_modules": ["up_proj", "q_proj", "lm_head"]}),
+    ("saved", {"modules_to_save": ["norm"]}, {"target_modules": ["k_proj"]}),
+)
+
+
+@pytest.mark.parametrize(("first", "second"), [pytest.param(*each[1:], id=each[0]) for each in SEVERAL])
+def test_several_adapters_with_weights_equal_pefts(
+    first: Mapping[str, Any], second: Mapping[str, Any], tmp_path: Path
+) -> None:
+    base = tiny_checkpoint(tmp_path / "base", "llama")
+    weights, folders, checkpoint = (0.5, -1.25), [tmp_path / "one", tmp_path / "two"], open_checkpoint(base)
+    for number, options in enumerate((first, second)):
+        config = peft.LoraConfig(
+            **{"r": 4, "lora_alpha": 3, "target_modules": ["q_proj", "down_proj"], **options}, task_type="CAUSAL_LM"
+        )
+        train(folders[number], base, config, seed=number)
+        checkpoint = merge_lora(checkpoint, folders[number], weights[number])
+    model = attach(base, *folders)
+    for module in model.modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            for number, weight in enumerate(weights):
+                module.set_scale(f"a{number}", weight)
+    theirs = merged(tmp_path / "merged", model)
+    assert max(differences(float64_of(checkpoint), theirs).values()) <= TOLERANCE
+    assert max(differences(theirs, float64_of(open_checkpoint(base))).values()) > 1e-2
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gptneox", "gemma3"])
+def test_a_gguf_base_merges_like_the_folder_it_was_made_from(family: str, tmp_path: Path) -> None:
+    base = open_checkpoint(tiny_checkpoint(tmp_path / "base", family))
+    targets = {"gpt2": ["c_attn", "c_proj"], "gptneox": ["query_key_value", "dense"]}
+    config = peft.LoraConfig(
+        r=4, target_modules=targets.get(family, ["q_proj", "k_proj", "lm_head"]), task_type="CAUSAL_LM", use_dora=True
+    )
+    adapter = train(tmp_path / "adapter", tmp_path / "base", config)
+    press(tmp_path / "base.gguf", base, "f32")
+    source = open_checkpoint(tmp_path / "base.gguf")
+    merged_here = merge_lora(source, adapter)
+    assert merged_here.adapted is not None
+    assert not merged_here.storage_types.keys() & merged_here.adapted.changed.keys()
+    # Gemma's norms are stored plus one, which rounds them
+    ours, wanted = float64_of(merged_here), float64_of(merge_lora(base, adapter))
+    assert max(differences(ours, wanted).values()) <= TOLERANCE
+    changed = merged_here.adapted.changed
+    assert all(np.array_equal(ours[name], wanted[name]) for name in changed)
