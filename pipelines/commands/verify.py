@@ -53,8 +53,9 @@ def show_parity(parity: Parity) -> None:
         )
     console = Console()
     console.print(table)
-    runtimes = f"{parity.baseline.runtime} (source) and {parity.candidate.runtime} (file)"
-    console.print(f"{'passed' if parity.passed else 'FAILED'} on {parity.tokens} tokens in {runtimes}: {parity.reason}")
+    verdict = "passed" if parity.passed else "FAILED"
+    runtimes = f"source in {parity.baseline.runtime}, file in {parity.candidate.runtime}"
+    console.print(f"{verdict} on {parity.tokens} tokens, {runtimes}: {parity.reason}")
 
 
 @click.command(name="verify", epilog=EXAMPLES)
