@@ -26,7 +26,7 @@ from quantpress.pipelines.merge_stage import (
     stage_record,
 )
 from quantpress.pipelines.sidecar import rounded, statement, write_sidecar
-from quantpress.pipelines.stage import Artifact, BuildingStage, RunContext, Stage, TensorResult
+from quantpress.pipelines.stage import Artifact, BuildingStage, RunContext, Stage
 from quantpress.quant.errors import InputError, ParityError, UnknownFamilyError
 
 if TYPE_CHECKING:
@@ -183,11 +183,10 @@ def press(
     source = run_lazy(source, lazy, context)
     if judge is not None or source.adapted is not None:
         check_replaceable(stage.plan(source).output, force=context.force)
-    notes = _notes(source, lazy)
+    notes, names = _notes(source, lazy), input_names(source)
     judged = _Judge(source, judge, context, reference) if judge is not None else None
     if lazy:
         clock.step("merge_lora")
-    names = input_names(source)
     with BackgroundHashes() if hashes is None else contextlib.nullcontext(hashes) as hashing:
         hashing.add(names)
         artifact = stage.run(source, context)
@@ -198,21 +197,25 @@ def press(
     if judged is not None:
         parity = judged(artifact)
         clock.step("verify")
-    notes = (*notes, *artifact.notes)
     contents = statement(
         inputs=[{"name": names[path], "sha256": sha256, "bytes": size} for path, (sha256, size) in hashed.items()],
         adapters=[rounded(entry.to_json()) for entry in ledger],
         stages=records,
         device=context.device,
-        outputs=[{"name": out.name, "sha256": out.sha256, "bytes": out.nbytes} for out in artifact.outputs],
-        tensors=[_tensor_record(tensor) for tensor in artifact.tensors],
+        **_written(artifact),
         parity=rounded(parity.to_json()) if parity is not None else None,
-        notes=notes,
+        notes=(*notes, *artifact.notes),
         timings=clock.steps,
     )
-    return Pressed(artifact, parity, write_sidecar(artifact.path, contents), clock.steps, ledger, notes)
+    sidecar = write_sidecar(artifact.path, contents)
+    return Pressed(artifact, parity, sidecar, clock.steps, ledger, (*notes, *artifact.notes))
 
 
-def _tensor_record(tensor: TensorResult) -> dict[str, Any]:
-    error = rounded(tensor.relative_error)
-    return {"name": tensor.name, "type": tensor.type, "bytes": tensor.nbytes, "relative_error": error}
+def _written(artifact: Artifact) -> dict[str, list[dict[str, Any]]]:
+    """What a sidecar says of the files and of the tensors in them."""
+    tensors = [
+        {"name": t.name, "type": t.type, "bytes": t.nbytes, "relative_error": rounded(t.relative_error)}
+        for t in artifact.tensors
+    ]
+    outputs = [{"name": out.name, "sha256": out.sha256, "bytes": out.nbytes} for out in artifact.outputs]
+    return {"outputs": outputs, "tensors": tensors}
