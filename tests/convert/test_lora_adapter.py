@@ -217,6 +217,8 @@ def test_an_adapter_that_peft_saved_opens_as_peft_opens_it(case: Case, make: Mak
     tensors = load_file(folder / "adapter_model.safetensors")
     assert sorted(tensor.name for tensor in (*adapter.tensors, *adapter.spare)) == sorted(tensors)
     assert len(adapter.spare) == case.spare
+    kept = ("modules_to_save", "original_module", "velora", "monteclora")
+    assert all(any(word in tensor.name for word in kept) for tensor in adapter.spare)
 
 
 @pytest.mark.parametrize(
@@ -394,12 +396,27 @@ def _change(folder: Path, name: str, value: np.ndarray[Any, Any] | None, new: st
         (np.zeros((4, 64), np.int8), "is of type I8"),
         (np.zeros((4, 64), np.bool_), "is of type BOOL"),
     ],
-    ids=str,
+    ids=lambda value: f"{value.dtype}{value.shape}" if isinstance(value, np.ndarray) else "",
 )
 def test_matrices_of_wrong_shapes_and_types_are_refused(
     value: np.ndarray[Any, Any], words: str, copy: Callable[..., Path]
 ) -> None:
     refused(_change(copy(), "layers.1.self_attn.q_proj.lora_A", value), words)
+
+
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [
+        ("dora", "layers.0.self_attn.q_proj.lora_magnitude_vector"),
+        ("lora-bias", "layers.0.self_attn.q_proj.lora_B.bias"),
+    ],
+)
+def test_vectors_of_wrong_lengths_are_refused(case: str, name: str, copy: Callable[..., Path]) -> None:
+    refused(_change(copy(case), name, np.zeros(63, np.float32)), r"has shape \(63,\), must be \(64,\)")
+
+
+def test_singular_values_of_a_wrong_number_are_refused(copy: Callable[..., Path]) -> None:
+    refused(_change(copy("adalora"), "lora_E", np.zeros((5, 1), np.float32)), "must have one value for each row")
 
 
 def test_two_names_of_one_tensor_are_refused(copy: Callable[..., Path]) -> None:

@@ -380,6 +380,7 @@ def test_the_matcher_answers_as_re_does(pattern: str, text: str) -> None:
         "(" * 90 + "a" + ")*" * 90 + "b",
         "(?=" * 40 + "a.*" + ")" * 40 + "b",
         "((a{0,1000}){0,1000}){0,1000}b",
+        "(?:a?){4000000000}b",
     ],
     ids=lambda pattern: pattern[:20],
 )
