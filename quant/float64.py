@@ -44,8 +44,9 @@ def from_float64(array: NDArray[np.float64], dtype: np.dtype[Any]) -> Array:
     flat = np.ascontiguousarray(array).reshape(-1)
     out = np.empty(flat.size, dtype)
     scratch = np.empty(min(_PIECE, flat.size) + ROUNDING_SLACK)
-    for start in range(0, flat.size, _PIECE):
-        round_float64(flat[start : start + _PIECE].copy(), out[start : start + _PIECE], scratch)
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        for start in range(0, flat.size, _PIECE):
+            round_float64(flat[start : start + _PIECE].copy(), out[start : start + _PIECE], scratch)
     return out.reshape(np.shape(array))
 
 
@@ -63,6 +64,8 @@ def check_target(dtype: np.dtype[Any]) -> None:
 def round_float64(flat: NDArray[np.float64], out: Array, scratch: NDArray[np.float64]) -> None:
     """Round `flat` (n,) into `out` (n,) in one pass; for callers that cut into pieces themselves.
 
+    They also silence numpy (`np.errstate`) for overflow, underflow and NaN, once for all pieces: it takes microseconds.
+
     Args:
         flat: float64; what it holds is lost.
         out: of a type that `check_target` allows; contiguous.
@@ -70,19 +73,18 @@ def round_float64(flat: NDArray[np.float64], out: Array, scratch: NDArray[np.flo
     """
     if not flat.size:
         return
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        if out.dtype in (_FLOAT32, _FLOAT64):
-            np.copyto(out, flat, casting="unsafe")
-        elif out.dtype == BFLOAT16:
-            _to_bfloat16(flat, out.view(np.uint16), scratch)
-        elif out.dtype == _FLOAT16:
-            _to_float16(flat, out.view(np.uint16), scratch)
-        else:
-            np.copyto(out, _to_odd_float32(flat, scratch).astype(out.dtype))
+    if out.dtype in (_FLOAT32, _FLOAT64):
+        np.copyto(out, flat, casting="unsafe")
+    elif out.dtype == BFLOAT16:
+        _to_bfloat16(flat, out.view(np.uint16), scratch)
+    elif out.dtype == _FLOAT16:
+        _to_float16(flat, out.view(np.uint16), scratch)
+    else:
+        np.copyto(out, _to_odd_float32(flat, scratch).astype(out.dtype))
 
 
 def widen_to_float64(flat: Array, out: NDArray[np.float64], scratch: NDArray[np.float64]) -> None:
-    """Convert `flat` (n,), native byte order, into `out` (n,) float64.
+    """Convert `flat` (n,), native byte order, into `out` (n,) float64; callers silence numpy as for `round_float64`.
 
     Args:
         flat: any float type.
@@ -98,8 +100,7 @@ def widen_to_float64(flat: Array, out: NDArray[np.float64], scratch: NDArray[np.
     if flat.dtype not in (_FLOAT32, _FLOAT64):
         source = scratch.view(np.float32)[: flat.size]
         widen(flat, source)
-    with np.errstate(invalid="ignore"):  # a signalling NaN becomes a quiet one
-        np.copyto(out, source)
+    np.copyto(out, source)
 
 
 def _to_bfloat16(flat: NDArray[np.float64], out: NDArray[np.uint16], scratch: NDArray[np.float64]) -> None:
@@ -173,10 +174,9 @@ def _untie(out: NDArray[np.uint16], tied: NDArray[np.int64], flat: NDArray[np.fl
     `shift` is how many bits more a float32 has.
     """
     upper = out[tied]
-    magnitude = (upper & np.uint16(0x7FFF)).astype(np.uint32)
-    midpoint = ((magnitude << shift) - (1 << shift - 1)).view(np.float32).astype(np.float64)
+    midpoint = (np.left_shift(upper & 0x7FFF, shift, dtype=np.uint32) - (1 << shift - 1)).view(np.float32)
     exact = np.abs(flat[tied])
-    out[tied] = upper - ((exact < midpoint) | ((exact == midpoint) & (upper & 1 == 1)))
+    out[tied] = upper - ((exact < midpoint) | (exact == midpoint) & upper)
 
 
 def _split(

@@ -22,7 +22,7 @@ Float64 = NDArray[np.float64]
 
 
 class Change(Protocol):
-    """One step. Any thread may apply it to any block."""
+    """One step. Any thread may apply it to any block; numpy is silenced by the caller."""
 
     @property
     def shape(self) -> tuple[int, ...] | None:
@@ -48,9 +48,9 @@ class Add:
 
     def apply(self, block: Block) -> Float64:
         """Adds; returns squared norms of the lines of the delta."""
-        self.delta.lines(block.start, block.stop, block.scratch)
+        known = self.delta.lines(block.start, block.stop, block.scratch)
         np.add(block.values, block.scratch, out=block.values)
-        return squares(block.scratch)
+        return squares(block.scratch) if known is None else known
 
     def release(self) -> None:
         """Drops the delta's factors."""
@@ -125,16 +125,15 @@ class Dora:
         delta, magnitude = block.scratch, self._magnitude.values().reshape(-1)
         norms = self._column_norms(block) if self._columns else None
         self.delta.lines(block.start, block.stop, delta)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            if norms is None:
-                norms = np.sqrt(squares(block.original() + delta))
-                factor = (magnitude[block.start : block.stop] / norms)[:, None]
-            else:
-                factor = magnitude / norms
-            np.add(delta, block.values, out=delta)
-            np.multiply(delta, factor, out=delta)
-            np.subtract(delta, block.values, out=block.values)
-            changed = squares(block.values)
+        if norms is None:
+            norms = np.sqrt(squares(block.original() + delta))
+            factor = (magnitude[block.start : block.stop] / norms)[:, None]
+        else:
+            factor = magnitude / norms
+        np.add(delta, block.values, out=delta)
+        np.multiply(delta, factor, out=delta)
+        np.subtract(delta, block.values, out=block.values)
+        changed = squares(block.values)
         np.copyto(block.values, delta)
         return changed
 

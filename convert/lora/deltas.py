@@ -39,8 +39,12 @@ class Delta(Protocol):
     def shape(self) -> tuple[int, ...]:
         """The stored tensor's."""
 
-    def lines(self, start: int, stop: int, out: Float64) -> None:
-        """Fills `out` (stop - start, width) with lines [start, stop)."""
+    def lines(self, start: int, stop: int, out: Float64) -> Float64 | None:
+        """Fills `out` (stop - start, width) with lines [start, stop).
+
+        Returns:
+            Their squared norms, (stop - start,), where these are known without summing; else None.
+        """
 
     def release(self) -> None:
         """Drops what was loaded; it is loaded again when needed."""
@@ -48,8 +52,7 @@ class Delta(Protocol):
 
 def rows_of(delta: Delta, start: int, stop: int) -> Float64:
     """Gives rows [start, stop) of the first dimension, (stop - start, ...) float64."""
-    lines, _ = lines_of(delta.shape)
-    each = lines // max(delta.shape[0], 1)
+    each = lines_of(delta.shape)[0] // max(delta.shape[0], 1)
     return _lines(delta, start * each, stop * each).reshape(stop - start, *delta.shape[1:])
 
 
@@ -91,9 +94,11 @@ class LowRank:
         for factor in self._factors:
             factor.register(self)
 
-    def lines(self, start: int, stop: int, out: Float64) -> None:
-        """Fills `out` with lines [start, stop)."""
-        self._product.get().lines(start, stop, out)
+    def lines(self, start: int, stop: int, out: Float64) -> Float64 | None:
+        """Fills `out` with lines [start, stop); gives their squared norms."""
+        product, squares = self._product.get()
+        product.lines(start, stop, out)
+        return None if squares is None else squares[start:stop]
 
     def release(self) -> None:
         """Drops what was loaded."""
@@ -101,7 +106,7 @@ class LowRank:
         for factor in self._factors:
             factor.release(self)
 
-    def _load(self) -> Product:
+    def _load(self) -> tuple[Product, Float64 | None]:
         a, b = self._a.values(), self._b.values()
         if self._expert:
             number, count = self._expert
@@ -113,7 +118,8 @@ class LowRank:
             left = left * self._scale
         else:
             right = right * self._scale
-        return Product(left, right)
+        product = Product(left, right)
+        return product, product.squares()
 
 
 def svd_low_rank(
@@ -201,9 +207,8 @@ class Kronecker:
 
     def lines(self, start: int, stop: int, out: Float64) -> None:
         """Fills `out` with lines [start, stop)."""
-        line = np.arange(start, stop)
+        line, first = np.arange(start, stop), start // self._inner.shape[0]
         height, width = self._inner.shape
-        first = start // height
         outer = _lines(self._outer, first, -(-stop // height))[line // height - first]
         if len(line) < height and start % height < stop % height:
             inner = _lines(self._inner, start % height, stop % height)
@@ -218,7 +223,7 @@ class Kronecker:
 
 
 class _Dense:
-    """A matrix that is stored as it is."""
+    """A matrix or a vector that is stored as it is."""
 
     def __init__(self, values: FactorSource, scale: float) -> None:
         self._values = as_factor(values)

@@ -90,5 +90,6 @@ def to_float64(array: Array) -> NDArray[np.float64]:
     """
     flat = np.ascontiguousarray(array).reshape(-1)
     out = np.empty(flat.size, np.float64)
-    widen_to_float64(flat, out, np.empty(flat.size // 2 + 1))
+    with np.errstate(invalid="ignore"):  # a signalling NaN becomes a quiet one
+        widen_to_float64(flat, out, np.empty(flat.size // 2 + 1))
     return out.reshape(array.shape)

@@ -63,9 +63,10 @@ class MergedTensor:
 
     def squared_norms(self) -> NDArray[np.float64]:
         """Gives (changes, 2): for each change ||before||^2 and ||after - before||^2; reads as `delta_norms` does."""
-        for start, stop in self._norms.missing():
-            for _ in self._merged_blocks(start, stop):
-                pass
+        with np.errstate(all="ignore"):
+            for start, stop in self._norms.missing():
+                for _ in self._merged_blocks(start, stop):
+                    pass
         return self._norms.sums()
 
     def _read_rows(self, start: int, stop: int) -> Array:
@@ -80,24 +81,24 @@ class MergedTensor:
         reader = self._reader
         first, last = start * reader.row_lines, stop * reader.row_lines
         out = np.empty((last - first, reader.width), dtype)
-        for block in self._merged_blocks(first, last):
-            target = out[block.start - first : block.stop - first]
-            round_float64(block.values.reshape(-1), target.reshape(-1), block.spare)
+        # A NaN or an overflow is found by who writes the values.
+        with np.errstate(all="ignore"):
+            for block in self._merged_blocks(first, last):
+                target = out[block.start - first : block.stop - first]
+                round_float64(block.values.reshape(-1), target.reshape(-1), block.spare)
         return out.reshape((stop - start, *self.base.shape[1:]) if self.base.shape else ())
 
     def _merged_blocks(self, start: int, stop: int) -> Iterator[Block]:
         """Gives lines [start, stop) after all changes."""
         for block in self._reader.blocks(start, stop):
             norms = self._norms.wanted(block.start, block.stop)
-            # A NaN or an overflow is found by who writes the values; one in a norm shows there.
-            with np.errstate(over="ignore", invalid="ignore"):
-                for number, change in enumerate(self.changes):
-                    if norms is not None:
-                        norms[number, 0] = squares(block.values)
-                    moved = change.apply(block)
-                    block.changed = True
-                    if norms is not None:
-                        norms[number, 1] = moved
+            for number, change in enumerate(self.changes):
+                if norms is not None:
+                    norms[number, 0] = squares(block.values)
+                moved = change.apply(block)
+                block.changed = True
+                if norms is not None:
+                    norms[number, 1] = moved
             if norms is not None:
                 self._norms.record(block.start, norms)
             self._count(block.stop - block.start)
@@ -125,6 +126,7 @@ class _Norms:
         self._lock = Lock()
         self._squares: NDArray[np.float64] | None = None
         self._known: NDArray[np.bool_] | None = None
+        self._unknown = lines
         self._sums: NDArray[np.float64] | None = np.zeros((changes, 2)) if 0 in self._shape else None
 
     def wanted(self, start: int, stop: int) -> NDArray[np.float64] | None:
@@ -142,8 +144,9 @@ class _Norms:
             if self._squares is None or self._known is None:
                 self._squares, self._known = np.empty(self._shape), np.zeros(self._shape[-1], np.bool_)
             self._squares[:, :, start:stop] = norms
+            self._unknown -= stop - start - np.count_nonzero(self._known[start:stop])
             self._known[start:stop] = True
-            if self._known.all():
+            if not self._unknown:
                 self._sums = self._squares.sum(axis=-1)
                 self._squares = self._known = None
 
