@@ -35,6 +35,7 @@ Place = tuple[str, int]
 """A slot of the decoder (`attn_q.weight`) and its layer, -1 outside layers."""
 
 _TOKENS = "trainable_tokens_delta"
+_AROUND = frozenset({"model", "language_model", "text_model", "transformer", "base_model", "gpt_neox"})
 _HEAD, _EMBEDDING = ("output.weight", -1), ("token_embd.weight", -1)
 
 
@@ -115,6 +116,8 @@ class _Builder:
         for row, layer in spec.rows(hyper):
             for name in spec.names(row, layer):
                 self.rows_by_name[name] = (row, layer)
+                if row.role is Role.HEAD:
+                    self.rows_by_name[name.replace("embed_out", "lm_head")] = (row, layer)  # GPT-NeoX's two names
 
     def add(self, applied: Applied) -> None:
         """Takes an adapter in."""
@@ -199,9 +202,12 @@ class _Builder:
         return self.base.tensor(next((name for name in names if name in self.base.tensors), names[0]))
 
     def _row(self, one: Trained, name: str) -> tuple[TensorSpec, int]:
-        if name not in self.rows_by_name:
+        inner = name
+        while inner not in self.rows_by_name and (parts := inner.partition("."))[0] in _AROUND:
+            inner = parts[2]  # trained inside a larger model, or inside another class of the same one
+        if inner not in self.rows_by_name:
             raise InputError(f"{one.name}: the base has no tensor {shown(name)}")
-        return self.rows_by_name[name]
+        return self.rows_by_name[inner]
 
     def _size(self, row: TensorSpec) -> tuple[int, int]:
         """Gives (N, K) of a linear, (V, H) of an embedding."""

@@ -87,6 +87,7 @@ CASES = (
     lora("gptneox", "gptneox", bias="all"),
     lora("gptneox-dora", "gptneox", use_dora=True),
     lora("gptneox-lora-bias", "gptneox", lora_bias=True),
+    lora("gptneox-ends", "gptneox", target_modules=["embed_in", "embed_out", "lm_head", "dense"]),
     lora("phi3", "phi3"),
     lora("phi3-dora", "phi3", use_dora=True),
     lora("gemma2", "gemma2"),
@@ -337,6 +338,14 @@ def test_an_adapter_that_does_not_fit_is_refused(name: str, make: Make, tmp_path
     edit(folder, change)
     with pytest.raises(InputError, match=message):
         unmerged(open_checkpoint(make("llama")), [Applied(open_adapter(folder))])
+
+
+def test_a_model_inside_another_is_found(make: Make, tmp_path: Path) -> None:
+    base, tokens = make("llama"), some_tokens()
+    folder = write_adapter(lora("lora"), base, tmp_path / "adapter")
+    wanted = our_logits(base, {folder: 1.0}, tokens)
+    edit(folder, renamed("base_model.model.model.", "base_model.model.model.language_model."))
+    assert torch.equal(our_logits(base, {folder: 1.0}, tokens), wanted)
 
 
 def test_two_adapters_that_replace_the_same_tensor_are_refused(make: Make, tmp_path: Path) -> None:
