@@ -176,21 +176,12 @@ class _Builder:
 
     def _replace_tokens(self, one: Trained, path: str, delta: LazyTensor) -> None:
         row, layer = self._row(one, f"{path}.weight")
-        if self._repeats_tokens(one, (row.slot, layer)):
-            return
         ids = one.token_ids(path)
         one.wants(delta, (len(ids), self.hyper.hidden))
         place = (row.slot, layer)
         places = [place, _HEAD] if place == _EMBEDDING and self.tied and one.tokens_are_tied() else [place]
         for changed in places:
             self.whole[changed] = _with_rows(self._now(changed), ids, delta)
-
-    def _repeats_tokens(self, one: Trained, place: Place) -> bool:
-        """Whether a tied head's trained tokens are the embedding's again, as PEFT may save them."""
-        if place != _HEAD or not self.tied or not one.tokens_are_tied():
-            return False
-        others = [module.path for module in one.applied.adapter.modules if _TOKENS in module.parts]
-        return any(self._row(one, f"{path}.weight")[0].role is Role.EMBEDDING for path in others)
 
     def _now(self, place: Place) -> LazyTensor:
         """Gives the tensor of a place as it is so far; that of a tied head is the embedding's."""

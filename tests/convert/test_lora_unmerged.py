@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from quantpress.convert.lora import activations
 from quantpress.convert.lora.adapter import open_adapter
 from quantpress.convert.lora.ledger import Applied
 from quantpress.convert.lora.unmerged import unmerged
@@ -297,6 +298,28 @@ def test_weights_that_stay_and_other_types_give_the_same(make: Make, tmp_path: P
     folders = {write_adapter(case, base, tmp_path / "adapter"): 1.0}
     found = our_logits(base, folders, tokens, **options)
     np.testing.assert_allclose(found, our_logits(base, folders, tokens), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("base", ["llama-tied", "gptneox"])
+def test_norms_of_large_weights_are_taken_block_by_block(
+    base: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = lora("all", use_dora=True, target_modules=["embed_tokens", "embed_in", "dense", "q_proj"])
+    folders = {write_adapter(case, make(base), tmp_path / "adapter"): 1.0}
+    wanted = our_logits(make(base), folders, some_tokens())
+    monkeypatch.setattr(activations, "_BLOCK", 500)
+    np.testing.assert_allclose(our_logits(make(base), folders, some_tokens()), wanted, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("options", [EMBEDDED, {"modules_to_save": ["embed_tokens"]}], ids=["lora", "saved"])
+def test_an_ensured_head_follows_also_where_the_file_does_not_repeat_it(
+    options: dict[str, Any], make: Make, tmp_path: Path
+) -> None:
+    base, tokens = make("llama-tied"), some_tokens()
+    folder = write_adapter(lora("ensured", ensure_weight_tying=True, **options), base, tmp_path / "adapter")
+    wanted = peft_logits(base, {folder: 1.0}, tokens)
+    edit(folder, lambda tensors: {name: values for name, values in tensors.items() if "lm_head" not in name})
+    np.testing.assert_allclose(our_logits(base, {folder: 1.0}, tokens), wanted, rtol=0, atol=TOLERANCE)
 
 
 def test_one_module_left_out_is_far_beyond_the_tolerance(make: Make, tmp_path: Path) -> None:
