@@ -20,6 +20,7 @@ from quantpress.convert.files import MAX_SMALL_FILE, inside, read_bounded
 from quantpress.convert.hf_folder import MODEL_CARD
 from quantpress.convert.qlora import dequantized_base, detect_training_quantization
 from quantpress.pipelines.merge_stage import run_lazy
+from quantpress.pipelines.sidecar import rounded
 from quantpress.pipelines.stage import RunContext, Stage
 from quantpress.quant.errors import ParityError, UsageError
 
@@ -170,8 +171,8 @@ def choose_base(
         base=min(BASES, key=lambda name: klds[name]),
         quant_type=quant_type,
         double_quant=double_quant,
-        fp16_kld=klds["fp16"],
-        dequantized_kld=klds["dequantized"],
+        fp16_kld=rounded(klds["fp16"]),
+        dequantized_kld=rounded(klds["dequantized"]),
     )
     log.info("%s", chosen.summary())
     return chosen
