@@ -98,14 +98,8 @@ class Adapted:
         for applied, edits, twins in zip(self.applied, self.edits, self.twins, strict=True):
             for twin in twins:
                 check_twin(twin)
-            idle, count = untrained(edit for edit, _ in edits)
-            name = applied.adapter.name
-            if idle == count:
-                notes.append(
-                    f"{name}: the adapter changes nothing: in each of its {count} modules a factor is all zero"
-                )
-            elif idle:
-                notes.append(f"{name}: {idle} of {count} modules were not trained: a factor of them is all zero")
+            if note := untrained(edit for edit, _ in edits):
+                notes.append(f"{applied.adapter.name}: {note}")
         return tuple(notes)
 
     def ledger(self) -> tuple[LedgerEntry, ...]:

@@ -83,7 +83,6 @@ def _change(
 ) -> tuple[dict[str, Changed], list[Twin]]:
     """Does the edits of one adapter to the tensors as adapters before it left them."""
     changed, copies = dict(before), list[Twin]()
-    tied = ends.tied and ends.head not in before
     if ends.tied and ends.input is not None and ends.head is not None:
         embedding = base.tensors[ends.input]
         changed.setdefault(ends.input, Changed(embedding, embedding))
@@ -97,7 +96,7 @@ def _change(
                 continue
             changed[name] = state.with_edit(edit)
     if ends.tied and ends.input is not None and ends.head is not None:
-        if tied and changed[ends.input].edits == changed[ends.head].edits:
+        if changed[ends.input].edits == changed[ends.head].edits:
             del changed[ends.head]
         if not changed[ends.input].edits:
             del changed[ends.input]

@@ -19,23 +19,23 @@ from quantpress.quant.floats import count_nonfinite
 __all__ = ["Norms", "check_twin", "untrained"]
 
 _PIECE = 1 << 20  # values that are compared at once
-_NO_FACTORS = (".lora_magnitude_vector", ".lora_B.bias")  # parts that no product is zero with
+_MAGNITUDE = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")  # no factor of what is added
 
 
-def untrained(edits: Iterable[Edit]) -> tuple[int, int]:
+def untrained(edits: Iterable[Edit]) -> str:
     """Reads the small tensors of an adapter.
 
     Args:
         edits: of one adapter.
 
     Returns:
-        How many edits add nothing, because one of their factors is zero, and how many there are.
+        A note on what adds nothing because one of its factors is all zero; "" if there is nothing to say.
 
     Raises:
         InputError: a tensor holds NaN or infinity.
     """
     zero: dict[str, bool] = {}
-    idle = count = 0
+    idle, count = list[Edit](), 0
     for edit in edits:
         count += 1
         if edit.whole is not None:
@@ -43,9 +43,16 @@ def untrained(edits: Iterable[Edit]) -> tuple[int, int]:
         for tensor in edit.tensors:
             if tensor.name not in zero:
                 zero[tensor.name] = _is_zero(tensor)
-        factors = [tensor for tensor in edit.tensors if not tensor.name.endswith(_NO_FACTORS)]
-        idle += edit.kind != "tokens" and any(zero[tensor.name] for tensor in factors or edit.tensors)
-    return idle, count
+        factors = [tensor for tensor in edit.tensors if not tensor.name.endswith(_MAGNITUDE)]
+        if edit.kind != "tokens" and any(zero[tensor.name] for tensor in factors):
+            idle.append(edit)
+    if not idle:
+        return ""
+    if len(idle) < count:
+        return f"{len(idle)} of {count} changes add nothing: a factor is all zero, first for {idle[0].target}"
+    if any(edit.kind == "dora" for edit in idle):
+        return f"a factor of each of its {count} changes is all zero; only the magnitudes of DoRA can change anything"
+    return f"the adapter changes nothing: a factor of each of its {count} changes is all zero"
 
 
 def _is_zero(tensor: LazyTensor) -> bool:

@@ -139,9 +139,7 @@ class BaseNames:
         present = next((name for name in names if name in self._tensors), None)
         if present is not None or embedding is None:
             return present
-        plain = names[0] if names else _HEADS[0]
-        prefixes = self._arch.head_prefixes if self._arch is not None else ("language_model.",)
-        return next((prefix + plain for prefix in prefixes if embedding.startswith(prefix)), plain)
+        return names[0] if names else _HEADS[0]  # transformers writes it without the wrappers of the embedding
 
     def _rows_of(self, role: Role) -> tuple[str, ...] | None:
         if self._arch is None:
@@ -154,7 +152,8 @@ class BaseNames:
         """Every spelling of every row of the table -> the row and its layer."""
         if self._arch is None or self._hyper is None:
             return {}
-        return dict(_spelled(self._arch, self._hyper))
+        rows = self._arch.rows(self._hyper)
+        return {name: place for place in rows for name in self._arch.names(*place)}
 
     @cached_property
     def _cores(self) -> Mapping[str, tuple[str, ...]]:
@@ -163,15 +162,6 @@ class BaseNames:
             core = _core(name)
             found[core] = (*found.get(core, ()), name)
         return found
-
-
-def _spelled(arch: ArchSpec, hyper: Hyperparameters) -> Iterator[tuple[str, tuple[TensorSpec, int]]]:
-    for row, layer in arch.rows(hyper):
-        names = arch.names(row, layer)
-        for name in names:
-            yield name, (row, layer)
-            if row.role is Role.HEAD:
-                yield from ((name.replace(_HEADS[1], _HEADS[0]), (row, layer)) for name in names)
 
 
 def _family(config: Mapping[str, Any]) -> tuple[ArchSpec | None, Hyperparameters | None]:

@@ -148,7 +148,7 @@ def test_factors_that_are_zero_are_told(tmp_path: Path, layers: int) -> None:
     adapted = merge_lora(open_checkpoint(base), adapter).adapted
     assert adapted is not None
     (note,) = adapted.check()
-    assert ("changes nothing" if layers == 3 else "1 of 3 modules were not trained") in note
+    assert ("changes nothing" if layers == 3 else "1 of 3 changes add nothing") in note
     assert [entry.delta_norm for entry in adapted.ledger()][: 2 * layers] == [0.0] * 2 * layers
 
 
@@ -166,3 +166,16 @@ def test_two_copies_of_a_tied_tensor_must_be_equal(tmp_path: Path) -> None:
         assert broken is not None
         with pytest.raises(InputError, match=f"lm_head.{name}' differs from .*embed_tokens"):
             broken.check()
+
+
+@pytest.mark.parametrize(("part", "said"), [("B.weight", "only the magnitudes"), ("magnitude_vector", "")])
+def test_magnitudes_are_no_factors(tmp_path: Path, part: str, said: str) -> None:
+    _, base, adapter = merged(tmp_path, "llama", {}, target_modules=["q_proj"], use_dora=True)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    for name, values in tensors.items():
+        if name.endswith(part):
+            values[:] = 0
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    adapted = merge_lora(open_checkpoint(base), adapter).adapted
+    assert adapted is not None
+    assert [said in note for note in adapted.check()] == [True] * bool(said)

@@ -270,6 +270,9 @@ def test_a_second_copy_of_the_bases_embedding_must_equal_the_first(tmp_path: Pat
     added = 2 * 1.5 * (array(K, 2).astype(np.float64) @ array(2, 12, seed=4)).T
     assert np.allclose(values(merged, f"model.{EMBED}.weight"), array(12, K) + added, atol=1e-5)
     assert len(merged.adapted.ledger()) == 6
+    narrow = merge_lora(first, copied("narrow", array(12, K).astype(np.float16)))
+    assert narrow.adapted is not None
+    narrow.adapted.check()  # it was saved in another type
     other = merge_lora(first, copied("three", array(12, K, seed=8)))
     assert other.adapted is not None
     with pytest.raises(InputError, match="differs from"):
@@ -345,3 +348,33 @@ def test_tied_embeddings_that_one_adapter_separates_take_the_tokens_of_the_next(
     entry = merged.adapted.ledger()[-1] if merged.adapted else None
     assert entry is not None
     assert entry.target == f"model.{EMBED}.weight and 1 more"
+
+
+def test_a_repeated_head_does_not_keep_a_tied_vocabulary_from_growing(tmp_path: Path) -> None:
+    grown = array(14, K, seed=9)
+    adapter = adapter_of(tmp_path / "a", {**factors("model." + Q), f"model.{EMBED}.weight": grown})
+    merged = merge_lora(base_of(tie_word_embeddings=True), adapter)
+    assert "lm_head.weight" not in merged.tensors
+    assert np.array_equal(values(merged, f"model.{EMBED}.weight"), grown)
+
+
+def test_what_replaces_a_tensor_takes_its_type(tmp_path: Path) -> None:
+    base, name = base_of(), f"model.{UP}.weight"
+    half = array(N, K).astype(np.float16)
+    tensors = {**base.tensors, name: LazyTensor(name, half.shape, "F16", "base", lambda start, stop: half[start:stop])}
+    adapter = adapter_of(tmp_path / "a", {name: array(N, K, seed=9)}, modules_to_save=["up_proj"])
+    merged = merge_lora(dataclasses.replace(base, tensors=tensors), adapter).tensors[name]
+    assert merged.dtype == "F16"
+    assert np.array_equal(merged.read(), array(N, K, seed=9).astype(np.float16))
+
+
+def test_a_tensor_that_nothing_uses_is_refused(tmp_path: Path) -> None:
+    # PEFT cannot train tokens of an embedding that has a LoRA
+    held = {
+        f"model.{EMBED}.lora_embedding_A": array(2, 12),
+        f"model.{EMBED}.lora_embedding_B": array(K, 2),
+        f"model.{EMBED}.token_adapter.trainable_tokens_delta": array(1, K),
+    }
+    adapter = adapter_of(tmp_path / "a", held, target_modules=["embed_tokens"], trainable_token_indices=[1])
+    with pytest.raises(InputError, match="lora_embedding_A' is not used by anything"):
+        merge_lora(base_of(), adapter)
