@@ -6,6 +6,7 @@ at one end acts on both afterwards (logits of these models move by up to 500), a
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -86,7 +87,8 @@ def make(tmp_path: Path, case: Case, resize: int | None = None, **save: Any) -> 
     tiny = tiny_case(case.base)
     base = tiny_checkpoint(tmp_path / "base", tiny.family, **tiny.options)
     with quiet():
-        config = getattr(peft, case.kind)(task_type="CAUSAL_LM", **case.options)
+        # PEFT changes the lists that it is given
+        config = getattr(peft, case.kind)(task_type="CAUSAL_LM", **copy.deepcopy(dict(case.options)))
     return base, train(tmp_path / "adapter", base, config, resize=resize, **save)
 
 

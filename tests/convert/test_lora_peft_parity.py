@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,7 +104,7 @@ def make(tmp_path: Path, case: Case, dtype: str = "float32") -> tuple[Path, Path
     """Makes base and adapter."""
     tiny = tiny_case(case.base)
     base = tiny_checkpoint(tmp_path / "base", tiny.family, dtype=dtype, **{"num_hidden_layers": 3, **tiny.options})
-    config = getattr(peft, case.kind)(task_type="CAUSAL_LM", **case.options)
+    config = getattr(peft, case.kind)(task_type="CAUSAL_LM", **copy.deepcopy(dict(case.options)))
     return base, train(tmp_path / "adapter", base, config)
 
 
