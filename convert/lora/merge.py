@@ -88,6 +88,7 @@ def _change(
         changed.setdefault(ends.input, Changed(embedding, embedding))
         changed.setdefault(ends.head, _renamed_state(changed[ends.input], ends.head))
     for edit, targets in placed:
+        _refuse_magnitude_after_bias(edit, before)
         for name in targets:
             state = changed.get(name) or Changed(base.tensors[name], base.tensors[name])
             if edit.copied and edit.whole is not None and state.edits:
@@ -101,6 +102,17 @@ def _change(
         if not changed[ends.input].edits:
             del changed[ends.input]
     return changed, copies
+
+
+def _refuse_magnitude_after_bias(edit: Edit, before: Mapping[str, Changed]) -> None:
+    """Refuses DoRA on top of an adapter with `lora_bias`: in PEFT's forward pass the magnitude scales that bias too."""
+    bias = before.get(edit.target.removesuffix(".weight") + ".bias") if edit.kind == "dora" else None
+    if bias is not None and bias.changes:
+        raise error_at(
+            edit.tensors[0],
+            f"is DoRA on {shown(edit.target, 200)}, whose bias an adapter before it has changed (lora_bias); merge the"
+            " DoRA adapter first",
+        )
 
 
 def _renamed_state(state: Changed, name: str) -> Changed:

@@ -378,3 +378,13 @@ def test_a_tensor_that_nothing_uses_is_refused(tmp_path: Path) -> None:
     adapter = adapter_of(tmp_path / "a", held, target_modules=["embed_tokens"], trainable_token_indices=[1])
     with pytest.raises(InputError, match="lora_embedding_A' is not used by anything"):
         merge_lora(base_of(), adapter)
+
+
+def test_dora_after_lora_bias_is_refused_for_its_magnitude_would_scale_the_bias_unmerged(tmp_path: Path) -> None:
+    path = "model." + Q
+    biased = adapter_of(tmp_path / "a", {**factors(path), f"{path}.lora_B.bias": array(N)}, lora_bias=True)
+    magnitude = {f"{path}.lora_magnitude_vector": np.abs(array(N))}
+    dora = adapter_of(tmp_path / "b", {**factors(path), **magnitude}, use_dora=True)
+    with pytest.raises(InputError, match="merge the DoRA adapter first"):
+        merge_lora(merge_lora(base_of(), biased), dora)
+    assert merge_lora(merge_lora(base_of(), dora), biased).adapted is not None
