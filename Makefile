@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 
-.PHONY: demo test check quick format bench fuzz clean
+.PHONY: demo test check quick format bench proofs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/quantpress demo demo
@@ -27,6 +27,10 @@ format: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/run.py
+
+# the longer form of proofs that make test shortens: whole texts in llama.cpp
+proofs: $(VENV)/.dev
+	OMP_NUM_THREADS=2 QUANTPRESS_WHOLE_TEXTS=1 $(BIN)/pytest tests/pipelines/test_adapter_proof.py
 
 clean:
 	rm -rf $(VENV) build demo *.egg-info
