@@ -36,6 +36,12 @@ CONFIG = {
 }
 
 
+@pytest.fixture(autouse=True)
+def no_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pytest-xdist tells its workers the width of its own terminal; tables must not depend on it."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 def model_shapes() -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tiny Llama's tensors."""
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (320, 64), "lm_head.weight": (320, 64)}
