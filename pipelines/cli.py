@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import itertools
 import json
@@ -152,5 +153,17 @@ def run(arguments: Sequence[str]) -> int:
 
 def main() -> NoReturn:
     """Entry point of the program."""
+    # The collector looks through all that imports and tables of tensors leave behind, and finds no garbage there;
+    # with Python's own thresholds that is a tenth of the time of a command.
+    gc.set_threshold(100_000, 50, 100)
     signal.signal(signal.SIGTERM, _terminate)
-    sys.exit(run(sys.argv[1:]))
+    _leave(run(sys.argv[1:]))
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends the process without taking the interpreter apart, which takes 0.3 s after a merge and changes nothing."""
+    logging.shutdown()
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)

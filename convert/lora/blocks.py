@@ -5,6 +5,7 @@ A line is one step of all dimensions but the last: the tensor seen as (lines, wi
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 
@@ -85,13 +86,24 @@ class BlockReader:
 
     def blocks(self, start: int, stop: int) -> Iterator[Block]:
         """Gives lines [start, stop), block after block, as they are stored."""
+        with self.memory(start, stop) as memory:
+            for begin, stored in self.stored(start, stop):
+                yield Block(begin, stored, memory, self)
+
+    def stored(self, start: int, stop: int) -> Iterator[tuple[int, Array]]:
+        """Gives lines [start, stop) as they are stored: number of the first line of a block, and its lines."""
+        for first, last in self._reads(start, stop):
+            stored = self.tensor.read_rows(first, last).reshape(-1, self.width)
+            before = first * self.row_lines
+            for begin, end in self._cuts(max(start, before), min(stop, last * self.row_lines)):
+                yield begin, stored[begin - before : end - before]
+
+    @contextlib.contextmanager
+    def memory(self, start: int, stop: int) -> Iterator[Float64]:
+        """Lends memory for any block of lines [start, stop), twice the block's values and some."""
         memory = _borrow(2 * (min(self.most_lines, self._period, stop - start) * self.width + ROUNDING_SLACK))
         try:
-            for first, last in self._reads(start, stop):
-                stored = self.tensor.read_rows(first, last).reshape(-1, self.width)
-                before = first * self.row_lines
-                for begin, end in self._cuts(max(start, before), min(stop, last * self.row_lines)):
-                    yield Block(begin, stored[begin - before : end - before], memory, self)
+            yield memory
         finally:
             if memory.size <= _MOST_SPARE:
                 _SPARE.append(memory)

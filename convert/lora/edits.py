@@ -87,10 +87,10 @@ class Changed:
         """Those edits that change `source`; the others replaced it."""
         return tuple(edit for edit in self.edits if edit.change is not None)
 
-    def merged(self) -> MergedTensor:
-        """Gives the tensor after all edits, in the base's name and type."""
+    def merged(self, *, compiled: bool = False) -> MergedTensor:
+        """Gives the tensor after all edits, in the base's name and type; `compiled` as for `MergedTensor`."""
         changes = tuple(edit.change for edit in self.edits if edit.change is not None)
-        return MergedTensor(self.base.name, self.source, changes, self.base.dtype)
+        return MergedTensor(self.base.name, self.source, changes, self.base.dtype, compiled=compiled)
 
     def with_edit(self, edit: Edit) -> Changed:
         """Gives the tensor after one more edit.

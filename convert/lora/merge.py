@@ -17,6 +17,7 @@ from quantpress.convert.lora.adapter import Adapter, open_adapter
 from quantpress.convert.lora.edits import Changed, Edit, Twin, error_at
 from quantpress.convert.lora.embeddings import place_edits, with_vocabulary
 from quantpress.convert.lora.ledger import Adapted, Applied
+from quantpress.convert.lora.merged_tensor import COMPILED_FROM
 from quantpress.convert.lora.plan import Planner
 from quantpress.convert.lora.targets import BaseNames, Embeddings
 from quantpress.convert.lora.tokenizers import with_tokenizer
@@ -56,11 +57,12 @@ def merge_lora(checkpoint: Checkpoint, adapter: Adapter | Path | str, weight: fl
     placed, twins = place_edits(tuple(planner.edits()), names.embeddings)
     _check_all_used(adapter, placed, twins)
     changed, copies = _change(base, before.changed, placed, names.embeddings)
+    compiled = sum(state.base.size for state in changed.values()) >= COMPILED_FROM
     adapted = Adapted(
         base,
         (*before.applied, Applied(adapter, float(weight))),
         changed=changed,
-        merged={name: state.merged() for name, state in changed.items()},
+        merged={name: state.merged(compiled=compiled) for name, state in changed.items()},
         edits=(*before.edits, placed),
         twins=(*before.twins, (*twins, *copies)),
     )
