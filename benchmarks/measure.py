@@ -18,7 +18,11 @@ class Sample:
 
 
 def measure(command: list[str]) -> Sample:
-    """Runs a command to its end; a command that fails ends the benchmark with its output."""
+    """Runs a command to its end; a command that fails ends the benchmark with its output.
+
+    What an earlier command left to be written to the disk is written first: it must not be this one's cost.
+    """
+    os.sync()
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd="/")
     assert process.stdout is not None

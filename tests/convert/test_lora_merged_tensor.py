@@ -286,3 +286,28 @@ def test_what_cannot_be_merged_is_refused_before_anything_is_read():
     tensor = MergedTensor("w", Stored(np.ones((4, 6)), "F32").lazy(), ()).lazy()
     with pytest.raises(IndexError):
         tensor.read_rows(2, 5)
+
+
+@pytest.mark.parametrize("shape", [(300, 700), (5, 3), (1, 4096), (700, 1)])
+def test_compiled_merges_give_the_same_bytes_and_norms_in_any_pieces(shape) -> None:
+    stored = Stored(random(*shape), "BF16")
+    plain = MergedTensor("w", stored.lazy(), (Add(low_rank(shape)),))
+    compiled = MergedTensor("w", stored.lazy(), (Add(low_rank(shape)),), compiled=True)
+    exact = stored.values.astype(np.float64) + rows_of(low_rank(shape), 0, shape[0])
+    whole = compiled.lazy().read()
+    assert whole.tobytes() == plain.lazy().read().tobytes()
+    assert (np.abs(whole.astype(np.float64) - exact) <= half_a_step(exact, "BF16")).all()
+    assert (compiled.lazy().exact_rows(0, shape[0]) == exact.astype(np.float32)).all()
+    cuts = sorted({0, shape[0], *(int(cut) for cut in np.random.default_rng(2).integers(0, shape[0] + 1, 4))})
+    pieces = [compiled.lazy().read_rows(start, stop) for start, stop in pairwise(cuts)]
+    assert np.concatenate(pieces).tobytes() == whole.tobytes()
+    # sums of n float64 in another order
+    assert np.allclose(compiled.delta_norms(), plain.delta_norms(), rtol=np.prod(shape) * 2.0**-53)
+
+
+def test_what_numba_has_no_kernel_for_is_merged_as_before() -> None:
+    shape = (40, 30)
+    for dtype, changes in (("F16", (Add(low_rank(shape)),)), ("BF16", (Add(low_rank(shape)), Add(low_rank(shape, 2))))):
+        stored = Stored(random(*shape), dtype)
+        both = [MergedTensor("w", stored.lazy(), changes, compiled=flag).lazy().read() for flag in (True, False)]
+        assert both[0].tobytes() == both[1].tobytes()
