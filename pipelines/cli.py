@@ -156,6 +156,7 @@ def main() -> NoReturn:
     # The collector looks through all that imports and tables of tensors leave behind, and finds no garbage there;
     # with Python's own thresholds that is a tenth of the time of a command.
     gc.set_threshold(100_000, 50, 100)
+    sys.setswitchinterval(0.0005)  # threads that hash and convert wait less for one that imports
     signal.signal(signal.SIGTERM, _terminate)
     _leave(run(sys.argv[1:]))
 

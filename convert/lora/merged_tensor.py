@@ -20,7 +20,7 @@ from quantpress.quant.floats import BFLOAT16
 __all__ = ["COMPILED_FROM", "MergedTensor"]
 
 # Values of a merge from which numba pays: it takes half a second to load and saves 4 nanoseconds of each value.
-COMPILED_FROM = 1 << 27
+COMPILED_FROM = 1 << 26
 
 
 class MergedTensor:
