@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,6 +27,7 @@ from quantpress.pipelines.stage import (
     PlannedTensor,
     RunContext,
     TensorResult,
+    fill_name,
 )
 
 log = logging.getLogger(__name__)
@@ -160,14 +160,6 @@ class Gguf(BuildingStage):
 
     def _path(self, source: Checkpoint, ftype: str) -> Path:
         return fill_name(self.output, {"ftype": ftype, "name": self.model_name or Path(source.name).name})
-
-
-def fill_name(output: Path, values: Mapping[str, str]) -> Path:
-    """Replaces `{ftype}` and `{name}` in a path."""
-    text = str(output)
-    for key, value in values.items():
-        text = text.replace("{" + key + "}", value.replace("/", "-"))
-    return Path(text)
 
 
 def _shortened(lines: tuple[str, ...], limit: int = 4) -> tuple[str, ...]:

@@ -12,8 +12,8 @@ from types import TracebackType
 
 from quantpress.quant.errors import InputError
 
-# Bytes read at a time. After each block the thread waits for the interpreter's lock, up to a switch interval while other
-# threads import; small blocks would be hashed at a fifth of the speed then.
+# Bytes read at a time. After each block the thread waits for the interpreter's lock, up to a switch interval while
+# others import; small blocks would be hashed at a fifth of the speed then.
 _BLOCK = 16 << 20
 
 

@@ -10,7 +10,6 @@ from typing import ClassVar
 from quantpress.convert.checkpoint import Checkpoint
 from quantpress.convert.preflight import Preflight, check_tied_head, preflight, refuse_quantized
 from quantpress.convert.safetensors_writer import planned_tensors, write_checkpoint
-from quantpress.pipelines.gguf_stage import fill_name
 from quantpress.pipelines.machine import peak_memory
 from quantpress.pipelines.merge_stage import merged_names
 from quantpress.pipelines.stage import (
@@ -21,6 +20,7 @@ from quantpress.pipelines.stage import (
     PlannedTensor,
     RunContext,
     TensorResult,
+    fill_name,
 )
 from quantpress.quant.errors import UnknownFamilyError
 

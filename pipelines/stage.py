@@ -136,3 +136,11 @@ class BuildingStage(Stage):
     def run(self, source: Checkpoint, context: RunContext) -> Artifact:
         """Writes the target."""
         raise NotImplementedError
+
+
+def fill_name(output: Path, values: Mapping[str, str]) -> Path:
+    """Replaces `{ftype}` and `{name}` in a path."""
+    text = str(output)
+    for key, value in values.items():
+        text = text.replace("{" + key + "}", value.replace("/", "-"))
+    return Path(text)
