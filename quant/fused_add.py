@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from quantpress.quant.compiled import compiled
 
 __all__ = ["add_to_bfloat16", "add_to_float32"]
 
@@ -20,13 +21,13 @@ Float64 = NDArray[np.float64]
 _TILE = 512  # values that are worked on together: they stay in the first-level cache
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _widen(stored: Array, bits: Array) -> None:
     for place in range(stored.size):
         bits[place] = np.uint32(stored[place]) << np.uint32(16)
 
 
-@njit(cache=True, nogil=True, fastmath={"contract", "reassoc"})
+@compiled("contract", "reassoc")
 def _squares(values: Array) -> float:
     total = 0.0
     for place in range(values.size):
@@ -34,25 +35,25 @@ def _squares(values: Array) -> float:
     return total
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _add(values: Array, delta: Array, sums: Array) -> None:
     for place in range(values.size):
         sums[place] = np.float64(values[place]) + delta[place]
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _narrow(sums: Array, single: Array) -> None:
     for place in range(sums.size):
         single[place] = np.float32(sums[place])
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _rounded(image: np.uint32) -> np.uint16:
     """Rounds the image of a float32 to that of a bfloat16, ties to even."""
     return np.uint16((image + np.uint32(0x7FFF) + ((image >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _round(bits: Array, out: Array) -> bool:
     """Rounds images of float32; says whether one was a midpoint or not finite."""
     suspect = False
@@ -64,7 +65,7 @@ def _round(bits: Array, out: Array) -> bool:
     return suspect
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _repair(sums: Array, single: Array, bits: Array, out: Array) -> None:
     """Rounds again what float32 had put on a midpoint, from the side where the sum lies, and keeps NaN a NaN."""
     for place in range(sums.size):
@@ -80,7 +81,7 @@ def _repair(sums: Array, single: Array, bits: Array, out: Array) -> None:
             out[place] = _rounded(image)
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _to_bfloat16(stored: Array, delta: Array, out: Array, norms: Array) -> None:
     sums, single = np.empty(_TILE), np.empty(_TILE, np.float32)
     bits = single.view(np.uint32)
@@ -98,7 +99,7 @@ def _to_bfloat16(stored: Array, delta: Array, out: Array, norms: Array) -> None:
         norms[line] = total
 
 
-@njit(cache=True, nogil=True)
+@compiled()
 def _to_float32(stored: Array, delta: Array, out: Array, norms: Array) -> None:
     sums, single = np.empty(_TILE), np.empty(_TILE, np.float32)
     bits = single.view(np.uint32)
