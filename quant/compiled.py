@@ -12,15 +12,16 @@ __all__ = ["compiled"]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def compiled(*fastmath: str) -> Callable[[Function], Function]:
+def compiled(*fastmath: str, parallel: bool = False) -> Callable[[Function], Function]:
     """Compiles a function when it is first called; later processes load it.
 
     Args:
         fastmath: LLVM's fast-math flags that are allowed, such as "contract" and "reassoc".
+        parallel: let `prange` loops run on all threads.
     """
 
     def decorate(function: Function) -> Function:
-        options: dict[str, Any] = {"nogil": True, "fastmath": set(fastmath)}
+        options: dict[str, Any] = {"nogil": True, "fastmath": set(fastmath), "parallel": parallel}
         try:
             result: Function = njit(cache=True, **options)(function)
         except RuntimeError:  # no folder can be written, neither beside the source nor in the user's cache

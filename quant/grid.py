@@ -1,0 +1,123 @@
+"""Grids for groups of weights: which scale and zero a group gets, and the codes its weights are rounded to.
+
+The scale is rounded to the type it is stored in before a code is chosen, so codes are nearest against what a reader
+multiplies with. Symmetric grids are full-range signed, as ggml's quantize_row_q4_0_ref and ONNX Runtime's symmetric
+MatMulNBits: scale = signed absmax / -2^(bits - 1), so that the greatest weight is hit exactly by the code 0. Asymmetric
+ones span the group's least and greatest weight and always hold 0 exactly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from quantpress.quant.errors import LayoutError, UsageError
+from quantpress.quant.qtensor import BITS, QuantizedTensor, group_count
+
+__all__ = ["SCALE_TYPES", "Grid", "fit", "round_to_nearest"]
+
+Array = NDArray[Any]
+
+SCALE_TYPES: dict[str, np.dtype[Any]] = {
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F32": np.dtype(np.float32),
+}
+
+# significand bits and the exponent of the least subnormal, by which the kernels round a scale
+_ROUNDING = {"F16": (11, -24), "BF16": (8, -133), "F32": (24, -149)}
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """What kind of grid a matrix gets.
+
+    Attributes:
+        bits: 2, 3, 4 or 8.
+        group_size: columns that share a scale, or -1 for a whole row.
+        symmetric: no zero is stored.
+        scale_type: "F16", "BF16" or "F32", the type of the stored scales.
+        clip_search: choose among shrunk ranges the one with the least squared error instead of the full range.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = True
+    scale_type: str = "F16"
+    clip_search: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks the options.
+
+        Raises:
+            UsageError: bits, group size or scale type that do not exist.
+        """
+        if self.bits not in BITS:
+            raise UsageError(f"bits {self.bits}: must be one of {', '.join(map(str, BITS))}")
+        if self.group_size != -1 and self.group_size < 1:
+            raise UsageError(f"group size {self.group_size}: must be a positive number, or -1 for a whole row")
+        if self.scale_type not in SCALE_TYPES:
+            raise UsageError(f"scale type {self.scale_type}: must be one of {', '.join(SCALE_TYPES)}")
+
+    def group(self, columns: int) -> int:
+        """Columns of a group in a row of so many."""
+        return columns if self.group_size == -1 else min(self.group_size, columns)
+
+
+def fit(
+    weight: NDArray[np.float32], grid: Grid, importance: NDArray[np.float32] | None = None
+) -> tuple[Array, NDArray[np.uint8] | None]:
+    """Chooses scale and zero of every group.
+
+    Args:
+        weight: (N, K) float32, finite.
+        grid: what kind of grid.
+        importance: (K,) float32 weights of the squared errors in the clip search; equal ones by default.
+
+    Returns:
+        Scale (N, G) in the stored type and zero (N, G), None for symmetric grids.
+
+    Raises:
+        LayoutError: a scale that the stored type cannot hold.
+    """
+    from quantpress.quant.grid_kernels import fit_groups
+
+    rows, columns = weight.shape
+    size = grid.group(columns)
+    scale = np.empty((rows, group_count(columns, size)), np.float32)
+    zero = np.empty(scale.shape, np.uint8)
+    weights = np.ones(columns, np.float32) if importance is None else importance.astype(np.float32)
+    precision, least = _ROUNDING[grid.scale_type]
+    fit_groups(
+        np.ascontiguousarray(weight), weights, scale, zero, size, grid.bits, grid.symmetric, grid.clip_search,
+        precision, least,
+    )  # fmt: skip
+    with np.errstate(over="ignore"):
+        stored = scale.astype(SCALE_TYPES[grid.scale_type])
+    if not np.isfinite(stored).all():
+        raise LayoutError(f"scales up to {float(np.abs(scale).max()):.3g} are too large for {grid.scale_type}")
+    return stored, None if grid.symmetric else zero
+
+
+def round_to_nearest(weight: NDArray[np.float32], grid: Grid) -> QuantizedTensor:
+    """Quantizes a matrix by rounding each weight to the nearest value of its group's grid (RTN).
+
+    Args:
+        weight: (N, K) float32, finite.
+        grid: what kind of grid.
+
+    Raises:
+        LayoutError: a scale that the stored type cannot hold.
+    """
+    from quantpress.quant.grid_kernels import choose_codes
+
+    scale, zero = fit(weight, grid)
+    size = grid.group(weight.shape[1])
+    codes = np.empty(weight.shape, np.uint8)
+    zeros = np.full(scale.shape, 1 << (grid.bits - 1), np.uint8) if zero is None else zero
+    choose_codes(np.ascontiguousarray(weight), scale.astype(np.float32), zeros, codes, size, (1 << grid.bits) - 1)
+    return QuantizedTensor(codes, scale, zero, grid.bits, size)
