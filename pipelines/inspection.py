@@ -13,6 +13,7 @@ from quantpress.convert.checkpoint import Checkpoint, LazyTensor
 from quantpress.convert.gguf.export import plan_tensors
 from quantpress.convert.gguf.file_types import FILE_TYPES
 from quantpress.convert.gguf.mixture import TypeOptions
+from quantpress.convert.hub import download, is_hub_id
 from quantpress.convert.open import open_checkpoint
 from quantpress.convert.preflight import Preflight, preflight
 from quantpress.convert.tokenizer_files import TokenizerFiles
@@ -26,7 +27,7 @@ def inspect(model: Checkpoint | Path | str) -> dict[str, Any]:
     """Describes a model (INTERFACE: inspect).
 
     Args:
-        model: folder, GGUF file, Hub id, open checkpoint, or the folder of an adapter.
+        model: folder, GGUF file, Hub id, open checkpoint, or the folder or Hub id of an adapter.
 
     Returns:
         Plain values for JSON. `problem` says why a model could not be converted; None if nothing speaks against it.
@@ -34,10 +35,10 @@ def inspect(model: Checkpoint | Path | str) -> dict[str, Any]:
     Raises:
         InputError: the files cannot be opened.
     """
-    if not isinstance(model, Checkpoint) and (Path(model) / ADAPTER_CONFIG).is_file():
+    if not isinstance(model, Checkpoint) and _is_adapter(model):
         from quantpress.pipelines.adapter_inspection import inspect_adapter
 
-        return inspect_adapter(Path(model))
+        return inspect_adapter(model)
     source = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     report = {
         "model": source.name,
@@ -68,6 +69,15 @@ def tensor_types(
         kinds[kind] += 1
         sizes[kind] += tensor.size
     return {kind: {"tensors": kinds[kind], "parameters": sizes[kind]} for kind in sorted(kinds)}
+
+
+def _is_adapter(model: Path | str) -> bool:
+    folder = Path(model)
+    if not folder.exists() and is_hub_id(str(model)):
+        folder = download(str(model))
+        if (folder / "config.json").is_file():  # some models have an adapter beside them
+            return False
+    return (folder / ADAPTER_CONFIG).is_file()
 
 
 def _tokenizer(source: Checkpoint) -> dict[str, Any] | None:

@@ -217,6 +217,18 @@ def test_an_adapter_is_fetched_without_what_is_not_needed(hub: Hub, tmp_path: Pa
     assert "no such branch" in _open("org/lora@v9", hub.url, tmp_path, _OPEN_ADAPTER)
 
 
+_INSPECT = """
+import sys
+from quantpress.pipelines.inspection import inspect
+found = inspect(sys.argv[1])
+print(found["format"], found["model"], found.get("rank"), len(found.get("modules", ())))
+"""
+
+
+def test_inspect_describes_an_adapter_of_the_hub(hub: Hub, tmp_path: Path) -> None:
+    assert _open("org/lora", hub.url, tmp_path, _INSPECT) == "adapter lora 2 1"
+
+
 def test_bin_files_are_fetched_only_where_there_are_no_safetensors(hub: Hub, tmp_path: Path) -> None:
     assert "not a file of torch.save" in _open("org/old", hub.url, tmp_path)
     assert "pytorch_model.bin" in hub.requests
