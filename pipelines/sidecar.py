@@ -16,7 +16,7 @@ from typing import Any
 from quantpress.convert.atomic import write_file
 
 SCHEMA = "urn:quantpress:sidecar:1"
-NUMERIC_PACKAGES = ("gguf", "ml_dtypes", "numpy", "quantpress", "safetensors", "tokenizers", "torch")
+NUMERIC_PACKAGES = ("gguf", "ml_dtypes", "numba", "numpy", "quantpress", "safetensors", "tokenizers", "torch")
 
 
 def version_of(package: str) -> str | None:

@@ -82,37 +82,42 @@ def _repair(sums: Array, single: Array, bits: Array, out: Array) -> None:
 
 
 @compiled()
+def _sum(source: Array, added: Array, sums: Array, single: Array) -> float:
+    """Fills `sums` (n,) with `source` (n,), images of bfloat16, plus `added` (n,); gives the squared norm of `source`.
+
+    `single` (n,) float32 is for its use.
+    """
+    _widen(source, single.view(np.uint32))
+    _add(single, added, sums)
+    squares: float = _squares(single)
+    return squares
+
+
+@compiled()
 def _to_bfloat16(stored: Array, delta: Array, out: Array, norms: Array) -> None:
     sums, single = np.empty(_TILE), np.empty(_TILE, np.float32)
     bits = single.view(np.uint32)
     for line in range(stored.shape[0]):
-        source, added, target, total = stored[line], delta[line], out[line], 0.0
-        for start in range(0, source.size, _TILE):
-            stop = min(start + _TILE, source.size)
-            count = stop - start
-            _widen(source[start:stop], bits[:count])
-            total += _squares(single[:count])
-            _add(single[:count], added[start:stop], sums[:count])
+        norms[line] = 0.0
+        for start in range(0, stored.shape[1], _TILE):
+            stop = min(start + _TILE, stored.shape[1])
+            count, target = stop - start, out[line][start:stop]
+            norms[line] += _sum(stored[line][start:stop], delta[line][start:stop], sums[:count], single[:count])
             _narrow(sums[:count], single[:count])
-            if _round(bits[:count], target[start:stop]):
-                _repair(sums[:count], single[:count], bits[:count], target[start:stop])
-        norms[line] = total
+            if _round(bits[:count], target):
+                _repair(sums[:count], single[:count], bits[:count], target)
 
 
 @compiled()
 def _to_float32(stored: Array, delta: Array, out: Array, norms: Array) -> None:
     sums, single = np.empty(_TILE), np.empty(_TILE, np.float32)
-    bits = single.view(np.uint32)
     for line in range(stored.shape[0]):
-        source, added, target, total = stored[line], delta[line], out[line], 0.0
-        for start in range(0, source.size, _TILE):
-            stop = min(start + _TILE, source.size)
+        norms[line] = 0.0
+        for start in range(0, stored.shape[1], _TILE):
+            stop = min(start + _TILE, stored.shape[1])
             count = stop - start
-            _widen(source[start:stop], bits[:count])
-            total += _squares(single[:count])
-            _add(single[:count], added[start:stop], sums[:count])
-            _narrow(sums[:count], target[start:stop])
-        norms[line] = total
+            norms[line] += _sum(stored[line][start:stop], delta[line][start:stop], sums[:count], single[:count])
+            _narrow(sums[:count], out[line][start:stop])
 
 
 def add_to_bfloat16(stored: Array, delta: Float64, out: Array) -> Float64:
