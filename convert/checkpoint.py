@@ -17,6 +17,7 @@ from quantpress.quant.errors import InputError
 
 if TYPE_CHECKING:
     from quantpress.convert.lora.ledger import Adapted
+    from quantpress.convert.quantized import LazyQuantized
 
 Array = npt.NDArray[Any]
 
@@ -113,6 +114,8 @@ class Checkpoint:
         storage_types: name -> type in the file, for tensors that are stored in another type than `read` gives (the
             block types of a GGUF source).
         format: "safetensors", "torch" (weights-only .bin) or "gguf".
+        quantized: name of a weight -> its codes, for the weights of a GPTQ, AWQ or compressed-tensors checkpoint;
+            `tensors` has the same weights as the numbers they stand for.
         adapted: what adapters were merged into which base, and the ledger of their tensors; None where none were.
     """
 
@@ -125,6 +128,7 @@ class Checkpoint:
     metadata: Mapping[str, tuple[str, Any]] = field(default_factory=dict, repr=False)
     storage_types: Mapping[str, str] = field(default_factory=dict, repr=False)
     format: str = "safetensors"
+    quantized: Mapping[str, LazyQuantized] = field(default_factory=dict, repr=False)
     adapted: Adapted | None = field(default=None, repr=False)
 
     @property

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from quantpress.quant.errors import LayoutError
 from quantpress.quant.floats import to_float32
 
-__all__ = ["BITS", "QuantizedTensor", "group_count"]
+__all__ = ["BITS", "QuantizedForm", "QuantizedTensor", "group_count"]
 
 BITS = (2, 3, 4, 8)
 
@@ -21,6 +21,40 @@ Array = NDArray[Any]
 def group_count(columns: int, group_size: int) -> int:
     """Number of groups of a row; the last one may be shorter."""
     return -(-columns // group_size) if columns else 0
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedForm:
+    """What a quantized matrix is made of, known without its values: what a format needs to say whether it can hold it.
+
+    Attributes:
+        shape: (N, K).
+        bits: 2, 3, 4 or 8.
+        group_size: columns that share a scale; K for one group per row.
+        symmetric: no zero is stored, it is 2^(bits - 1).
+        scale_type: "F16", "BF16" or "F32".
+        ordered: columns belong to groups in an order of their own (`g_idx`), as GPTQ's act-order without static groups
+            leaves them.
+        input_bits: 8 where the inputs are rounded to int8 too while the model runs, a scale per token; else None.
+    """
+
+    shape: tuple[int, int]
+    bits: int
+    group_size: int
+    symmetric: bool
+    scale_type: str = "F16"
+    ordered: bool = False
+    input_bits: int | None = None
+
+    @property
+    def per_row(self) -> bool:
+        """Whether a row is one group."""
+        return self.group_size >= self.shape[1]
+
+    def __str__(self) -> str:
+        """A short name: `int4 g128`, `int8 row asym`."""
+        group = "row" if self.per_row else f"g{self.group_size}"
+        return f"int{self.bits} {group}{'' if self.symmetric else ' asym'}{' act8' if self.input_bits else ''}"
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -33,6 +67,8 @@ class QuantizedTensor:
         zero: (N, G) uint8, each in [0, 2^bits); None for symmetric codes, whose zero is 2^(bits - 1).
         bits: 2, 3, 4 or 8.
         group_size: columns that share a scale; K for one group per row. The last group of a row may be shorter.
+        g_idx: (K,) int32 group of each column, where columns are not in the order of their groups; else None. Only
+            checkpoints of others have it: what is made here has groups of neighbours.
     """
 
     codes: NDArray[np.uint8]
@@ -40,6 +76,7 @@ class QuantizedTensor:
     zero: NDArray[np.uint8] | None
     bits: int
     group_size: int
+    g_idx: NDArray[np.int32] | None = None
 
     def __post_init__(self) -> None:
         """Checks that the parts fit each other.
@@ -59,6 +96,22 @@ class QuantizedTensor:
         for name, values in (("code", self.codes), ("zero", self.zero)):
             if values is not None and values.size and int(values.max()) >> self.bits:
                 raise LayoutError(f"a {name} of {int(values.max())} does not fit {self.bits} bits")
+        if self.g_idx is not None:
+            self._check_g_idx(self.g_idx)
+
+    def _check_g_idx(self, g_idx: NDArray[np.int32]) -> None:
+        if g_idx.shape != (self.columns,) or g_idx.dtype != np.int32:
+            raise LayoutError(f"g_idx is {g_idx.dtype} of shape {g_idx.shape}, wanted int32 of {(self.columns,)}")
+        if g_idx.size and not 0 <= int(g_idx.min()) <= int(g_idx.max()) < self.groups:
+            raise LayoutError(f"g_idx goes from {g_idx.min()} to {g_idx.max()}, there are {self.groups} groups")
+
+    @property
+    def form(self) -> QuantizedForm:
+        """What it is made of, without the values."""
+        scale_type = {2: "BF16" if self.scale.dtype != np.float16 else "F16", 4: "F32"}[self.scale.dtype.itemsize]
+        ordered = self.g_idx is not None
+        shape = (self.rows, self.columns)
+        return QuantizedForm(shape, self.bits, self.group_size, self.symmetric, scale_type, ordered)
 
     @property
     def rows(self) -> int:
@@ -89,6 +142,10 @@ class QuantizedTensor:
         chosen = slice(start, stop)
         scale, zero = to_float32(self.scale[chosen]), self.zeros()[chosen].astype(np.float32)
         values = self.codes[chosen].astype(np.float32)
+        if self.g_idx is not None:
+            values -= zero[:, self.g_idx]
+            values *= scale[:, self.g_idx]
+            return values
         for group in range(self.groups):
             part = values[:, group * self.group_size : (group + 1) * self.group_size]
             part -= zero[:, group : group + 1]

@@ -1,0 +1,101 @@
+"""What calibration gathers at a place of a layer, and what a method makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantpress.quant.qtensor import QuantizedTensor
+
+__all__ = ["LayerMethod", "LayerResult", "Site", "SiteResult"]
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Site:
+    """The linears of a layer that read the same input: q, k and v; the attention's output; gate and up; down.
+
+    Attributes:
+        layer: number of the layer.
+        weights: slot ("attn_q.weight") -> (N, K) float32, in the decoder's form; those that are to be quantized.
+        names: slot -> name in the checkpoint.
+        tokens: tokens that were seen.
+        hessian: (K, K) float32, X^T X / tokens, symmetric; None where the method did not want it. The method may
+            overwrite it.
+        mean_abs: (K,) float32 mean of |x| per input column; None where not wanted.
+        max_abs: (K,) float32 greatest |x| per input column; None where not wanted.
+    """
+
+    layer: int
+    weights: Mapping[str, NDArray[np.float32]]
+    names: Mapping[str, str]
+    tokens: int
+    hessian: NDArray[np.float32] | None = None
+    mean_abs: NDArray[np.float32] | None = None
+    max_abs: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class SiteResult:
+    """What a method made of one or all sites of a layer.
+
+    Attributes:
+        quantized: slot -> codes in the decoder's form, (N, K).
+        changed: slot -> plain tensor whose values changed (a norm that a scale was folded into), in the decoder's form
+            and as it will be read back: already rounded to the type it is stored in.
+        reports: slot -> figures for the sidecar: `loss`, `damping`, `dead_columns`, ...; no times.
+    """
+
+    quantized: Mapping[str, QuantizedTensor]
+    changed: Mapping[str, Array] = field(default_factory=dict)
+    reports: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class LayerResult:
+    """A finished layer, by the names of the checkpoint.
+
+    Attributes:
+        layer: its number.
+        quantized: weight name -> codes, (N, K).
+        changed: name of a plain tensor -> new values, as the checkpoint stores them.
+        reports: weight name -> figures.
+        seconds: step ("forward", "hessian", "quantize") -> seconds.
+    """
+
+    layer: int
+    quantized: Mapping[str, QuantizedTensor]
+    changed: Mapping[str, Array]
+    reports: Mapping[str, Mapping[str, Any]]
+    seconds: Mapping[str, float]
+
+
+class LayerMethod(Protocol):
+    """A method that needs a model's activations.
+
+    Attributes:
+        sequential: called for one site after the other, each seeing the inputs that the quantized weights before it
+            give (GPTQ); else once per layer with all sites, and the next layer sees what the source's weights give
+            (AWQ, SmoothQuant).
+        wants: of "hessian", "mean_abs", "max_abs".
+    """
+
+    sequential: bool
+    wants: frozenset[str]
+
+    def quantize(self, sites: Sequence[Site], plain: Mapping[str, Array]) -> SiteResult:
+        """Quantizes the weights of one site (sequential) or of all sites of a layer.
+
+        Args:
+            sites: in the order of the computation.
+            plain: slot -> float32 values of the layer's norms and biases, in the decoder's form.
+
+        Raises:
+            InputError: numbers that cannot be worked with; the caller adds the layer's and the weight's name.
+        """
+        ...

@@ -1,0 +1,1 @@
+"""compressed-tensors checkpoints: `pack-quantized` and `int-quantized`."""

@@ -1,0 +1,1 @@
+"""ONNX: packing of quantized matrices."""
