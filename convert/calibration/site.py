@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -29,6 +29,10 @@ class Site:
             overwrite it.
         mean_abs: (K,) float32 mean of |x| per input column; None where not wanted.
         max_abs: (K,) float32 greatest |x| per input column; None where not wanted.
+        left: slot -> (N, K) float32 weight of every linear that reads the same input and is not to be quantized: a
+            scale on the input would have to be taken out of it too.
+        read_back: (slot of a plain tensor, its values in the decoder's form) -> the values that will be read when it
+            has been stored, rounded to its type. What a method puts into `SiteResult.changed` goes through this first.
     """
 
     layer: int
@@ -38,6 +42,8 @@ class Site:
     hessian: NDArray[np.float32] | None = None
     mean_abs: NDArray[np.float32] | None = None
     max_abs: NDArray[np.float32] | None = None
+    left: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    read_back: Callable[[str, Array], NDArray[np.float32]] = field(default=lambda _slot, values: values, repr=False)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -65,7 +71,8 @@ class LayerResult:
         quantized: weight name -> codes, (N, K).
         changed: name of a plain tensor -> new values, as the checkpoint stores them.
         reports: weight name -> figures.
-        seconds: step ("forward", "hessian", "quantize") -> seconds.
+        seconds: "forward", "hessian" (all statistics) and "quantize" -> seconds; those of the first two are what the
+            threads worked, divided by their number.
     """
 
     layer: int
