@@ -19,6 +19,12 @@ returns takes the input's place."""
 
 Turns = tuple[torch.Tensor, torch.Tensor]
 
+State = Mapping[str, torch.Tensor]
+"""What a layer carries from step to step: `hidden`, the residual; `inner`, the input of an output projection;
+`attended`, the attention's output where it joins the residual together with the MLP's."""
+
+QKV, OUTPUT, UP, DOWN = STEPS = range(4)  # groups of linears that read the same input, in the order they run
+
 
 class Adapt(Protocol):
     """What runs beside the weights: adapters that were not merged into them."""
@@ -95,6 +101,13 @@ def traits_of(spec: ArchSpec, hyper: Hyperparameters) -> Traits:
     )
 
 
+def steps_of(traits: Traits) -> tuple[tuple[str, ...], ...]:
+    """Gives the weights of each of `STEPS`, in the order in which they are used."""
+    qkv = ("attn_qkv.weight",) if traits.fused_qkv else ("attn_q.weight", "attn_k.weight", "attn_v.weight")
+    up = ("ffn_up.weight", "ffn_gate.weight") if traits.gate == "separate" else ("ffn_up.weight",)
+    return qkv, ("attn_output.weight",), up, ("ffn_down.weight",)
+
+
 def normalize(
     values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, kind: str, eps: float
 ) -> torch.Tensor:
@@ -148,16 +161,55 @@ class Layer:
         Returns:
             (B, T, hidden).
         """
-        attended = self._attention(self._norm("attn_norm", hidden), turns, cache)
-        if self.traits.post_norms:
-            attended = self._norm("post_attention_norm", attended)
-        if self.hyper.parallel_residual:
-            return self._mlp(self._norm("ffn_norm", hidden)) + attended + hidden
-        hidden = hidden + attended
-        passed = self._mlp(self._norm("ffn_norm", hidden))
+        state: State = {"hidden": hidden}
+        for step in STEPS:
+            state = self.finish(step, state, self.begin(step, state), turns, cache)
+        return state["hidden"]
+
+    def begin(self, step: int, state: State) -> torch.Tensor:
+        """Gives the input of a step's linears, (B, T, K).
+
+        Args:
+            step: one of `STEPS`.
+            state: what the steps before have left; `hidden` alone before the first one.
+        """
+        if step in (OUTPUT, DOWN):
+            return state["inner"]
+        return self._norm("attn_norm" if step == QKV else "ffn_norm", state["hidden"])
+
+    def finish(
+        self, step: int, state: State, values: torch.Tensor, turns: Turns | None = None, cache: Cache | None = None
+    ) -> State:
+        """Runs a step's linears and what follows them, up to the input of the next step.
+
+        Only the first step looks at more than one token at a time.
+
+        Args:
+            step: one of `STEPS`.
+            state: as for `begin`.
+            values: what `begin` gave.
+            turns: as for `run`; only the first step turns.
+            cache: as for `run`; only the first step extends it.
+
+        Returns:
+            The state before the next step; `hidden` alone after the last one.
+        """
+        if step == QKV:
+            return {**state, "inner": self._attention(values, turns, cache)}
+        if step == UP:
+            return {**state, "inner": self._activated(values)}
+        hidden, parallel = state["hidden"], self.hyper.parallel_residual
+        if step == OUTPUT:
+            attended = self._linear("attn_output", values)
+            if self.traits.post_norms:
+                attended = self._norm("post_attention_norm", attended)
+            return {"hidden": hidden, "attended": attended} if parallel else {"hidden": hidden + attended}
+        passed = self._linear("ffn_down", values)
+        if parallel:
+            return {"hidden": passed + state["attended"] + hidden}
         if self.traits.post_norms:
             passed = self._norm("post_ffw_norm", passed)
-        return hidden + passed
+        return {"hidden": hidden + passed}
 
     def _norm(self, name: str, values: torch.Tensor) -> torch.Tensor:
         weight, bias = self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias")
@@ -190,7 +242,7 @@ class Layer:
             window=hyper.sliding_window if slides else None,
             softcap=hyper.attention_softcap,
         )
-        return self._linear("attn_output", attended.transpose(1, 2).flatten(2))
+        return attended.transpose(1, 2).flatten(2)
 
     def _qkv(self, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if not self.traits.fused_qkv:
@@ -201,13 +253,11 @@ class Layer:
     def _heads(self, values: torch.Tensor) -> torch.Tensor:
         return values.view(*values.shape[:-1], -1, self.hyper.head_dim).transpose(1, 2)
 
-    def _mlp(self, values: torch.Tensor) -> torch.Tensor:
+    def _activated(self, values: torch.Tensor) -> torch.Tensor:
         up = self._linear("ffn_up", values)
         if self.traits.gate == "separate":
-            up = activate(self._linear("ffn_gate", values), self.hyper.activation) * up
-        elif self.traits.gate == "fused":
+            return activate(self._linear("ffn_gate", values), self.hyper.activation) * up
+        if self.traits.gate == "fused":
             gate, up = up.chunk(2, dim=-1)
-            up = up * activate(gate, self.hyper.activation)
-        else:
-            up = activate(up, self.hyper.activation)
-        return self._linear("ffn_down", up)
+            return up * activate(gate, self.hyper.activation)
+        return activate(up, self.hyper.activation)

@@ -49,7 +49,7 @@ class Decoder:
         self.spec, self.hyper = spec, hyper
         self.device, self.dtype, self.resident = torch.device(device), dtype, resident
         self._weight, self._adapt = weight, adapt
-        self._traits = traits_of(spec, hyper)
+        self.traits = traits_of(spec, hyper)
         self._float32 = frozenset(row.slot for row in spec.tensors if row.role is Role.NORM)
         self._tied = hyper.tied and any(row.tied_to for row in spec.tensors if row.role is Role.HEAD)
         self._kept: dict[tuple[str, int], torch.Tensor | None] = {}
@@ -148,10 +148,10 @@ class Decoder:
         Returns:
             (B, T, hidden).
         """
-        found = {slot: self._get(slot, layer) for slot in self._traits.slots}
+        found = {slot: self._get(slot, layer) for slot in self.traits.slots}
         weights = {slot: weight for slot, weight in found.items() if weight is not None}
-        turns = self._turns_of(layer, start, hidden.shape[1])
-        return Layer(layer, self._traits, self.hyper, weights, observe, self._adapt).run(hidden, turns, cache)
+        turns = self.turns(layer, start, hidden.shape[1])
+        return Layer(layer, self.traits, self.hyper, weights, observe, self._adapt).run(hidden, turns, cache)
 
     def head(self, hidden: torch.Tensor, *, observe: Observe | None = None) -> torch.Tensor:
         """Gives logits from the last layer's output.
@@ -207,7 +207,14 @@ class Decoder:
         slides = bool(self.hyper.sliding_layers) and self.hyper.sliding_layers[layer]
         return self.hyper.rope_local if slides and self.hyper.rope_local is not None else self.hyper.rope
 
-    def _turns_of(self, layer: int, start: int, count: int) -> Turns | None:
+    def turns(self, layer: int, start: int, count: int) -> Turns | None:
+        """Gives cosine and sine of a layer's positions, as `Layer.run` wants them; keeps them for the next layer.
+
+        Args:
+            layer: its number.
+            start: position of the first token.
+            count: tokens from there on, up to the end of the text.
+        """
         rope = self._rope(layer)
         if rope is None:
             return None
