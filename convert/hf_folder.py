@@ -92,6 +92,7 @@ def open_folder(path: Path | str, *, name: str = "") -> Checkpoint:
         generation = folder.parse_object("generation_config.json", generation_bytes)
         tokenizer_files["generation_config.json"] = generation_bytes
     tensors, kind = _open_weights(folder)
+    config = _with_settings(folder, config, tensors)
     checkpoint = Checkpoint(
         name=name or folder.path.resolve().name,
         config=config,
@@ -103,9 +104,19 @@ def open_folder(path: Path | str, *, name: str = "") -> Checkpoint:
     )
     if not config.get("quantization_config"):
         return checkpoint
-    from quantpress.convert.bitsandbytes import dequantized
+    from quantpress.convert.quantized_open import opened
 
-    return dequantized(checkpoint)
+    return opened(checkpoint)
+
+
+def _with_settings(folder: Folder, config: dict[str, Any], tensors: Mapping[str, LazyTensor]) -> dict[str, Any]:
+    """Gives config.json with what older quantizers wrote into a file of its own."""
+    if config.get("quantization_config") or not any(name.endswith(".qweight") for name in tensors):
+        return config
+    from quantpress.convert.quantized_open import settings_beside
+
+    settings = settings_beside(folder.read_object)
+    return config if settings is None else {**config, "quantization_config": settings}
 
 
 def _why_not_a_model(path: Path) -> str:

@@ -1,0 +1,117 @@
+"""Opens AWQ checkpoints of the kind "gemm", by AutoAWQ, GPTQModel or this package; the layout is told in pack.py.
+
+Which modules are quantized is read from the tensors, how from `quantization_config`; the two must agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from quantpress.convert.awq.pack import BITS, PER_WORD, unpacked_words
+from quantpress.convert.checkpoint import Checkpoint, LazyTensor
+from quantpress.convert.files import shown
+from quantpress.convert.packed_parts import SETTINGS, Parts, flag_of, group_size_of, plain_dtype, read_finite
+from quantpress.convert.quantized import LazyQuantized, with_quantized
+from quantpress.quant.errors import InputError
+from quantpress.quant.qtensor import QuantizedForm, QuantizedTensor, group_count
+
+__all__ = ["is_awq", "opened"]
+
+
+def is_awq(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json says that the weights are AWQ's."""
+    settings = config.get(SETTINGS)
+    return isinstance(settings, Mapping) and settings.get("quant_method") == "awq"
+
+
+def opened(checkpoint: Checkpoint) -> Checkpoint:
+    """Gives a checkpoint whose AWQ weights are read as the numbers they stand for, with their codes beside.
+
+    Args:
+        checkpoint: as its files say; any other checkpoint is returned as it is.
+
+    Raises:
+        InputError: parts that are missing or do not fit each other or the configuration, or another layout than gemm.
+    """
+    if not is_awq(checkpoint.config):
+        return checkpoint
+    parts = Parts(checkpoint)
+    names = parts.modules(".qweight")
+    where = f"{checkpoint.name}: {SETTINGS}"
+    if not names:
+        raise InputError(f"{where} says quant_method awq, but no tensor is named ....qweight")
+    group_size, symmetric = _read_settings(checkpoint.config[SETTINGS], where)
+    modules = [_Module.take(parts, name, group_size, symmetric) for name in names]
+    quantized = {f"{module.name}.weight": module.lazy() for module in modules}
+    parts.refuse_twice(quantized)
+    return with_quantized(checkpoint, parts.left, quantized, dtype=plain_dtype(checkpoint.config), kind="awq")
+
+
+def _read_settings(settings: Mapping[str, Any], where: str) -> tuple[int, bool]:
+    """Gives the group size, and whether every zero is 8."""
+    kind = next((settings[key] for key in ("version", "checkpoint_format", "format") if settings.get(key)), "gemm")
+    if not isinstance(kind, str) or kind.lower() != "gemm" or settings.get("backend") == "llm-awq":
+        raise InputError(f"{where}: the layout of the weights is {shown(kind)}, wanted gemm")
+    bits = settings.get("bits", settings.get("w_bit", BITS))
+    if type(bits) is not int or bits != BITS:
+        raise InputError(f"{where}: bits is {shown(bits)}, wanted {BITS}")
+    size = settings.get("group_size", settings.get("q_group_size"))
+    if size is None:
+        raise InputError(f"{where}: group_size is missing")
+    meta = settings.get("meta")
+    symmetric = isinstance(meta, Mapping) and meta.get("symmetric") is True
+    symmetric = symmetric or not flag_of(settings.get("zero_point", True), where, "zero_point")
+    return group_size_of(size, where), symmetric
+
+
+@dataclass(frozen=True, slots=True)
+class _Module:
+    """The tensors of a module, whose shapes fit each other."""
+
+    name: str
+    group_size: int
+    symmetric: bool
+    qweight: LazyTensor
+    qzeros: LazyTensor
+    scales: LazyTensor
+
+    @classmethod
+    def take(cls, parts: Parts, name: str, group_size: int, symmetric: bool) -> _Module:
+        qweight, qzeros = parts.take_words(f"{name}.qweight"), parts.take_words(f"{name}.qzeros")
+        columns = qweight.shape[0]
+        size = columns if group_size == -1 else min(group_size, columns)
+        module = cls(name, size, symmetric, qweight, qzeros, parts.take_scales(f"{name}.scales"))
+        module._check()
+        return module
+
+    def _check(self) -> None:
+        columns, words = self.qweight.shape
+        groups, rows = group_count(columns, max(self.group_size, 1)), words * PER_WORD
+        wanted = ((self.qweight, (columns, words)), (self.qzeros, (groups, words)), (self.scales, (groups, rows)))
+        for tensor, shape in wanted:
+            if tensor.shape != shape or 0 in shape:
+                raise InputError(
+                    f"{tensor.source}: tensor {shown(tensor.name)} is {tensor.dtype} of shape {tensor.shape}, wanted"
+                    f" shape {shape} for {rows} outputs of {columns} inputs in groups of {self.group_size}"
+                )
+
+    def lazy(self) -> LazyQuantized:
+        columns, words = self.qweight.shape
+        form = QuantizedForm((words * PER_WORD, columns), BITS, self.group_size, self.symmetric, self.scales.dtype)
+        return LazyQuantized(f"{self.name}.weight", form, self.qweight.source, self.read)
+
+    def read(self) -> QuantizedTensor:
+        codes = np.ascontiguousarray(unpacked_words(self.qweight.read()).T)
+        zeros = unpacked_words(self.qzeros.read())
+        scales = np.ascontiguousarray(read_finite(self.scales).T)
+        if self.symmetric and (zeros != 1 << (BITS - 1)).any():
+            raise InputError(
+                f"{self.qzeros.source}: tensor {shown(self.qzeros.name)} has zeros from {zeros.min()} to {zeros.max()},"
+                f" wanted 8 everywhere because {SETTINGS} says that the weights are symmetric"
+            )
+        zero = None if self.symmetric else np.ascontiguousarray(zeros.T)
+        return QuantizedTensor(codes, scales, zero, BITS, self.group_size)

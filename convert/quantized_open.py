@@ -1,0 +1,55 @@
+"""Opens whatever a quantizer wrote into a model folder, by what its configuration says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from quantpress.convert.checkpoint import Checkpoint
+from quantpress.convert.packed_parts import SETTINGS
+
+__all__ = ["SETTINGS_FILES", "opened", "settings_beside"]
+
+SETTINGS_FILES = ("quantize_config.json", "quant_config.json")
+"""Where AutoGPTQ and AutoAWQ kept their configuration before config.json had it."""
+
+
+def settings_beside(read: Callable[[str], dict[str, Any] | None]) -> dict[str, Any] | None:
+    """Gives the configuration of packed weights that config.json does not speak of.
+
+    Args:
+        read: gives the contents of a file of the folder, None if there is none.
+
+    Returns:
+        What `quantization_config` would say, or None if no file says it.
+    """
+    for file, method in zip(SETTINGS_FILES, ("gptq", "awq"), strict=True):
+        if (settings := read(file)) is not None:
+            return {"quant_method": method, **settings}
+    return None
+
+
+def opened(checkpoint: Checkpoint) -> Checkpoint:
+    """Gives a checkpoint whose quantized tensors are read as the numbers they stand for.
+
+    Args:
+        checkpoint: as its files say; what is not quantized, or in a way that is unknown here, is returned as it is.
+
+    Raises:
+        InputError: parts that are missing or do not fit each other or the configuration.
+    """
+    if not _described(checkpoint.config):
+        return checkpoint
+    from quantpress.convert.awq import reader as awq
+    from quantpress.convert.bitsandbytes import dequantized
+    from quantpress.convert.gptq import reader as gptq
+
+    if gptq.is_gptq(checkpoint.config):
+        return gptq.opened(checkpoint)
+    if awq.is_awq(checkpoint.config):
+        return awq.opened(checkpoint)
+    return dequantized(checkpoint)
+
+
+def _described(config: Mapping[str, Any]) -> bool:
+    return bool(config.get(SETTINGS))
