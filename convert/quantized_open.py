@@ -42,12 +42,15 @@ def opened(checkpoint: Checkpoint) -> Checkpoint:
         return checkpoint
     from quantpress.convert.awq import reader as awq
     from quantpress.convert.bitsandbytes import dequantized
+    from quantpress.convert.compressed_tensors import reader as compressed_tensors
     from quantpress.convert.gptq import reader as gptq
 
     if gptq.is_gptq(checkpoint.config):
         return gptq.opened(checkpoint)
     if awq.is_awq(checkpoint.config):
         return awq.opened(checkpoint)
+    if compressed_tensors.is_compressed_tensors(checkpoint.config):
+        return compressed_tensors.opened(checkpoint)
     return dequantized(checkpoint)
 
 
