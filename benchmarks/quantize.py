@@ -20,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -66,24 +67,28 @@ def quantpress(job: Job, out: Path) -> list[str]:
     return [*command, "--sequence-length", str(job.length), "--seed", str(job.seed), "--no-verify", "--force"]
 
 
-def peer(python: str, script: str, dtype: str, job: Job, out: Path) -> list[str]:
+def peer(
+    python: str, script: str, model: Path, windows: Path, out: Path, *, bits: int, group_size: int, dtype: str = "auto"
+) -> list[str]:
     """Command line of a peer; GPTQModel needs to be told that there are two workers."""
-    figures = [str(job.bits), str(job.group_size), dtype]
+    places = [str(HERE / script), str(model), str(windows), str(out)]
     return [
-        "env", "GPTQMODEL_CPU_WORKERS=2", "HF_HUB_OFFLINE=1", python, str(HERE / script), str(job.model),
-        str(job.windows), str(out), *figures,
+        "env", "GPTQMODEL_CPU_WORKERS=2", "HF_HUB_OFFLINE=1", python, *places, str(bits), str(group_size), dtype,
     ]  # fmt: skip
 
 
 def tools(options: argparse.Namespace) -> dict[str, Command]:
     """Gives the tools that were named."""
     found: dict[str, Command] = {} if options.without_quantpress else {"quantpress": quantpress}
-    if options.gptqmodel:
-        found["gptqmodel"] = lambda job, out: peer(options.gptqmodel, "peer_gptqmodel.py", options.dtype, job, out)
-    if options.llmcompressor:
-        script = "peer_llmcompressor.py"
-        found["llmcompressor"] = lambda job, out: peer(options.llmcompressor, script, options.dtype, job, out)
+    named = {"gptqmodel": options.gptqmodel, "llmcompressor": options.llmcompressor}
+    for name, python in named.items():
+        if python:
+            found[name] = partial(_peer_of_job, python, f"peer_{name}.py", options.dtype)
     return found
+
+
+def _peer_of_job(python: str, script: str, dtype: str, job: Job, out: Path) -> list[str]:
+    return peer(python, script, job.model, job.windows, out, bits=job.bits, group_size=job.group_size, dtype=dtype)
 
 
 def cut(job: Job) -> str:
