@@ -1,52 +1,87 @@
-"""GPTQ's inner loop, compiled by numba: rows are independent, so each thread takes rows and keeps one in its cache."""
+"""GPTQ's inner loop, compiled by numba, for a chunk of rows that lies transposed: the rows are the vector lanes.
+
+Every column needs the errors of the column before, so a row alone is one long chain of dependent operations. Rows are
+independent: with a chunk of them side by side each step of the chain is one vector operation over the chunk.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-from numba import prange
 from numpy.typing import NDArray
 
 from quantpress.quant.compiled import compiled
-from quantpress.quant.grid_kernels import nearest_code
 
-__all__ = ["quantize_block"]
+__all__ = ["error_square", "gather", "quantize_columns", "scatter"]
 
 Array = NDArray[Any]
 
+_ZERO = np.float32(0)
+_ONE = np.float32(1)
 
-@compiled(parallel=True)
-def quantize_block(
-    work: Array, upper: Array, scale: Array, zero: Array, groups: Array, codes: Array, order: Array, errors: Array,
-    losses: Array, top: int,
+
+@compiled()
+def gather(weight: Array, order: Array, work: Array) -> None:
+    """Fills `work` (K, R) with the columns `order` of `weight` (n, K), n <= R; other lanes keep what they hold."""
+    for place in range(order.size):
+        column = order[place]
+        for row in range(weight.shape[0]):
+            work[place, row] = weight[row, column]
+
+
+@compiled()
+def scatter(found: Array, order: Array, codes: Array) -> None:
+    """Fills columns `order` of `codes` (n, K) from `found` (K, R)."""
+    for place in range(order.size):
+        column = order[place]
+        for row in range(codes.shape[0]):
+            codes[row, column] = found[place, row]
+
+
+@compiled("contract")
+def quantize_columns(
+    work: Array, upper: Array, scale: Array, zero: Array, groups: Array, codes: Array, errors: Array, losses: Array,
+    top: np.float32,
 ) -> None:  # fmt: skip
     """Quantizes a block of columns and passes each error on to the columns of the block that follow.
 
     Args:
-        work: (N, B) float32 view of the weights in visiting order; changed.
+        work: (B, R) float32, the columns in visiting order; changed.
         upper: (B, B) float32 diagonal block of U.
-        scale: (N, G) float32.
-        zero: (N, G) uint8.
+        scale: (G, R) float32.
+        zero: (G, R) float32.
         groups: (B,) group of each column.
-        codes: (N, K) uint8, columns `order` are filled.
-        order: (B,) column that each of the block's columns is.
-        errors: (N, >= B) float32, filled with error / diagonal.
-        losses: (N,) float64, added to.
+        codes: (B, R) uint8, filled.
+        errors: (B, R) float32, filled with error / diagonal.
+        losses: (R,) float64, added to.
         top: greatest code.
     """
-    count = upper.shape[0]
-    for row in prange(work.shape[0]):
-        values = work[row].copy()
-        loss = 0.0
-        for column in range(count):
-            step = scale[row, groups[column]]
-            middle = np.float32(zero[row, groups[column]])
-            code = nearest_code(values[column], step, middle, np.float32(top))
-            error = (values[column] - step * (code - middle)) / upper[column, column]
-            codes[row, order[column]] = np.uint8(code)
-            errors[row, column] = error
-            loss += 0.5 * error * error
-            for later in range(column + 1, count):
-                values[later] -= error * upper[column, later]
-        losses[row] += loss
+    lanes = work.shape[1]
+    for column in range(work.shape[0]):
+        values, error, code = work[column], errors[column], codes[column]
+        step, middle, diagonal = scale[groups[column]], zero[groups[column]], upper[column, column]
+        for row in range(lanes):
+            # a scale of 0 has the zero as its only code: dividing by 1 and multiplying by 0 gives that without a branch
+            divisor = _ONE if step[row] == _ZERO else step[row]
+            rounded = np.rint((values[row] if step[row] != _ZERO else _ZERO) / divisor) + middle[row]
+            chosen = min(max(rounded, _ZERO), top)
+            code[row] = np.uint8(chosen)
+            error[row] = (values[row] - step[row] * (chosen - middle[row])) / diagonal
+            losses[row] += np.float64(error[row]) * np.float64(error[row])
+        for later in range(column + 1, work.shape[0]):
+            factor, target = upper[column, later], work[later]
+            for row in range(lanes):
+                target[row] -= error[row] * factor
+
+
+@compiled()
+def error_square(weight: Array, codes: Array, scale: Array, zero: Array, size: int) -> float:
+    """Sums the squares of `weight` (n, K) minus what `codes` (n, K), `scale` and `zero` (n, G) stand for."""
+    total = 0.0
+    for row in range(weight.shape[0]):
+        for column in range(weight.shape[1]):
+            group = column // size
+            value = scale[row, group] * (np.float32(codes[row, column]) - np.float32(zero[row, group]))
+            total += np.float64(weight[row, column] - value) ** 2
+    return total

@@ -8,7 +8,9 @@ ones span the group's least and greatest weight and always hold 0 exactly.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -17,8 +19,9 @@ from numpy.typing import NDArray
 
 from quantpress.quant.errors import LayoutError, UsageError
 from quantpress.quant.qtensor import BITS, QuantizedTensor, group_count
+from quantpress.quant.workers import Workers, chunks
 
-__all__ = ["SCALE_TYPES", "Grid", "fit", "round_to_nearest"]
+__all__ = ["SCALE_TYPES", "Grid", "fit", "joined", "round_to_nearest"]
 
 Array = NDArray[Any]
 
@@ -30,6 +33,8 @@ SCALE_TYPES: dict[str, np.dtype[Any]] = {
 
 # significand bits and the exponent of the least subnormal, by which the kernels round a scale
 _ROUNDING = {"F16": (11, -24), "BF16": (8, -133), "F32": (24, -149)}
+
+_ROWS = 256  # of a chunk that one worker does at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,21 +108,37 @@ def fit(
     return stored, None if grid.symmetric else zero
 
 
-def round_to_nearest(weight: NDArray[np.float32], grid: Grid) -> QuantizedTensor:
+def round_to_nearest(weight: NDArray[np.float32], grid: Grid, threads: int = 1) -> QuantizedTensor:
     """Quantizes a matrix by rounding each weight to the nearest value of its group's grid (RTN).
 
     Args:
         weight: (N, K) float32, finite.
         grid: what kind of grid.
+        threads: workers; the bytes do not depend on it.
 
     Raises:
         LayoutError: a scale that the stored type cannot hold.
     """
+    with Workers(threads) as workers:
+        parts = workers.run(partial(_round_rows, weight[rows], grid) for rows in chunks(len(weight), _ROWS))
+    return joined(parts, grid, weight.shape[1])
+
+
+def joined(
+    parts: Sequence[tuple[NDArray[np.uint8], Array, NDArray[np.uint8] | None]], grid: Grid, columns: int
+) -> QuantizedTensor:
+    """Puts codes, scales and zeros of chunks of rows together."""
+    codes, scale, zero = zip(*parts, strict=True)
+    zeros = None if grid.symmetric else np.concatenate(zero)
+    return QuantizedTensor(np.concatenate(codes), np.concatenate(scale), zeros, grid.bits, grid.group(columns))
+
+
+def _round_rows(weight: NDArray[np.float32], grid: Grid) -> tuple[NDArray[np.uint8], Array, NDArray[np.uint8] | None]:
     from quantpress.quant.grid_kernels import choose_codes
 
     scale, zero = fit(weight, grid)
-    size = grid.group(weight.shape[1])
     codes = np.empty(weight.shape, np.uint8)
     zeros = np.full(scale.shape, 1 << (grid.bits - 1), np.uint8) if zero is None else zero
-    choose_codes(np.ascontiguousarray(weight), scale.astype(np.float32), zeros, codes, size, (1 << grid.bits) - 1)
-    return QuantizedTensor(codes, scale, zero, grid.bits, size)
+    size, top = grid.group(weight.shape[1]), (1 << grid.bits) - 1
+    choose_codes(np.ascontiguousarray(weight), scale.astype(np.float32), zeros, codes, size, top)
+    return codes, scale, zero

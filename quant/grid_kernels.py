@@ -1,4 +1,4 @@
-"""Inner loops of the grids, compiled by numba; one row per step, so results do not depend on the number of threads."""
+"""Inner loops of the grids, compiled by numba; each works on one thread and row by row."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import prange
 from numpy.typing import NDArray
 
 from quantpress.quant.compiled import compiled
@@ -39,11 +38,12 @@ def nearest_code(value: np.float32, scale: np.float32, zero: np.float32, top: np
     return min(max(code, np.float32(0.0)), top)
 
 
-@compiled()
-def _error(weight: Array, importance: Array, scale: np.float32, zero: np.float32, top: np.float32) -> float:
-    total = 0.0
+@compiled("contract", "reassoc")
+def _error(weight: Array, importance: Array, scale: np.float32, zero: np.float32, top: np.float32) -> np.float32:
+    """Sums weighted squared errors; the quotient comes from a product, so near ties may count as the other code."""
+    total, inverse = np.float32(0.0), np.float32(1.0) / scale
     for column in range(weight.size):
-        code = nearest_code(weight[column], scale, zero, top)
+        code = min(max(np.rint(weight[column] * inverse) + zero, np.float32(0.0)), top)
         difference = weight[column] - scale * (code - zero)
         total += importance[column] * difference * difference
     return total
@@ -99,13 +99,13 @@ def _asymmetric(
     return best, best_zero
 
 
-@compiled(parallel=True)
+@compiled()
 def fit_groups(
     weight: Array, importance: Array, scale: Array, zero: Array, size: int, bits: int, symmetric: bool, search: bool,
     precision: int, least: int,
 ) -> None:  # fmt: skip
     """Fills `scale` (N, G) float32, rounded to the stored type, and `zero` (N, G) uint8 from `weight` (N, K)."""
-    for row in prange(weight.shape[0]):
+    for row in range(weight.shape[0]):
         for group in range(scale.shape[1]):
             part = weight[row, group * size : (group + 1) * size]
             important = importance[group * size : (group + 1) * size]
@@ -117,10 +117,10 @@ def fit_groups(
                 zero[row, group] = np.uint8(found)
 
 
-@compiled(parallel=True)
+@compiled()
 def choose_codes(weight: Array, scale: Array, zero: Array, codes: Array, size: int, top: int) -> None:
     """Fills `codes` (N, K) uint8 with the nearest ones; `scale` (N, G) float32, `zero` (N, G) uint8."""
-    for row in prange(weight.shape[0]):
+    for row in range(weight.shape[0]):
         for column in range(weight.shape[1]):
             group = column // size
             code = nearest_code(weight[row, column], scale[row, group], np.float32(zero[row, group]), np.float32(top))
