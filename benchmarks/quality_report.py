@@ -23,7 +23,8 @@ def _kld(row: Row) -> str:
 
 
 def _perplexity(row: Row) -> str:
-    return f"{row['perplexity']:.4g}"
+    change, error = 100 * (row["ppl_ratio"] - 1), 100 * row["ppl_ratio_stderr"]
+    return f"{row['perplexity']:.4g} ({change:+.2g} ± {error:.1g} %)" if change < 100 else f"{row['perplexity']:.4g}"
 
 
 def _table(rows: Sequence[Row], cell: Callable[[Row], str]) -> list[str]:
@@ -72,7 +73,13 @@ def _section(name: str, subject: Mapping[str, Any], rows: Sequence[Row]) -> list
     source = next(row for row in rows if row["method"] == "unquantized")
     ours, theirs = _split(rows)
     lines = [f"## {name}", "", _introduction(subject, source), "", "Mean KL divergence, nats per token:", ""]
-    lines += [*_table(ours, _kld), "", "Perplexity:", "", *_table(ours, _perplexity)]
+    lines += [
+        *_table(ours, _kld),
+        "",
+        "Perplexity, and its change in % with the paired standard error:",
+        "",
+        *_table(ours, _perplexity),
+    ]
     return [*lines, *(_beside(ours, theirs) if theirs else []), ""]
 
 
@@ -116,8 +123,8 @@ def size_picture(result: Mapping[str, Any], path: Path) -> None:
             points = sorted((row["bytes"] / 1e6, row["perplexity"]) for row in ours if row["method"] == method)
             panel.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, label=method)
         panel.axhline(source["perplexity"], color="grey", linewidth=0.8, linestyle="--")
-        panel.set(title=name, xlabel="checkpoint, MB", ylabel="perplexity", yscale="log")
-        panel.set_ylim(source["perplexity"] * 0.97, source["perplexity"] * 2)
+        panel.set(title=name, xlabel="checkpoint, MB", ylabel="perplexity")
+        panel.set_ylim(source["perplexity"] * 0.98, source["perplexity"] * 1.6)  # two bits of 260,000 weights are beyond
     panels[0][-1].legend(fontsize=8)
     _save(figure, path)
     plt.close(figure)
