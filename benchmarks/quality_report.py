@@ -124,7 +124,7 @@ def size_picture(result: Mapping[str, Any], path: Path) -> None:
             panel.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, label=method)
         panel.axhline(source["perplexity"], color="grey", linewidth=0.8, linestyle="--")
         panel.set(title=name, xlabel="checkpoint, MB", ylabel="perplexity")
-        panel.set_ylim(source["perplexity"] * 0.98, source["perplexity"] * 1.6)  # two bits of 260,000 weights are beyond
+        panel.set_ylim(source["perplexity"] * 0.98, source["perplexity"] * 1.6)  # two bits are often beyond
     panels[0][-1].legend(fontsize=8)
     _save(figure, path)
     plt.close(figure)
