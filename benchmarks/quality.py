@@ -45,7 +45,7 @@ def options_of(subject: Subject, case: Case) -> dict[str, Any]:
         "bits": case.bits,
         "group_size": case.group_size,
         "format": "compressed-tensors",  # holds every grid that is tried
-        "overrides": odd,
+        "override": odd,
         "calibration": subject.calibration,
         "samples": subject.samples,
         "sequence_length": subject.length,
