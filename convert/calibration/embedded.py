@@ -1,0 +1,46 @@
+"""What a model makes of a calibration text before its first layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from quantpress.convert.calibration.layer_weights import ModelWeights
+from quantpress.convert.model import Decoder
+from quantpress.quant.errors import InputError
+
+__all__ = ["embedded"]
+
+
+def embedded(
+    weights: ModelWeights, windows: Sequence[NDArray[np.int32]], device: torch.device
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Gives the first layer's inputs; holds the embedding rows that occur, not the embedding.
+
+    Args:
+        weights: of the model.
+        windows: (T,) int32 token ids.
+        device: where to compute.
+
+    Yields:
+        Number of a window's first token, and (T, hidden) float32.
+
+    Raises:
+        InputError: a token has no embedding row, or a window outgrows learned positions.
+    """
+    spec, hyper = weights.spec, weights.hyper
+    ids, places = np.unique(np.stack(windows), return_inverse=True)
+    if ids[0] < 0 or ids[-1] >= hyper.vocab:
+        raise InputError(f"token ids go from {ids[0]} to {ids[-1]}, the model has {hyper.vocab} tokens")
+    rows = weights.some_rows("token_embd.weight", ids)
+    positions = weights("position_embd.weight", -1)
+    decoder = Decoder(
+        lambda slot, _layer: rows if slot == "token_embd.weight" else positions, spec, hyper, device=device
+    )
+    start = 0
+    for window in places.reshape(len(windows), -1):
+        yield start, decoder.embed(torch.from_numpy(window[None].astype(np.int64)))[0]
+        start += len(window)

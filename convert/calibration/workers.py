@@ -1,0 +1,71 @@
+"""Threads that compute slices of a calibration text, each with single-threaded operations.
+
+So the numbers do not depend on how many threads there are: a product that torch splits over threads sums in another
+order for another number of them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import TypeVar
+
+import torch
+
+__all__ = ["Workers"]
+
+T = TypeVar("T")
+
+
+class Workers:
+    """A pool whose threads compute with one thread each and keep no gradients."""
+
+    def __init__(self, threads: int) -> None:
+        """Starts threads when they are needed."""
+        self.threads = threads
+        self._before = torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(threads, "quantpress-calibrate", initializer=_single_threaded)
+        self._seconds: dict[str, float] = {}
+
+    def submit(self, kind: str, task: Callable[[], T]) -> Future[T]:
+        """Queues a task, whose time counts as time of a kind."""
+        return self._pool.submit(self._timed, kind, task)
+
+    def in_order(self, kind: str, tasks: Sequence[Callable[[], T]]) -> Iterator[T]:
+        """Gives results in the order of the tasks; only a few tasks are under way, so that few results are held."""
+        running: deque[Future[T]] = deque()
+        for task in tasks:
+            running.append(self.submit(kind, task))
+            if len(running) > self.threads + 1:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+
+    def take_seconds(self) -> dict[str, float]:
+        """Gives the seconds per kind since the last call, divided by the number of threads."""
+        taken, self._seconds = self._seconds, {}
+        return {kind: seconds / self.threads for kind, seconds in taken.items()}
+
+    def _timed(self, kind: str, task: Callable[[], T]) -> T:
+        started = time.perf_counter()
+        with torch.no_grad():
+            result = task()
+        # one of the two may be lost when threads add at the same instant; it is a time, not a result
+        self._seconds[kind] = self._seconds.get(kind, 0.0) + time.perf_counter() - started
+        return result
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(self._before)  # threads that start later would have one thread too
+
+
+def _single_threaded() -> None:
+    torch.set_num_threads(1)
