@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from quantpress.convert.disk import remove, sync_folder, sync_tree
 from quantpress.convert.lock import locked
 from quantpress.quant.errors import OutputError, UsageError
 
@@ -26,9 +27,11 @@ __all__ = [
     "atomic_file",
     "atomic_folder",
     "check_replaceable",
+    "held_output",
     "new_file",
     "output_errors",
     "require_space",
+    "work_folder",
     "write_file",
 ]
 
@@ -170,11 +173,31 @@ def atomic_file(path: Path | str, *, force: bool = False, wait: float = 5.0) -> 
             yield file
         with output_errors(target):
             temporary.replace(target)
-            _sync_folder(target.parent)
+            sync_folder(target.parent)
 
 
 @contextlib.contextmanager
-def atomic_folder(path: Path | str, *, force: bool = False, wait: float = 5.0) -> Iterator[Path]:
+def held_output(path: Path | str, *, wait: float = 5.0) -> Iterator[Path]:
+    """Holds the lock of an output for work that lasts long before the first byte of it is written.
+
+    Args:
+        path: the output; missing parent folders are made.
+        wait: seconds to wait for another run that writes the same output.
+
+    Returns:
+        The path with links followed; `atomic_folder(..., held=True)` writes it inside the block.
+
+    Raises:
+        BusyError: another run is still writing it after `wait` seconds.
+        OutputError: no permission.
+    """
+    target = _target(path)
+    with locked(_lock_file(target), target, wait):
+        yield target
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path | str, *, force: bool = False, wait: float = 5.0, held: bool = False) -> Iterator[Path]:
     """Gives an empty folder to write into, which gets its final name when the block ends without an error.
 
     An older folder stays until the new one is whole; with `force` it is renamed away, replaced, and then removed.
@@ -183,32 +206,29 @@ def atomic_folder(path: Path | str, *, force: bool = False, wait: float = 5.0) -
         path: the output; missing parent folders are made.
         force: whether an existing model folder is replaced.
         wait: seconds to wait for another run that writes the same output.
+        held: the caller has the output's lock already, from `held_output`.
 
     Raises:
         UsageError: the output exists and `force` is not given, or is not a model folder.
         BusyError: another run is still writing it after `wait` seconds.
         OutputError: disk full, no permission.
     """
-    with _prepared(path, force, wait) as (target, temporary):
+    with _prepared(path, force, wait, held) as (target, temporary):
         if target.exists() and not target.is_dir():
             raise UsageError(f"{path}: the output is a file, a folder is to be written")
         with output_errors(target):
             temporary.mkdir()
         yield temporary
         with output_errors(target):
-            _sync_tree(temporary)
+            sync_tree(temporary)
             _exchange(temporary, target)
 
 
 @contextlib.contextmanager
-def _prepared(path: Path | str, force: bool, wait: float) -> Iterator[tuple[Path, Path]]:
+def _prepared(path: Path | str, force: bool, wait: float, held: bool = False) -> Iterator[tuple[Path, Path]]:
     """Locks an output and gives its real path and a temporary one, which is gone afterwards in any case."""
-    target = Path(os.path.realpath(path))
-    if not target.name:
-        raise UsageError(f"{path}: not a name for an output")
-    with output_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-    with locked(target.parent / f".quantpress-{_stem(target.name)}.lock", target, wait):
+    target = _target(path)
+    with contextlib.nullcontext() if held else locked(_lock_file(target), target, wait):
         check_replaceable(path, force=force)
         with output_errors(target):
             _remove_leftovers(target)
@@ -216,7 +236,26 @@ def _prepared(path: Path | str, force: bool, wait: float) -> Iterator[tuple[Path
         try:
             yield target, temporary
         finally:
-            _remove(temporary)
+            remove(temporary)
+
+
+def _target(path: Path | str) -> Path:
+    """Follows links and makes the folder that the output stands in."""
+    target = Path(os.path.realpath(path))
+    if not target.name:
+        raise UsageError(f"{path}: not a name for an output")
+    with output_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    return target
+
+
+def _lock_file(target: Path) -> Path:
+    return target.parent / f".quantpress-{_stem(target.name)}.lock"
+
+
+def work_folder(target: Path) -> Path:
+    """Gives the place beside an output for what a long run must not lose when it is killed."""
+    return target.parent / f".quantpress-{_stem(target.name)}.work"
 
 
 def _exchange(new: Path, target: Path) -> None:
@@ -230,8 +269,8 @@ def _exchange(new: Path, target: Path) -> None:
         if old.exists():
             old.rename(target)
         raise
-    _sync_folder(target.parent)
-    _remove(old)
+    sync_folder(target.parent)
+    remove(old)
 
 
 def _stem(name: str) -> str:
@@ -248,36 +287,4 @@ def _remove_leftovers(target: Path) -> None:
     pattern = re.compile(rf"\.quantpress-{re.escape(_stem(target.name))}-\d+-[0-9a-f]{{8}}\.tmp")
     for entry in list(target.parent.iterdir()):
         if pattern.fullmatch(entry.name):
-            _remove(entry)
-
-
-def _remove(path: Path) -> None:
-    """Removes a file or a folder if it is there; what cannot be removed is left for the next run."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with contextlib.suppress(OSError):
-            path.unlink()
-
-
-def _sync_tree(folder: Path) -> None:
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            _sync(os.path.join(parent, name), os.O_RDONLY)  # noqa: PTH118
-        _sync_folder(Path(parent))
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name != "nt":  # Windows cannot open folders, and keeps names by itself
-        _sync(folder, os.O_RDONLY | os.O_DIRECTORY)
-
-
-def _sync(path: Path | str, flags: int) -> None:
-    descriptor = os.open(path, flags)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # disks that cannot sync this kind of name
-            raise
-    finally:
-        os.close(descriptor)
+            remove(entry)

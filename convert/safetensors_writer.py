@@ -69,6 +69,7 @@ def write_checkpoint(
     progress: Progress | None = None,
     threads: int = 1,
     max_shard_nbytes: int = MAX_SHARD,
+    held: bool = False,
 ) -> dict[Path, Written]:
     """Writes config.json, generation_config.json, the tokenizer's files and the tensors, in order, as safetensors.
 
@@ -81,6 +82,7 @@ def write_checkpoint(
         progress: told how many bytes of values are written.
         threads: how many read and convert; the bytes do not depend on it.
         max_shard_nbytes: greatest number of bytes of values in one file, unless a single tensor has more.
+        held: the caller has the output's lock already, see `held_output`.
 
     Returns:
         The files that were written, in the order of their names, each with its hash and its bytes.
@@ -97,7 +99,7 @@ def write_checkpoint(
     require_space(folder, total)
     counter = _Counter(total, progress)
     written: dict[str, Written] = {}
-    with atomic_folder(folder, force=force) as new:
+    with atomic_folder(folder, force=force, held=held) as new:
         for name, data in _small_files(checkpoint, target, shards).items():
             path = inside(new, name)
             path.parent.mkdir(exist_ok=True)

@@ -29,6 +29,7 @@ COMMANDS = {
     "inspect": "what a model file holds, without reading its weights",
     "merge": "make adapters part of a model, and account for every tensor of them",
     "perplexity": "llama.cpp's perplexity of any model",
+    "quantize": "turn a model's weights into integers that transformers and vLLM load",
     "verify": "compare a file with the model it was made from",
 }
 INTERRUPTED, TERMINATED = 130, 143

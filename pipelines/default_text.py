@@ -1,4 +1,4 @@
-"""The text that judges a model when the user names none: the help topics that ship with every Python.
+"""The texts that judge and calibrate a model when the user names none: the help topics that ship with every Python.
 
 It is English prose mixed with code, public, present without a download and the same for everybody on one Python
 version. It differs between Python versions, so reports carry its SHA-256.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from quantpress.quant.errors import OutputError
 
-__all__ = ["Text", "default_text"]
+__all__ = ["Text", "calibration_text", "default_text"]
 
 _MODULE = "pydoc_data.topics"
 _CHARS = 160_000  # 40,000 tokens and more: 78 chunks of 512 with the largest vocabularies, some hundred with small ones
@@ -39,19 +39,38 @@ def default_text() -> Text:
     Raises:
         OutputError: this Python comes without the topics (some distributions leave them out).
     """
+    judging, _ = _topics("--text")
+    return _joined(judging)
+
+
+def calibration_text() -> Text:
+    """The topics that `default_text` leaves: what a model was calibrated on must not judge it.
+
+    Raises:
+        OutputError: this Python comes without the topics.
+    """
+    _, rest = _topics("--calibration")
+    return _joined(rest)
+
+
+def _topics(flag: str) -> tuple[list[str], list[str]]:
+    """Gives the topics that judge, and the rest."""
     try:
         module = importlib.import_module(_MODULE)
     except ImportError as error:
         raise OutputError(
-            f"the built-in text is the standard library's {_MODULE}, which this Python lacks; name a text with --text"
+            f"the built-in text is the standard library's {_MODULE}, which this Python lacks; name a text with {flag}"
         ) from error
     topics: dict[str, str] = module.topics
-    parts: list[str] = []
+    judging: list[str] = []
+    rest: list[str] = []
     chars = 0
     for name in sorted(topics):
-        if chars >= _CHARS:
-            break
-        parts.append(topics[name])
+        (judging if chars < _CHARS else rest).append(topics[name])
         chars += len(topics[name])
+    return judging, rest
+
+
+def _joined(parts: list[str]) -> Text:
     text = "\n".join(parts)
     return Text(text, hashlib.sha256(text.encode("utf-8")).hexdigest(), f"{_MODULE} of the standard library")

@@ -11,6 +11,7 @@ from quantpress.pipelines.gguf_stage import Gguf
 from quantpress.pipelines.judging import JudgeOptions
 from quantpress.pipelines.machine import available_threads
 from quantpress.pipelines.progress import Progress, no_progress
+from quantpress.pipelines.quantize_stage import Quantize
 from quantpress.pipelines.runner import Pressed, press
 from quantpress.pipelines.safetensors_stage import Safetensors
 from quantpress.pipelines.stage import RunContext
@@ -92,6 +93,64 @@ def export_safetensors(
     context = RunContext(
         progress=progress, threads=threads or available_threads(), force=force, allow_nonfinite=allow_nonfinite
     )
+    pressed = press(model, stage, context, judge=(judge or JudgeOptions()) if verify else None)
+    pressed.require_parity()
+    return pressed
+
+
+def quantize(
+    model: Checkpoint | Path | str,
+    output: Path | str,
+    *,
+    method: str | None = None,
+    bits: int | None = None,
+    group_size: int | None = None,
+    format: str | None = None,  # noqa: A002 - the name of the flag and of the stage's option
+    calibration: Path | str | None = None,
+    verify: bool = False,
+    judge: JudgeOptions | None = None,
+    force: bool = False,
+    allow_nonfinite: bool = False,
+    device: str = "cpu",
+    max_memory: int | None = None,
+    threads: int | None = None,
+    progress: Progress = no_progress,
+    **options: Any,
+) -> Pressed:
+    """Writes a model with quantized linear weights as a Hugging Face folder, and a sidecar in it.
+
+    A call that is interrupted goes on at the layer where it was when it is made again.
+
+    Args:
+        model: an open checkpoint, merged or not, a folder, a GGUF file or a Hub id.
+        output: the folder; may hold `{ftype}` and `{name}`.
+        method: "rtn", "hqq", "gptq", "awq", "smoothquant" or "llm_int8"; None for GPTQ, or of a quantized model for
+            its codes as they are, in another format.
+        bits: 2, 3, 4 or 8.
+        group_size: columns that share a scale; -1 for a whole row.
+        format: "gptq", "gptq_v2", "awq", "compressed-tensors" or "bitsandbytes".
+        calibration: UTF-8 text for the methods that run the model; None for a built-in one.
+        verify: run the folder in torch and compare it with the model.
+        judge: how to judge, where `verify` is set.
+        force: replace an existing folder.
+        allow_nonfinite: write NaN and infinities of tensors that are not quantized instead of refusing them.
+        device: where the model runs, "cpu" or "cuda".
+        max_memory: bytes that activations may take before they go to the disk; None for half of what is free.
+        threads: worker threads; the bytes do not depend on it.
+        progress: told how far the work has come.
+        options: further fields of `Quantize`: symmetric, samples, sequence_length, skip, override and so on.
+
+    Raises:
+        QuantpressError: an input, an option or the output cannot be used; `ParityError` if the verdict is not passed.
+    """
+    stage = Quantize(
+        output=Path(output), method=method, bits=bits, group_size=group_size, format=format,
+        calibration=None if calibration is None else Path(calibration), **options,
+    )  # fmt: skip
+    context = RunContext(
+        progress=progress, threads=threads or available_threads(), device=device, max_memory=max_memory, force=force,
+        allow_nonfinite=allow_nonfinite,
+    )  # fmt: skip
     pressed = press(model, stage, context, judge=(judge or JudgeOptions()) if verify else None)
     pressed.require_parity()
     return pressed

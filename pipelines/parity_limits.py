@@ -81,6 +81,11 @@ KLD_BY_TYPE: dict[str, float] = {
     "Q2_K_S": 0.6,
     "TQ2_0": 8.0,
     "TQ1_0": 8.0,
+    "W8A8": 0.03,
+    "INT8": 0.01,
+    "INT4": 0.15,
+    "INT3": 0.45,
+    "INT2": 2.0,
 }
 _UNSCALED = ("F32", "F16")  # rounding, not quantization: it does not grow as models shrink
 _LARGE = 8e9  # parameters from which the figures above hold

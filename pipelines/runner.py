@@ -8,10 +8,10 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from quantpress.convert.arch.registry import find_arch
-from quantpress.convert.atomic import check_replaceable
 from quantpress.convert.checkpoint import Checkpoint
 from quantpress.convert.open import open_checkpoint
 from quantpress.pipelines.hashing import BackgroundHashes
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from quantpress.pipelines.verification import Reference
 
 log = logging.getLogger(__name__)
+
+_NO_PARTS: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +76,12 @@ class _Clock:
         self.steps: dict[str, Any] = {}
         self._start = time.perf_counter()
 
-    def step(self, name: str) -> None:
-        """Ends a step."""
+    def step(self, name: str, parts: Mapping[str, Any] = _NO_PARTS) -> None:
+        """Ends a step, of whose parts more may be known."""
         now = time.perf_counter()
         self.steps[name] = {"seconds": round(now - self._start, 3), "peak_rss": peak_rss()}
+        if parts:
+            self.steps[name]["parts"] = dict(parts)
         self._start = now
 
 
@@ -108,10 +112,10 @@ class _Judge:
 
     def __call__(self, artifact: Artifact) -> Parity:
         if self._reference is not None:
-            return self._reference.judge(artifact.path, artifact.ftype)
+            return self._reference.judge(artifact.path, artifact.judged_as or artifact.ftype)
         from quantpress.pipelines.parity import unjudged
 
-        limits = self._options.limits(artifact.ftype, self._source.parameters)
+        limits = self._options.limits(artifact.judged_as or artifact.ftype, self._source.parameters)
         return unjudged(f"could not be judged: {self._problem}", limits)
 
 
@@ -179,43 +183,47 @@ def press(
     clock = _Clock()
     source = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     clock.step("open")
-    records = [*merge_records(source), *(stage_record(each) for each in lazy), stage_record(stage)]
+    records = [*merge_records(source), *(stage_record(each) for each in lazy)]
     source = run_lazy(source, lazy, context)
+    stage = stage.resolved(source)
+    records.append(stage_record(stage))
     if judge is not None or source.adapted is not None:
-        check_replaceable(stage.plan(source).output, force=context.force)
+        stage.check_output(source, context)
     notes, names = _notes(source, lazy), input_names(source)
     judged = _Judge(source, judge, context, reference) if judge is not None else None
     if lazy:
         clock.step("merge_lora")
-    with BackgroundHashes() if hashes is None else contextlib.nullcontext(hashes) as hashing:
+    with contextlib.ExitStack() as stack:
+        hashing = stack.enter_context(BackgroundHashes()) if hashes is None else hashes
         hashing.add(names)
-        artifact = stage.run(source, context)
+        artifact = stack.enter_context(stage.session(source, context))
         ledger = ledger_of(source)
         hashed = hashing.results(list(names))
-    clock.step(stage.name)
-    parity = None
-    if judged is not None:
-        parity = judged(artifact)
-        clock.step("verify")
-    contents = statement(
-        inputs=[{"name": names[path], "sha256": sha256, "bytes": size} for path, (sha256, size) in hashed.items()],
-        adapters=[rounded(entry.to_json()) for entry in ledger],
-        stages=records,
-        device=context.device,
-        **_written(artifact),
-        parity=rounded(parity.to_json()) if parity is not None else None,
-        notes=(*notes, *artifact.notes),
-        timings=clock.steps,
-    )
-    sidecar = write_sidecar(artifact.path, contents)
+        clock.step(stage.name, artifact.timings)
+        parity = None
+        if judged is not None:
+            parity = judged(artifact)
+            clock.step("verify")
+        contents = statement(
+            inputs=[{"name": names[path], "sha256": sha256, "bytes": size} for path, (sha256, size) in hashed.items()],
+            adapters=[rounded(entry.to_json()) for entry in ledger],
+            stages=records,
+            device=context.device,
+            **_written(artifact),
+            parity=rounded(parity.to_json()) if parity is not None else None,
+            notes=(*notes, *artifact.notes),
+            timings=clock.steps,
+        )
+        sidecar = write_sidecar(artifact.path, contents)
     return Pressed(artifact, parity, sidecar, clock.steps, ledger, (*notes, *artifact.notes))
 
 
-def _written(artifact: Artifact) -> dict[str, list[dict[str, Any]]]:
+def _written(artifact: Artifact) -> dict[str, Any]:
     """What a sidecar says of the files and of the tensors in them."""
     tensors = [
         {"name": t.name, "type": t.type, "bytes": t.nbytes, "relative_error": rounded(t.relative_error)}
+        | rounded(dict(t.figures))
         for t in artifact.tensors
     ]
     outputs = [{"name": out.name, "sha256": out.sha256, "bytes": out.nbytes} for out in artifact.outputs]
-    return {"outputs": outputs, "tensors": tensors}
+    return {"outputs": outputs, "tensors": tensors, "calibration": artifact.calibration}

@@ -57,8 +57,9 @@ def statement(
     notes: Sequence[str],
     timings: Mapping[str, Any],
     adapters: Sequence[Mapping[str, Any]] = (),
+    calibration: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Builds the sidecar's contents (INTERFACE: Sidecar)."""
+    """Builds the sidecar's contents (INTERFACE: Sidecar); `calibration` is there only where a text was used."""
     return {
         "_type": "https://in-toto.io/Statement/v1",
         "predicateType": SCHEMA,
@@ -71,6 +72,7 @@ def statement(
         "environment": environment(device),
         "outputs": list(outputs),
         "tensors": list(tensors),
+        **({"calibration": dict(calibration)} if calibration else {}),
         "notes": list(notes),
         "parity": parity,
         "timings": dict(timings),

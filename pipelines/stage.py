@@ -5,11 +5,13 @@ Lazy stages write nothing and give a view; building stages write one target, ato
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+from quantpress.convert.atomic import check_replaceable
 from quantpress.convert.checkpoint import Checkpoint
 from quantpress.pipelines.machine import available_threads
 from quantpress.pipelines.progress import Progress, no_progress
@@ -47,12 +49,20 @@ class OutputFile:
 
 @dataclass(frozen=True, slots=True)
 class TensorResult:
-    """A tensor as it was written; `relative_error` is the root mean square error over the root mean square, or None."""
+    """A tensor as it was written.
+
+    Attributes:
+        type: what it is stored as; of a weight that is packed into several tensors: "int4 g128".
+        nbytes: of all that is stored for it.
+        relative_error: root mean square error over root mean square, or None.
+        figures: what else a method says of it: loss, damping, ...
+    """
 
     name: str
     type: str
     nbytes: int
     relative_error: float | None = None
+    figures: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +84,18 @@ class PlannedTensor:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a building stage would do, found without reading a weight."""
+    """What a building stage would do, found without reading a weight.
+
+    Attributes:
+        work_bytes: of temporary files, beside the output.
+    """
 
     output: Path
     tensors: tuple[PlannedTensor, ...]
     output_bytes: int
     peak_memory: int
     notes: tuple[str, ...] = ()
+    work_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +109,9 @@ class Artifact:
         outputs: every file with its hash.
         tensors: what became of every tensor.
         notes: what a user should know about the file.
+        judged_as: type whose parity limits hold, where it is not `ftype`: "F32" for what must be exact.
+        calibration: the text that activations were gathered on, and how it was cut; empty where none was used.
+        timings: what the stage says of its own time and memory.
     """
 
     path: Path
@@ -102,6 +120,9 @@ class Artifact:
     outputs: tuple[OutputFile, ...]
     tensors: tuple[TensorResult, ...] = ()
     notes: tuple[str, ...] = ()
+    judged_as: str = ""
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    timings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,13 +150,39 @@ class Stage:
 class BuildingStage(Stage):
     """A stage that writes one target."""
 
+    @property
+    def runs_model(self) -> bool:
+        """Whether the model is run on a device before anything can be written."""
+        return False
+
+    def resolved(self, source: Checkpoint) -> BuildingStage:
+        """Gives the stage with every default filled in that depends on the source."""
+        del source
+        return self
+
     def plan(self, source: Checkpoint) -> Plan:
         """Says what would be written, without reading a weight."""
         raise NotImplementedError
 
+    def check_output(self, source: Checkpoint, context: RunContext) -> None:
+        """Checks that the target may be written, before long work for it.
+
+        Raises:
+            UsageError: something is there that may not be replaced.
+        """
+        check_replaceable(self.plan(source).output, force=context.force)
+
     def run(self, source: Checkpoint, context: RunContext) -> Artifact:
         """Writes the target."""
         raise NotImplementedError
+
+    @contextlib.contextmanager
+    def session(self, source: Checkpoint, context: RunContext) -> Iterator[Artifact]:
+        """Writes the target; inside the block it is proved and gets its sidecar.
+
+        Only after the block is forgotten what a run that was killed would go on from.
+        """
+        yield self.run(source, context)
 
 
 def fill_name(output: Path, values: Mapping[str, str]) -> Path:

@@ -8,6 +8,7 @@
 
     merged = qp.merge_lora(model, "my-adapter/")
     qp.export_safetensors(merged, "my-merged-model/", verify=True)
+    qp.quantize(merged, "my-int4-model/", method="gptq", bits=4, calibration="calib.txt")
 
 Names are handed on from where they live when they are first used, so importing the package costs nothing.
 """
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from quantpress.convert.open import open_checkpoint
     from quantpress.pipelines.inspection import inspect
     from quantpress.pipelines.judging import JudgeOptions
-    from quantpress.pipelines.library import export_gguf, export_safetensors
+    from quantpress.pipelines.library import export_gguf, export_safetensors, quantize
     from quantpress.pipelines.parity import Parity
     from quantpress.pipelines.parity_limits import Limits
     from quantpress.pipelines.perplexity import Perplexity
@@ -67,6 +68,7 @@ __all__ = [
     "open_adapter",
     "open_checkpoint",
     "perplexity",
+    "quantize",
     "verify",
 ]
 
@@ -87,6 +89,7 @@ _HOMES = {
     "open_adapter": "convert.lora.adapter",
     "open_checkpoint": "convert.open",
     "perplexity": "pipelines.verification",
+    "quantize": "pipelines.library",
     "verify": "pipelines.verification",
 }
 

@@ -140,7 +140,10 @@ def _with_tensors(checkpoint: Checkpoint, adapted: Adapted, ends: Embeddings) ->
     if config != base.config and "config.json" in files:
         files = {**files, "config.json": json.dumps(config, indent=2, ensure_ascii=False).encode()}
     types = {name: kind for name, kind in base.storage_types.items() if name not in changed}
-    return replace(checkpoint, config=config, tensors=tensors, tokenizer_files=files, storage_types=types)
+    codes = {name: lazy for name, lazy in base.quantized.items() if name not in changed}
+    return replace(
+        checkpoint, config=config, tensors=tensors, tokenizer_files=files, storage_types=types, quantized=codes
+    )
 
 
 def _vocabulary(adapted: Adapted, ends: Embeddings) -> int | None:

@@ -37,7 +37,7 @@ def show_plan(plan: Plan, notes: Sequence[str], *, as_json: bool) -> None:
     notes = (*notes, *plan.notes)
     if as_json:
         record = {"output": str(plan.output), "bytes": plan.output_bytes, "peak_memory": plan.peak_memory}
-        record["disk_needed"] = plan.output_bytes
+        record["disk_needed"] = plan.output_bytes + plan.work_bytes
         click.echo(json.dumps(record | {"notes": notes, "tensors": [_planned(t) for t in plan.tensors]}, indent=2))
         return
     from rich.table import Table
@@ -51,9 +51,10 @@ def show_plan(plan: Plan, notes: Sequence[str], *, as_json: bool) -> None:
     for note in notes:
         click.echo(f"note: {note}")
     merged = sum(tensor.merged for tensor in plan.tensors)
+    meanwhile = f", {size_text(plan.work_bytes)} of disk meanwhile" if plan.work_bytes else ""
     click.echo(
         f"{plan.output}: {size_text(plan.output_bytes)} to write, about {size_text(plan.peak_memory)} of memory"
-        f"{f', {merged} tensors merged' if merged else ''}; nothing was written"
+        f"{meanwhile}{f', {merged} tensors merged' if merged else ''}; nothing was written"
     )
 
 

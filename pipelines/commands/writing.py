@@ -93,7 +93,7 @@ def _write(
 
     as_json, proved = flags.pop("as_json"), flags.pop("verify") and not getattr(stage, "vocab_only", False)
     every_tensor = flags.pop("verbose", False) or session.verbose
-    judge = take_judge_options(flags, needs_torch=proved or qlora["base"] == "auto")
+    judge = take_judge_options(flags, needs_torch=proved or stage.runs_model or qlora["base"] == "auto")
     arguments = take_run_context(flags, judge.device)
     with session.progress() as progress:
         context = RunContext(progress=progress, **arguments)

@@ -1,0 +1,105 @@
+"""The text that a calibrated method reads: which one, how it is cut, and what that takes of memory and disk."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantpress.convert.arch.registry import find_arch
+from quantpress.convert.calibration.windows import calibration_windows, overlap_note, windows_sha256
+from quantpress.convert.checkpoint import Checkpoint
+from quantpress.convert.tokenizer import Tokenizer, TokenizerFiles
+from quantpress.pipelines.default_text import calibration_text
+from quantpress.pipelines.machine import free_memory
+from quantpress.pipelines.perplexity import plain_text
+from quantpress.quant.errors import UsageError
+
+if TYPE_CHECKING:
+    from quantpress.pipelines.quantize_stage import Quantize
+
+__all__ = ["Calibration", "activation_budget", "needs", "sequence_length"]
+
+_LONGEST = 2048  # tokens of a window unless the user says more: what GPTQ's authors took
+_FLOAT = 4  # bytes
+_BASE_BYTES = 500 << 20  # torch, and what the slices under way take
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Calibration:
+    """A text, cut into windows.
+
+    Attributes:
+        windows: (length,) int32 token ids each.
+        text_sha256: of the text in UTF-8.
+        seed: chose the places.
+        note: what a user should know of the windows; empty if nothing.
+    """
+
+    windows: tuple[NDArray[np.int32], ...]
+    text_sha256: str
+    seed: int
+    note: str = ""
+
+    @classmethod
+    def of(cls, source: Checkpoint, stage: Quantize) -> Calibration:
+        """Reads, tokenizes and cuts the text.
+
+        Raises:
+            InputError: the text or the tokenizer cannot be used, or the text is too short for one window.
+        """
+        from quantpress.pipelines.verification import read_text  # brings torch
+
+        text = calibration_text() if stage.calibration is None else read_text(stage.calibration)
+        tokenizer = Tokenizer(TokenizerFiles(source.tokenizer_files, name=source.name))
+        ids = tokenizer.encode(plain_text(text.text), special=False)
+        bos = tokenizer.bos_id if tokenizer.add_bos else None
+        length = sequence_length(source, stage.sequence_length)
+        windows = calibration_windows(ids, samples=stage.samples, length=length, seed=stage.seed, bos=bos)
+        note = overlap_note(len(ids), samples=stage.samples, length=length, bos=bos is not None)
+        return cls(tuple(windows), text.sha256, stage.seed, note or "")
+
+    def record(self) -> dict[str, Any]:
+        """Gives what the sidecar says of it."""
+        length = len(self.windows[0])
+        return {
+            "text_sha256": self.text_sha256,
+            "windows_sha256": windows_sha256(self.windows),
+            "samples": len(self.windows),
+            "sequence_length": length,
+            "tokens": len(self.windows) * length,
+            "seed": self.seed,
+        }
+
+
+def sequence_length(source: Checkpoint, asked: int | None) -> int:
+    """Gives the tokens of a window.
+
+    Raises:
+        UsageError: more than the model was made for.
+        InputError: an unknown family.
+    """
+    context = find_arch(source.config).read_config(source.config).context
+    if asked is not None and asked > context:
+        raise UsageError(f"--sequence-length {asked}: {source.name} was made for {context} tokens")
+    return asked or min(_LONGEST, context)
+
+
+def activation_budget(max_memory: int | None) -> int:
+    """Gives the bytes of memory for activations; the rest goes to the disk."""
+    return free_memory() // 2 if max_memory is None else max_memory
+
+
+def needs(source: Checkpoint, stage: Quantize) -> tuple[int, int]:
+    """Estimates bytes of memory and of temporary files that calibration takes."""
+    hyper = find_arch(source.config).read_config(source.config)
+    dims, tokens = hyper.dims, stage.samples * sequence_length(source, stage.sequence_length)
+    width = 2 * dims["hidden"] + max(dims["q"], dims["ffn"])  # as convert.calibration.passes keeps them
+    activations, budget = tokens * width * _FLOAT, activation_budget(None)
+    sizes = (math.prod(tensor.shape) for name, tensor in source.tensors.items() if ".0." in name)
+    layer = sum(sizes) * _FLOAT
+    chain = 2 * tokens * dims["hidden"] * _FLOAT
+    return _BASE_BYTES + 2 * layer + min(activations, budget), chain + max(0, activations - budget)

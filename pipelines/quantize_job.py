@@ -1,0 +1,298 @@
+"""One run of `quantize`: plans, quantizes into a spool beside the output, and writes the folder from there."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantpress.convert.atomic import check_replaceable, held_output, require_space, work_folder
+from quantpress.convert.checkpoint import Checkpoint, LazyTensor
+from quantpress.convert.files import open_regular
+from quantpress.convert.preflight import Preflight, check_tied_head
+from quantpress.convert.quantized import PackedTensor
+from quantpress.convert.safetensors_writer import planned_tensors, write_checkpoint
+from quantpress.pipelines.machine import peak_memory
+from quantpress.pipelines.merge_stage import merge_records, merged_names
+from quantpress.pipelines.quantize_formats import find_format
+from quantpress.pipelines.quantize_plan import plan_weights
+from quantpress.pipelines.quantize_recipe import CALIBRATED
+from quantpress.pipelines.safetensors_stage import checked_or_unknown
+from quantpress.pipelines.sidecar import environment
+from quantpress.pipelines.spool import Spool
+from quantpress.pipelines.stage import (
+    Artifact,
+    OutputFile,
+    Plan,
+    PlannedTensor,
+    RunContext,
+    TensorResult,
+    fill_name,
+)
+from quantpress.quant.errors import UnknownFamilyError
+
+if TYPE_CHECKING:
+    from quantpress.pipelines.quantize_calibration import Calibration
+    from quantpress.pipelines.quantize_stage import Quantize
+
+__all__ = ["QuantizeJob"]
+
+log = logging.getLogger(__name__)
+
+_SETTINGS = "quantization_config"  # key of config.json
+_WRITTEN = "written"  # the spool's step after which the folder stands, but is not proved
+_HEAD = 1 << 20  # bytes of an input that its fingerprint hashes beside size and time: configurations, headers
+_QUIET = ("head", "--skip", "not quantized in the source", "not a part that is quantized")
+_WAIT = 1.0  # seconds for another run on the same output; it may take hours
+
+
+class QuantizeJob:
+    """A stage with its source."""
+
+    def __init__(self, stage: Quantize, source: Checkpoint) -> None:
+        """Plans; reads headers only.
+
+        Args:
+            stage: with every default filled in.
+            source: the model.
+
+        Raises:
+            QuantpressError: the source cannot be quantized in this way.
+        """
+        self.stage, self.source = stage, source
+        self.recipe = stage.recipe(source)
+        self.format = find_format(self.recipe.format)
+        self.checked = self._check()
+        self.weights = plan_weights(source, self.recipe, self.format)
+        self.settings = self.format.settings(self.weights.forms, tuple(self.weights.left), self._details())
+
+    @property
+    def plan(self) -> Plan:
+        """What would be written."""
+        view = self._view(
+            {part.name: _unread(part) for weight in self.weights.weights.values() for part in weight.parts}
+        )
+        merged, tensors, packed = merged_names(self.source), list[PlannedTensor](), 0
+        stored = {name: (dtype, nbytes) for name, _, dtype, nbytes in planned_tensors(view)}
+        for name, tensor in self.source.tensors.items():
+            if name in self.weights.weights:
+                weight = self.weights.weights[name]
+                packed += weight.nbytes
+                kind, nbytes, note = str(weight.form), weight.nbytes, ""
+            else:
+                (kind, nbytes), note = stored[name], self.weights.left.get(name, "")
+            tensors.append(PlannedTensor(name, tensor.shape, kind, nbytes, note, name in merged))
+        memory, work = self._needs()
+        total = sum(nbytes for _, nbytes in stored.values())
+        return Plan(self.output, tuple(tensors), total, memory, self._notes(), packed + work)
+
+    @property
+    def output(self) -> Path:
+        """The folder."""
+        return fill_name(self.stage.output, {"ftype": self.ftype, "name": Path(self.source.name).name})
+
+    @property
+    def ftype(self) -> str:
+        """Name of what most values are quantized to: "int4", or "w8a8" where inputs are rounded too."""
+        sizes: Counter[str] = Counter()
+        for form in self.weights.forms.values():
+            sizes["w8a8" if form.input_bits else f"int{form.bits}"] += form.shape[0] * form.shape[1]
+        return sizes.most_common(1)[0][0]
+
+    @property
+    def layers(self) -> int:
+        """Number of layers of a model of a known family."""
+        assert isinstance(self.checked, Preflight), "methods that go by layers are refused for unknown families"
+        return self.checked.hyper.layers
+
+    def check_output(self, context: RunContext) -> None:
+        """Checks that the output may be written.
+
+        Raises:
+            UsageError: something is there, and neither --force is given nor did a killed run of this job leave it.
+        """
+        check_replaceable(self.output, force=context.force or self._is_unproved(context))
+
+    @contextlib.contextmanager
+    def session(self, context: RunContext) -> Iterator[Artifact]:
+        """Does the work; what is finished is kept on the disk until the block has ended well."""
+        plan = self.plan
+        if isinstance(self.checked, Preflight):
+            check_tied_head(self.checked)
+        self.check_output(context)
+        for note in plan.notes:
+            log.warning("%s", note)
+        with held_output(plan.output, wait=_WAIT) as target:
+            force = context.force or self._is_unproved(context)
+            check_replaceable(target, force=force)
+            calibration = self._calibration()
+            if calibration is not None and calibration.note:
+                log.warning("%s", calibration.note)
+                plan = replace(plan, notes=(*plan.notes, calibration.note))
+            require_space(target, plan.output_bytes + plan.work_bytes)
+            spool = Spool(work_folder(target), self._key(context))
+            with _kept(spool):
+                self._quantize(spool, context, calibration)
+                files = write_checkpoint(
+                    self._view(spool.tensors()), plan.output, force=force, allow_nonfinite=context.allow_nonfinite,
+                    progress=context.progress, threads=context.threads, held=True,
+                )  # fmt: skip
+                outputs = tuple(
+                    OutputFile(path.relative_to(plan.output).as_posix(), file.sha256, file.nbytes)
+                    for path, file in files.items()
+                )
+                if _WRITTEN not in spool.steps:
+                    spool.add(_WRITTEN, {}, {})
+                yield self._artifact(plan, outputs, spool, calibration)
+            spool.remove()
+
+    def _artifact(
+        self, plan: Plan, outputs: tuple[OutputFile, ...], spool: Spool, calibration: Calibration | None
+    ) -> Artifact:
+        records = {step: record for step, record in spool.steps.items() if step != _WRITTEN}
+        reports = {name: report for record in records.values() for name, report in record["reports"].items()}
+        return Artifact(
+            path=plan.output,
+            kind="safetensors",
+            ftype=self.ftype,
+            outputs=outputs,
+            tensors=tuple(_result(tensor, reports.get(tensor.name, {})) for tensor in plan.tensors),
+            notes=plan.notes,
+            judged_as="" if self.recipe.method is not None or self.ftype == "w8a8" else "F32",
+            calibration=calibration.record() if calibration is not None else {},
+            timings={step: record["seconds"] for step, record in records.items()},
+        )
+
+    def _check(self) -> Preflight | UnknownFamilyError:
+        checked = checked_or_unknown(self.source)
+        if self.recipe.method in CALIBRATED and not isinstance(checked, Preflight):
+            raise UnknownFamilyError(
+                f"{self.source.name}: {checked}; --method {self.recipe.method} runs the model, --method rtn and hqq"
+                " need not"
+            )
+        return checked
+
+    def _details(self) -> dict[str, Any]:
+        method = self.recipe.method
+        details: dict[str, Any] = {"method": method}
+        if method == "gptq":
+            details |= {"act_order": self.stage.act_order, "damping": self.stage.damping, "true_sequential": True}
+        return {key: value for key, value in details.items() if value is not None}
+
+    def _view(self, parts: Mapping[str, LazyTensor]) -> Checkpoint:
+        """The checkpoint as it will be written; `parts` holds packed tensors, and plain ones that have changed."""
+        tensors: dict[str, LazyTensor] = {}
+        for name, tensor in self.source.tensors.items():
+            if name in self.weights.weights:
+                tensors |= {part.name: parts[part.name] for part in self.weights.weights[name].parts}
+            else:
+                tensors[name] = parts.get(name, tensor)
+        return replace(
+            self.source,
+            config={**self.source.config, _SETTINGS: self.settings},
+            tensors=tensors,
+            tokenizer_files={**self.source.tokenizer_files, **self.format.files(self.settings)},
+        )
+
+    def _needs(self) -> tuple[int, int]:
+        """Bytes of memory, and of temporary files beside the packed weights."""
+        if self.recipe.method in CALIBRATED:
+            from quantpress.pipelines.quantize_calibration import needs
+
+            return needs(self.source, self.stage)
+        # codes as bytes, their words, and of what is stored as (K, N) the values in float32
+        held = (weight.tensor.size * (6 if weight.transposed else 2) for weight in self.weights.weights.values())
+        return peak_memory(max(held)), 0
+
+    def _notes(self) -> tuple[str, ...]:
+        notes = [] if isinstance(self.checked, Preflight) else [f"{self.checked}; weights are told by their names"]
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.weights.left.items():
+            if reason not in _QUIET:
+                reasons.setdefault(reason, []).append(name)
+        for reason, names in reasons.items():
+            many = f"{len(names)} weights stay as they are, first {names[0]}"
+            notes.append(f"{many if len(names) > 1 else f'{names[0]} stays as it is'}: {reason}")
+        if self.recipe.method in CALIBRATED and self.stage.calibration is None:
+            notes.append(
+                "calibrated on the built-in text, Python's help topics: give --calibration with text like what the"
+                " model will read"
+            )
+        return tuple(notes)
+
+    def _calibration(self) -> Calibration | None:
+        if self.recipe.method not in CALIBRATED:
+            return None
+        from quantpress.pipelines.quantize_calibration import Calibration
+
+        return Calibration.of(self.source, self.stage)
+
+    def _quantize(self, spool: Spool, context: RunContext, calibration: Calibration | None) -> None:
+        if calibration is None:
+            from quantpress.pipelines.quantize_weights import quantize_weights
+
+            quantize_weights(self.source, self.weights, self.recipe, self.format, spool, context)
+        else:
+            from quantpress.pipelines.quantize_layers import quantize_layers
+
+            quantize_layers(self, calibration, spool, context)
+
+    def _is_unproved(self, context: RunContext) -> bool:
+        """Whether what stands at the output is of this very job, which was killed before it was proved."""
+        output = Path(self.output).resolve()
+        if not output.is_dir() or (output / "quantpress.json").exists():
+            return False
+        return _WRITTEN in Spool.finished_steps(work_folder(output), self._key(context))
+
+    def _key(self, context: RunContext) -> str:
+        """Names the job: two with the same key give the same bytes."""
+        described = dict(self.stage.describe())
+        options = {name: value for name, value in described["options"].items() if name not in ("output", "calibration")}
+        text = self.stage.calibration
+        record = {
+            **described,
+            "options": options,
+            "merged": merge_records(self.source),
+            "calibration": None if text is None else hashlib.sha256(text.read_bytes()).hexdigest(),
+            "environment": environment(context.device),
+            "inputs": [_fingerprint(file.path) for file in self.source.files],
+        }
+        return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _kept(spool: Spool) -> Iterator[None]:
+    """Says what a run that ends early leaves, and leaves nothing where nothing was finished."""
+    try:
+        yield
+    except BaseException:
+        if spool.steps:
+            log.warning("%s keeps what is finished; the same command goes on from there", spool.folder)
+        else:
+            spool.remove()
+        raise
+
+
+def _fingerprint(path: Path) -> list[str | int]:
+    status = path.stat()
+    with open_regular(path) as file:
+        head = hashlib.sha256(file.read(_HEAD)).hexdigest()
+    return [path.name, status.st_size, status.st_mtime_ns, head]
+
+
+def _unread(part: PackedTensor) -> LazyTensor:
+    def read_rows(start: int, stop: int) -> Any:
+        raise AssertionError(f"{part.name} is planned only: rows [{start}, {stop})")
+
+    return LazyTensor(part.name, part.shape, part.dtype, "", read_rows)
+
+
+def _result(tensor: PlannedTensor, report: Mapping[str, Any]) -> TensorResult:
+    figures = dict(report)
+    return TensorResult(tensor.name, tensor.type, tensor.nbytes, figures.pop("relative_error", None), figures)

@@ -1,0 +1,151 @@
+"""Decides which weights of a checkpoint are quantized and to what, from headers alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from quantpress.convert.arch.registry import find_arch
+from quantpress.convert.arch.spec import ArchSpec, Role
+from quantpress.convert.checkpoint import DTYPES, Checkpoint, LazyTensor
+from quantpress.convert.linears import linear_weights
+from quantpress.convert.quantized import PackedTensor, PackFormat
+from quantpress.pipelines.quantize_recipe import Recipe
+from quantpress.quant.errors import InputError, LayoutError
+from quantpress.quant.grid import Grid
+from quantpress.quant.qtensor import QuantizedForm
+
+__all__ = ["PlannedWeight", "QuantizePlan", "own_scale_type", "plan_weights"]
+
+_SCALE_TYPES = {"F16": "F16", "BF16": "BF16", "F8_E4M3": "BF16", "F8_E5M2": "BF16"}
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedWeight:
+    """A weight that will be quantized.
+
+    Attributes:
+        tensor: as the source has it.
+        transposed: stored as (K, N).
+        form: what it becomes.
+        grid: what its codes are chosen on.
+        parts: the tensors that will be stored for it.
+    """
+
+    tensor: LazyTensor
+    transposed: bool
+    form: QuantizedForm
+    grid: Grid
+    parts: tuple[PackedTensor, ...]
+
+    @property
+    def name(self) -> str:
+        """Name of the weight in the source."""
+        return self.tensor.name
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its parts."""
+        return sum(math.prod(part.shape) * DTYPES[part.dtype].itemsize for part in self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizePlan:
+    """What becomes of a checkpoint's weights.
+
+    Attributes:
+        weights: name -> what is quantized, in the checkpoint's order.
+        left: name -> why a linear weight stays as it is; heads too.
+    """
+
+    weights: Mapping[str, PlannedWeight]
+    left: Mapping[str, str]
+
+    @property
+    def forms(self) -> dict[str, QuantizedForm]:
+        """Form of each weight."""
+        return {name: weight.form for name, weight in self.weights.items()}
+
+
+def own_scale_type(source: Checkpoint) -> str:
+    """Gives the scale type of a model's own precision: that of its largest tensor."""
+    largest = max(source.tensors.values(), key=lambda tensor: tensor.nbytes)
+    return _SCALE_TYPES.get(largest.dtype, "F32")
+
+
+def plan_weights(source: Checkpoint, recipe: Recipe, form: PackFormat) -> QuantizePlan:
+    """Goes through the linear weights of a checkpoint.
+
+    Args:
+        source: the model.
+        recipe: what the weights become; where its method is None, those that have codes keep them.
+        form: the format that is to hold them.
+
+    Raises:
+        UsageError: a pattern that is found in no name.
+        LayoutError: codes that the format cannot hold, or a format that can hold none of the weights.
+        InputError: there is nothing to quantize.
+    """
+    found, left = _linears(source)
+    weights: dict[str, PlannedWeight] = {}
+    if recipe.method is not None:
+        recipe.check_patterns(list(found))
+    for name, transposed in found.items():
+        tensor = source.tensors[name]
+        shape = (tensor.shape[1], tensor.shape[0]) if transposed else (tensor.shape[0], tensor.shape[1])
+        wanted = _form(source, recipe, name, shape)
+        if wanted is None or recipe.skips(name):
+            left[name] = "--skip" if recipe.skips(name) else "not quantized in the source"
+            continue
+        try:
+            form.check(wanted)
+        except LayoutError as error:
+            if recipe.method is None:
+                raise LayoutError(f"{tensor.source}: tensor {name}: {error}") from error
+            left[name] = str(error)
+            continue
+        weights[name] = PlannedWeight(tensor, transposed, wanted, recipe.grid_of(name), form.planned(name, wanted))
+    if not weights:
+        raise _nothing(source, left)
+    return QuantizePlan(weights, left)
+
+
+def _form(source: Checkpoint, recipe: Recipe, name: str, shape: tuple[int, int]) -> QuantizedForm | None:
+    if recipe.method is not None:
+        return recipe.form_of(name, shape)
+    if name not in source.quantized:
+        return None
+    kept = source.quantized[name].form
+    return QuantizedForm(
+        kept.shape, kept.bits, kept.group_size, kept.symmetric, recipe.grid.scale_type, kept.ordered, kept.input_bits
+    )
+
+
+def _nothing(source: Checkpoint, left: Mapping[str, str]) -> InputError:
+    reasons = [reason for reason in left.values() if reason not in ("head", "--skip", "not a part that is quantized")]
+    if reasons:
+        return LayoutError(f"{source.name}: none of the weights can be stored: {reasons[0]}")
+    return InputError(f"{source.name}: no linear weight to quantize was found")
+
+
+def _linears(source: Checkpoint) -> tuple[dict[str, bool], dict[str, str]]:
+    """Linear weights that are quantized (name -> stored as (K, N)), and others that readers may take for linear."""
+    try:
+        arch = find_arch(source.config)
+    except InputError:
+        arch = None
+    foreign = () if arch is None else arch.foreign
+    linear = linear_weights(source.config, source.tensors)
+    left = dict.fromkeys(_heads(arch, source), "head")
+    left |= {name: "not a part that is quantized" for name in linear if foreign and name.startswith(foreign)}
+    return {name: swapped for name, swapped in linear.items() if name not in left}, left
+
+
+def _heads(arch: ArchSpec | None, source: Checkpoint) -> list[str]:
+    """Names of the head, also where it is tied and has no tensor: the module is there all the same."""
+    if arch is None:
+        return ["lm_head.weight"]
+    rows = [row for row in arch.tensors if row.role is Role.HEAD]
+    found = [name for row in rows for name in arch.names(row, -1) if name in source.tensors]
+    return found or [arch.names(row, -1)[0] for row in rows]

@@ -1,0 +1,154 @@
+"""Writes a checkpoint whose linear weights are quantized, in a format that transformers and vLLM load."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from quantpress.convert.checkpoint import Checkpoint
+from quantpress.pipelines.quantize_job import QuantizeJob
+from quantpress.pipelines.quantize_plan import own_scale_type
+from quantpress.pipelines.quantize_recipe import CALIBRATED, Asked, Recipe, fill_recipe, scale_type_of
+from quantpress.pipelines.stage import Artifact, BuildingStage, Plan, RunContext
+from quantpress.quant.errors import UsageError
+from quantpress.quant.grid import Grid
+
+_DEFAULT_METHOD = "gptq"
+_GRID_OPTIONS = (
+    "bits", "group_size", "symmetric", "clip_search", "activation_bits", "skip", "override", "calibration",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantize(BuildingStage):
+    """Options of the stage; None where it depends on others, see `fill_recipe`.
+
+    Attributes:
+        output: the folder; may hold `{ftype}` and `{name}`.
+        method: "rtn", "hqq", "gptq", "awq", "smoothquant" or "llm_int8"; None: GPTQ, or of a quantized source the
+            codes as they are.
+        bits: 2, 3, 4 or 8.
+        group_size: columns that share a scale; -1 for a whole row.
+        symmetric: no zeros are stored.
+        format: "gptq", "gptq_v2", "awq", "compressed-tensors" or "bitsandbytes".
+        scale_type: "F16", "BF16" or "F32".
+        clip_search: choose ranges by squared error.
+        activation_bits: 8 to have inputs rounded too.
+        skip: regular expressions of weights that stay as they are.
+        override: `REGEX=key:value,...`; the first that is found wins.
+        calibration: UTF-8 text; None for the built-in one.
+        samples, sequence_length, seed: windows of that text.
+        act_order, damping: of GPTQ.
+    """
+
+    name: ClassVar[str] = "quantize"
+    version: ClassVar[int] = 1
+
+    output: Path
+    method: str | None = None
+    bits: int | None = None
+    group_size: int | None = None
+    symmetric: bool | None = None
+    format: str | None = None
+    scale_type: str | None = None
+    clip_search: bool | None = None
+    activation_bits: int | None = None
+    skip: tuple[str, ...] = ()
+    override: tuple[str, ...] = ()
+    calibration: Path | None = None
+    samples: int = 128
+    sequence_length: int | None = None
+    seed: int = 0
+    act_order: bool = True
+    damping: float = 0.01
+
+    @property
+    def runs_model(self) -> bool:
+        """Whether the model is run on a device before anything can be written."""
+        return self.method is None or self.method in CALIBRATED
+
+    def resolved(self, source: Checkpoint) -> Quantize:
+        """Fills in what depends on the source.
+
+        Raises:
+            UsageError: options that do not go together.
+        """
+        recipe = self.recipe(source)
+        if recipe.method is None:
+            return dataclasses.replace(self, format=recipe.format, scale_type=recipe.grid.scale_type)
+        grid = recipe.grid
+        filled = dataclasses.replace(
+            self,
+            method=recipe.method,
+            bits=grid.bits,
+            group_size=grid.group_size,
+            symmetric=grid.symmetric,
+            format=recipe.format,
+            scale_type=grid.scale_type,
+            clip_search=grid.clip_search,
+            activation_bits=recipe.input_bits,
+        )
+        if recipe.method not in CALIBRATED:
+            return filled
+        from quantpress.pipelines.quantize_calibration import sequence_length
+
+        return dataclasses.replace(filled, sequence_length=sequence_length(source, self.sequence_length))
+
+    def recipe(self, source: Checkpoint) -> Recipe:
+        """Gives the settings of the weights.
+
+        Raises:
+            UsageError: options that do not go together.
+        """
+        if source.quantized and source.adapted is None:
+            return self._repacking(source)
+        asked = Asked(
+            bits=self.bits,
+            group_size=self.group_size,
+            symmetric=self.symmetric,
+            scale_type=self.scale_type,
+            clip_search=self.clip_search,
+            form=self.format,
+            input_bits=self.activation_bits,
+            skip=self.skip,
+            overrides=self.override,
+        )
+        return fill_recipe(self.method or _DEFAULT_METHOD, asked, own_scale_type(source))
+
+    def _repacking(self, source: Checkpoint) -> Recipe:
+        found = f"{source.name} is quantized already ({source.format})"
+        if self.method is not None:
+            raise UsageError(
+                f"--method {self.method}: {found}; without --method its codes are written in another --format as they"
+                " are, and to quantize anew give the model it was made from"
+            )
+        given = [name for name in _GRID_OPTIONS if getattr(self, name) not in (None, ())]
+        if given:
+            raise UsageError(f"--{given[0].replace('_', '-')}: {found}, and its codes are kept as they are")
+        if self.format is None:
+            raise UsageError(f"{found}; give the --format that its codes are to be written in")
+        kept = next(iter(source.quantized.values())).form.scale_type
+        return Recipe(None, self.format, Grid(scale_type=self.scale_type or scale_type_of(self.format, kept)))
+
+    def plan(self, source: Checkpoint) -> Plan:
+        """Says what would be written, without reading a weight."""
+        return QuantizeJob(self.resolved(source), source).plan
+
+    def check_output(self, source: Checkpoint, context: RunContext) -> None:
+        """Checks that the target may be written; what this very run has left there may be replaced."""
+        QuantizeJob(self.resolved(source), source).check_output(context)
+
+    def run(self, source: Checkpoint, context: RunContext) -> Artifact:
+        """Writes the folder."""
+        with self.session(source, context) as artifact:
+            return artifact
+
+    @contextlib.contextmanager
+    def session(self, source: Checkpoint, context: RunContext) -> Iterator[Artifact]:
+        """Writes the folder; finished layers are kept beside it until the block has ended well."""
+        with QuantizeJob(self.resolved(source), source).session(context) as artifact:
+            yield artifact
