@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from quantpress.convert.atomic import check_replaceable
 from quantpress.convert.checkpoint import Checkpoint
-from quantpress.convert.gguf.export import TensorPlan, plan_tensors, write_gguf
+from quantpress.convert.gguf.export import TensorPlan, WriteResult, plan_tensors, write_gguf
 from quantpress.convert.gguf.general import general_metadata
 from quantpress.convert.gguf.mixture import TypeOptions
 from quantpress.convert.gguf.overrides import override, read_metadata_file
@@ -106,7 +106,7 @@ class Gguf(BuildingStage):
             ftype=tensors.outtype,
             outputs=(OutputFile(path.name, written.sha256, written.nbytes),),
             tensors=tuple(TensorResult(t.name, t.type, t.nbytes, t.relative_error) for t in written.tensors),
-            notes=notes,
+            notes=(*notes, *_kept_codes(tensors, written)),
         )
 
     def _prepare(self, source: Checkpoint) -> tuple[TensorPlan, Metadata, tuple[str, ...]]:
@@ -114,7 +114,7 @@ class Gguf(BuildingStage):
         checked = preflight(source)
         spec, hyper = checked.spec, checked.hyper
         spec.gguf_check(hyper, source.config)
-        tensors = plan_tensors(checked.bindings, spec, hyper, self._types())
+        tensors = plan_tensors(checked.bindings, spec, hyper, self._types(), quantized=source.quantized)
         if self.vocab_only:
             tensors = dataclasses.replace(tensors, tensors=())
         vocab, vocab_notes = self._vocabulary(source, hyper.vocab)
@@ -167,3 +167,13 @@ def _shortened(lines: tuple[str, ...], limit: int = 4) -> tuple[str, ...]:
     if len(lines) <= limit:
         return lines
     return (*lines[:limit], f"and {len(lines) - limit} more tensors likewise (--dry-run lists them)")
+
+
+def _kept_codes(plan: TensorPlan, written: WriteResult) -> tuple[str, ...]:
+    """Says how many weights of a quantized source have the codes in the file that they have there."""
+    if not any(tensor.codes for tensor in plan.tensors):
+        return ()
+    kept, able = (
+        sum(map(bool, found)) for found in ((t.kept for t in written.tensors), (t.codes for t in plan.tensors))
+    )
+    return (f"{kept} of {able} quantized weights keep the source's codes and scales bit for bit",)

@@ -22,11 +22,13 @@ class Encoded:
         data: (..., row bytes) uint8, C-contiguous.
         squared_error: sum of squared differences of the sampled rows from the source.
         squared_values: sum of squares of the sampled rows.
+        kept: the codes of a quantized source, untouched.
     """
 
     data: Array
     squared_error: float
     squared_values: float
+    kept: bool = False
 
 
 def relative_error(squared_error: float, squared_values: float) -> float:

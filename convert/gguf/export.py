@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
 from quantpress.convert.arch.spec import ArchSpec, Hyperparameters, Layout, Role
 from quantpress.convert.checkpoint import Array, LazyTensor
+from quantpress.convert.gguf.codes import CodeRows, codes_note
 from quantpress.convert.gguf.container import MetadataValue
 from quantpress.convert.gguf.encode import Encoded, encode_rows, relative_error
 from quantpress.convert.gguf.file_types import FILE_TYPES
@@ -24,8 +26,10 @@ from quantpress.convert.gguf.rows import IN_PLACE, ReadRows, RowOrder, Transpose
 from quantpress.convert.gguf.stream import in_order
 from quantpress.convert.gguf.writer import FilePlan, Slot, write_container
 from quantpress.convert.preflight import Binding
+from quantpress.convert.quantized import LazyQuantized
 from quantpress.quant.errors import InputError, LayoutError
 from quantpress.quant.floats import count_nonfinite
+from quantpress.quant.ggml.from_codes import FROM_CODES
 from quantpress.quant.ggml.types import ggml_type, row_bytes
 
 _SAMPLED_CHUNKS = 4  # the error is measured in one chunk of so many
@@ -48,6 +52,7 @@ class PlannedTensor:
         order: how the rows are reordered.
         transposed: the source is (K, N) and the file holds (N, K).
         offset: added to every value.
+        codes: what the source has them as, where it is quantized and the type may hold the codes as they are.
     """
 
     name: str
@@ -59,6 +64,11 @@ class PlannedTensor:
     order: RowOrder = field(default=IN_PLACE, repr=False)
     transposed: bool = False
     offset: float = 0.0
+    codes: LazyQuantized | None = field(default=None, repr=False)
+
+    def code_rows(self) -> CodeRows | None:
+        """Gives what reads rows as blocks with the source's codes, or None; it holds the codes while it lives."""
+        return None if self.codes is None else CodeRows(self.codes, self.order, self.type)
 
     def reader(self) -> ReadRows:
         """Gives a function that reads rows as the file holds them; a transposed tensor stays in memory with it."""
@@ -105,13 +115,15 @@ class TensorPlan:
 class TensorOutcome:
     """A tensor that was written; `relative_error` is the root mean square error over the root mean square.
 
-    It is measured on about eight rows of every fourth chunk of a million values, on all values of vectors.
+    It is measured on about eight rows of every fourth chunk of a million values, on all values of vectors. `kept`: the
+    source was quantized, and these are its codes.
     """
 
     name: str
     type: str
     nbytes: int
     relative_error: float | None
+    kept: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +136,12 @@ class WriteResult:
 
 
 def plan_tensors(
-    bindings: Iterable[Binding], arch: ArchSpec, hyper: Hyperparameters, options: TypeOptions
+    bindings: Iterable[Binding],
+    arch: ArchSpec,
+    hyper: Hyperparameters,
+    options: TypeOptions,
+    *,
+    quantized: Mapping[str, LazyQuantized] = MappingProxyType({}),
 ) -> TensorPlan:
     """Plans the tensors of a GGUF file without reading a weight.
 
@@ -133,6 +150,7 @@ def plan_tensors(
         arch: the family.
         hyper: its sizes.
         options: which types are asked for.
+        quantized: `Checkpoint.quantized`; where a type can hold such codes, they are written as they are.
 
     Raises:
         UsageError: an option names an unknown type, or a pattern meets no tensor.
@@ -142,7 +160,7 @@ def plan_tensors(
     outtype = resolve_outtype(options.outtype, (tensor for _, _, tensor in rows))
     mixture = Mixture(options, outtype, tied=all(row.role is not Role.HEAD for row, _, _ in rows))
     extra = [_plan_extra(name, values) for name, values in arch.gguf_tensors(hyper).items()]
-    tensors = (*extra, *(_plan_row(arch, hyper, mixture, binding) for binding in rows))
+    tensors = (*extra, *(_plan_row(arch, hyper, mixture, binding, quantized) for binding in rows))
     mixture.check_used()
     return TensorPlan(outtype, tensors)
 
@@ -166,7 +184,9 @@ def _plan_extra(name: str, values: tuple[float, ...]) -> PlannedTensor:
     return PlannedTensor(name, array.shape, "F32", array.nbytes, "", tensor)
 
 
-def _plan_row(arch: ArchSpec, hyper: Hyperparameters, mixture: Mixture, binding: Binding) -> PlannedTensor:
+def _plan_row(
+    arch: ArchSpec, hyper: Hyperparameters, mixture: Mixture, binding: Binding, quantized: Mapping[str, LazyQuantized]
+) -> PlannedTensor:
     row, layer, tensor = binding
     name = row.gguf.format(layer=layer)
     transposed = row.layout is Layout.TRANSPOSED and len(tensor.shape) == 2
@@ -174,7 +194,11 @@ def _plan_row(arch: ArchSpec, hyper: Hyperparameters, mixture: Mixture, binding:
     choice = mixture.choose(name, row.role, shape, tensor.dtype)
     nbytes = math.prod(shape[:-1]) * row_bytes(ggml_type(choice.type), shape[-1] if shape else 1)
     order = row_order(arch, row, hyper)
-    return PlannedTensor(name, shape, choice.type, nbytes, choice.note, tensor, order, transposed, row.offset)
+    codes = None if row.offset else quantized.get(tensor.name)
+    note = choice.note or ("" if codes is None else codes_note(codes.form, choice.type))
+    if choice.type not in FROM_CODES:
+        codes = None
+    return PlannedTensor(name, shape, choice.type, nbytes, note, tensor, order, transposed, row.offset, codes)
 
 
 def write_gguf(
@@ -205,6 +229,7 @@ def write_gguf(
         UsageError, BusyError, OutputError: see `atomic_file`.
     """
     errors = [[0.0, 0.0] for _ in plan.tensors]
+    kept = [tensor.codes is not None for tensor in plan.tensors]
     encode = partial(_encode, allow_nonfinite=allow_nonfinite)
     total = sum(tensor.nbytes for tensor in plan.tensors)
 
@@ -213,14 +238,15 @@ def write_gguf(
         for number, encoded in in_order(_tasks(plan, encode, measure_error), threads=threads, window=2 * threads + 2):
             errors[number][0] += encoded.squared_error
             errors[number][1] += encoded.squared_values
+            kept[number] &= encoded.kept
             yield number, encoded.data
             done += encoded.data.nbytes
             progress("write", done, total)
 
     written = write_container(path, plan.file(metadata), chunks(), force=force)
     outcomes = tuple(
-        TensorOutcome(tensor.name, tensor.type, tensor.nbytes, relative_error(*sums) if measure_error else None)
-        for tensor, sums in zip(plan.tensors, errors, strict=True)
+        TensorOutcome(t.name, t.type, t.nbytes, relative_error(*sums) if measure_error else None, codes)
+        for t, sums, codes in zip(plan.tensors, errors, kept, strict=True)
     )
     return WriteResult(written.sha256, written.nbytes, outcomes)
 
@@ -229,10 +255,10 @@ def _tasks(
     plan: TensorPlan, encode: Callable[..., Encoded], measure_error: bool
 ) -> Iterator[Callable[[], tuple[int, Encoded]]]:
     for number, tensor in enumerate(plan.tensors):
-        read = tensor.reader()
+        read, codes = tensor.reader(), tensor.code_rows()
         for chunk, (start, stop) in enumerate(tensor.row_ranges()):
             sample = measure_error and chunk % _SAMPLED_CHUNKS == 0
-            yield partial(_numbered, number, partial(encode, tensor, read, start, stop, sample=sample))
+            yield partial(_numbered, number, partial(encode, tensor, read, codes, start, stop, sample=sample))
 
 
 def _numbered(number: int, task: Callable[[], Encoded]) -> tuple[int, Encoded]:
@@ -240,8 +266,17 @@ def _numbered(number: int, task: Callable[[], Encoded]) -> tuple[int, Encoded]:
 
 
 def _encode(
-    tensor: PlannedTensor, read: ReadRows, start: int, stop: int, *, sample: bool, allow_nonfinite: bool
+    tensor: PlannedTensor,
+    read: ReadRows,
+    codes: CodeRows | None,
+    start: int,
+    stop: int,
+    *,
+    sample: bool,
+    allow_nonfinite: bool,
 ) -> Encoded:
+    if codes is not None and (blocks := codes.blocks(start, stop)) is not None:
+        return Encoded(blocks, 0.0, 0.0, kept=True)
     rows = read(start, stop)
     where = f"{tensor.source.source}: tensor {tensor.source.name!r}"
     if not allow_nonfinite and count_nonfinite(rows):
