@@ -7,7 +7,7 @@ bits up, number 0, 2, 4, 6, 1, 3, 5 and 7 (AutoAWQ: modules/linear/gemm.py from_
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from quantpress.convert.checkpoint import Array
 from quantpress.convert.files import shown
+from quantpress.convert.gptq.settings import in_layer, module_rules
 from quantpress.convert.packed_parts import half_scales, producer, refuse_rounded_inputs
 from quantpress.convert.quantized import PackedTensor
 from quantpress.quant.errors import LayoutError
@@ -107,24 +108,25 @@ class AwqFormat:
         Raises:
             LayoutError: groups of different sizes, or a name that readers would take for another one.
         """
-        sizes = {-1 if form.per_row else form.group_size: weight for weight, form in forms.items()}
-        if len(sizes) > 1:
-            some = " and ".join(f"{size} ({shown(weight)})" for size, weight in sorted(sizes.items())[:2])
-            raise LayoutError(f"AWQ has one group size for all weights, found {some}; give --format gptq_v2")
+        group_size = _one_group_size(forms)
         modules = [weight.removesuffix(".weight") for weight in left]
-        _refuse_ambiguous(modules, [weight.removesuffix(".weight") for weight in forms])
+        quantized: dict[str, dict[str, Any]] = {weight.removesuffix(".weight"): {} for weight in forms}
+        _refuse_ambiguous(modules, quantized)
         meta = {"quantizer": [producer()], "symmetric": all(form.symmetric for form in forms.values())}
         if details.get("method"):
             meta["method"] = details["method"]
-        return {
+        settings = {
             "quant_method": "awq",
             "version": "gemm",
             "bits": BITS,
-            "group_size": next(iter(sizes), 128),
+            "group_size": group_size,
             "zero_point": True,
             "modules_to_not_convert": modules or None,
             "meta": meta,
         }
+        if rules := module_rules(quantized, [module for module in modules if in_layer(module)]):
+            settings["dynamic"] = rules  # GPTQModel does not look at modules_to_not_convert
+        return settings
 
     def files(self, settings: Mapping[str, Any]) -> dict[str, bytes]:
         """Gives nothing: readers of AWQ look into config.json."""
@@ -132,7 +134,20 @@ class AwqFormat:
         return {}
 
 
-def _refuse_ambiguous(left: Sequence[str], quantized: Sequence[str]) -> None:
+def _one_group_size(forms: Mapping[str, QuantizedForm]) -> int:
+    """Gives the group size that holds for all weights; a whole row is any group of its length."""
+    sizes = {form.group_size: weight for weight, form in forms.items() if not form.per_row}
+    lengths = {form.shape[1]: weight for weight, form in forms.items() if form.per_row}
+    if not sizes:
+        return -1 if lengths else 128
+    if len(sizes) == 1 and lengths.keys() <= sizes.keys():
+        return next(iter(sizes))
+    found = [f"{size} ({shown(weight)})" for size, weight in sizes.items()]
+    found += [f"a row of {length} ({shown(weight)})" for length, weight in lengths.items() if length not in sizes]
+    raise LayoutError(f"AWQ has one group size for all weights, found {found[0]} and {found[1]}; give --format gptq_v2")
+
+
+def _refuse_ambiguous(left: Sequence[str], quantized: Iterable[str]) -> None:
     """AutoAWQ and vLLM leave out every module whose path holds one of these texts anywhere."""
     for text in left:
         if hit := next((module for module in quantized if text in module), None):

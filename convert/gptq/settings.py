@@ -17,7 +17,7 @@ from typing import Any
 from quantpress.convert.packed_parts import producer
 from quantpress.quant.qtensor import QuantizedForm
 
-__all__ = ["common_form", "written_settings"]
+__all__ = ["common_form", "in_layer", "module_rules", "written_settings"]
 
 log = logging.getLogger(__name__)
 
@@ -41,22 +41,42 @@ def written_settings(
         "group_size": group_size,
         "sym": symmetric,
         "desc_act": any(form.ordered for form in forms.values()),
-        "lm_head": any(not _NUMBER.search(weight) for weight in forms),
+        "lm_head": any(not in_layer(weight) for weight in forms),
         "pack_dtype": "int32",
         "meta": _meta(details),
     }
     modules = {weight.removesuffix(".weight"): _difference(form, base) for weight, form in forms.items()}
-    skipped = [weight.removesuffix(".weight") for weight in left if _NUMBER.search(weight)]
-    if dynamic := _rules(modules, skipped):
+    skipped = [weight.removesuffix(".weight") for weight in left if in_layer(weight)]
+    if dynamic := module_rules(modules, skipped):
         settings["dynamic"] = dynamic
     _warn(name, forms.values())
     return settings
 
 
+def in_layer(name: str) -> bool:
+    """Whether a weight belongs to a layer, as heads do not."""
+    return _NUMBER.search(name) is not None
+
+
 def common_form(forms: Iterable[QuantizedForm]) -> _Key:
-    """Gives the bits, group size (-1 for a row) and symmetry that most weights have; the earliest of equals."""
-    counts = Counter((form.bits, -1 if form.per_row else form.group_size, form.symmetric) for form in forms)
-    return counts.most_common(1)[0][0] if counts else (4, 128, True)
+    """Gives the bits, group size (-1 for a row) and symmetry that leave the fewest weights to rules of their own."""
+    kinds = Counter((form.bits, form.group_size, form.symmetric, form.per_row, form.shape[1]) for form in forms)
+    keys = dict.fromkeys(_key(*kind[:4]) for kind in kinds)
+    return max(keys, key=lambda key: _covered(kinds, key), default=(4, 128, True))
+
+
+def _key(bits: int, group_size: int, symmetric: bool, per_row: bool) -> _Key:
+    return bits, -1 if per_row else group_size, symmetric
+
+
+def _covered(kinds: Mapping[tuple[int, int, bool, bool, int], int], base: _Key) -> int:
+    """How many weights need no rule beside this base; see `_difference`."""
+    return sum(
+        count
+        for (bits, group_size, symmetric, per_row, columns), count in kinds.items()
+        if (bits, symmetric) == (base[0], base[2])
+        and (base[1] == -1 or base[1] >= columns if per_row else base[1] == group_size)
+    )
 
 
 def _difference(form: QuantizedForm, base: _Key) -> dict[str, Any]:
@@ -65,17 +85,21 @@ def _difference(form: QuantizedForm, base: _Key) -> dict[str, Any]:
     difference: dict[str, Any] = {}
     if form.bits != bits:
         difference["bits"] = form.bits
-    covered = form.per_row and group_size >= form.shape[1]
     own = -1 if form.per_row else form.group_size
-    if own != group_size and not covered:
+    if own != group_size and not (form.per_row and group_size >= form.shape[1]):
         difference["group_size"] = own
     if form.symmetric != symmetric:
         difference["sym"] = form.symmetric
     return difference
 
 
-def _rules(modules: Mapping[str, Mapping[str, Any]], skipped: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Rules for the modules that differ; those of one name and many layers share one."""
+def module_rules(modules: Mapping[str, Mapping[str, Any]], skipped: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Gives `dynamic`: rules for the modules that differ; those of one name and many layers share one.
+
+    Args:
+        modules: quantized module -> how it differs from the base, empty if it does not.
+        skipped: modules that are not quantized.
+    """
     rules: dict[str, Mapping[str, Any] | None] = {**modules, **dict.fromkeys(skipped)}
     rules.update(_fused(rules))
     places: dict[str, dict[tuple[str, ...], Mapping[str, Any] | None]] = defaultdict(dict)
