@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-torch = pytest.importorskip("torch")
-quantization: Any = pytest.importorskip("compressed_tensors.quantization", reason="the oracle is not installed")
+from quantpress.convert.compressed_tensors.activations import round_inputs
+from quantpress.convert.compressed_tensors.pack import FORMAT
+from quantpress.quant.qtensor import QuantizedForm
 
-from quantpress.convert.compressed_tensors.activations import round_inputs  # noqa: E402 - needs torch
-from quantpress.convert.compressed_tensors.pack import FORMAT  # noqa: E402
-from quantpress.quant.qtensor import QuantizedForm  # noqa: E402
+quantization: Any = pytest.importorskip("compressed_tensors.quantization", reason="the oracle is not installed")
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
