@@ -3,7 +3,8 @@ r"""Describes GPTQ checkpoints in `quantization_config`: one base form, and per-
 vLLM wants `bits`, `group_size`, `sym` and `desc_act` to be there (model_executor/layers/quantization/gptq_marlin.py).
 Rules are GPTQModel's `dynamic`: a regular expression that is matched with the beginning of a module's path -> what
 differs, or `-:` before an expression whose modules are not quantized; the first that matches decides (GPTQModel:
-quantization/config.py dynamic_get).
+quantization/config.py dynamic_get). optimum, through which transformers loads, looks at `modules_in_block_to_quantize`
+instead and knows no module that differs in bits or groups (optimum: gptq/quantizer.py convert_model).
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ def written_settings(
     skipped = [weight.removesuffix(".weight") for weight in left if in_layer(weight)]
     if dynamic := module_rules(modules, skipped):
         settings["dynamic"] = dynamic
+    if skipped:
+        settings["modules_in_block_to_quantize"] = [_block_modules(modules, skipped)]
     _warn(name, forms.values())
     return settings
 
@@ -113,6 +116,17 @@ def module_rules(modules: Mapping[str, Mapping[str, Any]], skipped: Sequence[str
             )
             written[f"{'-:' if rule is None else '+:'}^{pattern}$"] = dict(rule or {})
     return written
+
+
+def _block_modules(modules: Iterable[str], skipped: Sequence[str]) -> list[str]:
+    """Names the quantized modules for optimum, which asks how a path ends, and vLLM, which asks what it holds."""
+    inner = [module for module in modules if in_layer(module)]
+    skipped_places = {_NUMBER.sub("\0", module) for module in skipped}
+    places = dict.fromkeys(_NUMBER.sub("\0", module) for module in inner)
+    names = [place.partition("\0.")[2] for place in places]
+    if skipped_places & places.keys() or any("\0" in name for name in names):
+        return inner
+    return inner if any(name in module for name in names for module in skipped) else names
 
 
 def _shared(
