@@ -30,6 +30,7 @@ __all__ = ["quantize_block", "reference_quantize_block"]
 
 _TILE = 256  # weights of a program; the module's docstring says why
 _WIDEST = 1024  # columns of a block: 32 weights, errors and codes for each thread, all that 255 registers take
+_LAUNCH: dict[str, Any] = {"num_warps": 1, "enable_fp_fusion": False}
 
 
 def reference_quantize_block(
@@ -84,7 +85,7 @@ def quantize_block(
         _column_loop[(triton.cdiv(rows, tile),)](
             work, upper, scale, zero, groups, codes, order, errors, losses, rows, count, float(top), work.stride(0),
             upper.stride(0), scale.stride(0), zero.stride(0), codes.stride(0), errors.stride(0), tile, columns,
-            num_warps=1, enable_fp_fusion=False,
+            **_LAUNCH,
         )  # fmt: skip
 
 

@@ -193,8 +193,8 @@ def test_compiled_for_gpus_it_rounds_every_operation_as_ieee_says(
     types |= {"losses": "*fp64", "rows": "i32", "count": "i32", "top": "fp32"}
     types |= dict.fromkeys(("tile_rows", "tile_columns"), "constexpr")
     source = triton.compiler.ASTSource(kernel, signature=types, constexprs={"tile_rows": 2, "tile_columns": 128})
-    options = {"num_warps": 1, "enable_fp_fusion": False}
-    assembly = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
+    target = GPUTarget("cuda", capability, 32)
+    assembly = triton.compile(source, target=target, options=gptq_block._LAUNCH).asm["ptx"]
     operations = set(re.findall(r"^\s+(?:@\S+\s+)?([a-z0-9.]+\.f(?:32|64))\b", assembly, re.MULTILINE))
     arithmetic = {name for name in operations if name.split(".")[0] in {"add", "sub", "mul", "div", "fma", "mad"}}
     assert arithmetic == {"add.rn.f32", "sub.rn.f32", "mul.rn.f32", "div.rn.f32", "add.rn.f64", "mul.rn.f64"}
