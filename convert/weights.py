@@ -70,7 +70,7 @@ class CheckpointWeights:
     hyper: Hyperparameters
 
     def __call__(self, slot: str, layer: int) -> torch.Tensor | None:
-        """Gives a weight, None if this model has none of that name.
+        """Gives a weight as exact as it is known, None if this model has none of that name.
 
         Raises:
             InputError: the table says there must be one and the checkpoint lacks it, or its shape is another.
@@ -82,7 +82,7 @@ class CheckpointWeights:
         wanted = tuple(self.hyper.dims[dim] for dim in row.shape)
         if tensor.shape != wanted:
             raise InputError(f"{tensor.source}: tensor {tensor.name!r} has shape {tensor.shape}, wanted {wanted}")
-        return canonical(as_torch(tensor.read()), row, self.hyper)
+        return canonical(as_torch(tensor.exact_rows(0, tensor.rows)), row, self.hyper)
 
     def _row(self, slot: str) -> TensorSpec | None:
         for row in self.spec.tensors:

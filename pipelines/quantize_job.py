@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import logging
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from quantpress.convert.safetensors_writer import planned_tensors, write_checkpo
 from quantpress.pipelines.machine import peak_memory
 from quantpress.pipelines.merge_stage import merge_records, merged_names
 from quantpress.pipelines.quantize_formats import find_format
-from quantpress.pipelines.quantize_plan import plan_weights
+from quantpress.pipelines.quantize_plan import main_type, plan_weights
 from quantpress.pipelines.quantize_recipe import CALIBRATED
 from quantpress.pipelines.safetensors_stage import checked_or_unknown
 from quantpress.pipelines.sidecar import environment
@@ -99,11 +98,8 @@ class QuantizeJob:
 
     @property
     def ftype(self) -> str:
-        """Name of what most values are quantized to: "int4", or "w8a8" where inputs are rounded too."""
-        sizes: Counter[str] = Counter()
-        for form in self.weights.forms.values():
-            sizes["w8a8" if form.input_bits else f"int{form.bits}"] += form.shape[0] * form.shape[1]
-        return sizes.most_common(1)[0][0]
+        """Name of what most values are quantized to."""
+        return main_type(self.weights.forms.values())
 
     @property
     def layers(self) -> int:
@@ -164,10 +160,15 @@ class QuantizeJob:
             outputs=outputs,
             tensors=tuple(_result(tensor, reports.get(tensor.name, {})) for tensor in plan.tensors),
             notes=plan.notes,
-            judged_as="" if self.recipe.method is not None or self.ftype == "w8a8" else "F32",
+            judged_as=self._judged_as(),
             calibration=calibration.record() if calibration is not None else {},
             timings={step: record["seconds"] for step, record in records.items()},
         )
+
+    def _judged_as(self) -> str:
+        if self.recipe.format == "bitsandbytes" or self.ftype == "w8a8":
+            return "W8A8"  # inputs are rounded, also where codes are kept
+        return self.ftype.upper() if self.recipe.method is not None else "F32"
 
     def _check(self) -> Preflight | UnknownFamilyError:
         checked = checked_or_unknown(self.source)

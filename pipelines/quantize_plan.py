@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from quantpress.convert.arch.registry import find_arch
@@ -16,7 +17,7 @@ from quantpress.quant.errors import InputError, LayoutError
 from quantpress.quant.grid import Grid
 from quantpress.quant.qtensor import QuantizedForm
 
-__all__ = ["PlannedWeight", "QuantizePlan", "own_scale_type", "plan_weights"]
+__all__ = ["PlannedWeight", "QuantizePlan", "main_type", "own_scale_type", "plan_weights"]
 
 _SCALE_TYPES = {"F16": "F16", "BF16": "BF16", "F8_E4M3": "BF16", "F8_E5M2": "BF16"}
 
@@ -66,6 +67,14 @@ class QuantizePlan:
     def forms(self) -> dict[str, QuantizedForm]:
         """Form of each weight."""
         return {name: weight.form for name, weight in self.weights.items()}
+
+
+def main_type(forms: Iterable[QuantizedForm]) -> str:
+    """Names what most values are quantized to: "int4", or "w8a8" where inputs are rounded too."""
+    sizes: Counter[str] = Counter()
+    for form in forms:
+        sizes["w8a8" if form.input_bits else f"int{form.bits}"] += form.shape[0] * form.shape[1]
+    return sizes.most_common(1)[0][0]
 
 
 def own_scale_type(source: Checkpoint) -> str:

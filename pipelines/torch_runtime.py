@@ -1,4 +1,4 @@
-"""Runs models in torch: a source checkpoint, or a GGUF file read back with the `gguf` package."""
+"""Runs models in torch: a checkpoint, quantized or not, or a GGUF file read back with the `gguf` package."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from quantpress.convert.preflight import check_tied_head, preflight
 from quantpress.convert.weights import CheckpointWeights, Weight
 from quantpress.pipelines.gguf_readback import read_back
 from quantpress.pipelines.machine import free_memory
+from quantpress.pipelines.rounded_inputs import rounded_inputs
 
 FLOAT32_BYTES = 4
 UNMERGED = "torch (base + adapter, unmerged)"
@@ -70,8 +71,17 @@ class TorchRuntime:
         self._prepared: dict[tuple[bytes, int], torch.Tensor] = {}
 
     @classmethod
-    def of_checkpoint(cls, source: Checkpoint, *, device: str = "cpu", max_memory: int | None = None) -> TorchRuntime:
+    def of_checkpoint(
+        cls, source: Checkpoint, *, device: str = "cpu", max_memory: int | None = None, as_served: bool = False
+    ) -> TorchRuntime:
         """Runs an open checkpoint.
+
+        Args:
+            source: the checkpoint; of a quantized one its codes, in float32.
+            device: where to compute.
+            max_memory: see `__init__`.
+            as_served: round the inputs of linears too where the kernels for such a checkpoint do; else the inputs are
+                exact, as befits a source that others are compared with.
 
         Raises:
             InputError: it does not fit its family.
@@ -80,8 +90,9 @@ class TorchRuntime:
         check_tied_head(checked)
         weight = CheckpointWeights(source, checked.spec, checked.hyper)
         return cls(
-            weight, checked.spec, checked.hyper, parameters=source.parameters, device=device, max_memory=max_memory
-        )
+            weight, checked.spec, checked.hyper, parameters=source.parameters, device=device, max_memory=max_memory,
+            rounded_input=rounded_inputs(source, checked) if as_served else None,
+        )  # fmt: skip
 
     @classmethod
     def of_adapted(cls, adapted: Adapted, *, device: str = "cpu", max_memory: int | None = None) -> TorchRuntime:

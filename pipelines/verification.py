@@ -33,6 +33,7 @@ from quantpress.pipelines.parity import Parity, compare, unjudged
 from quantpress.pipelines.perplexity import Perplexity, cut_windows, plain_text
 from quantpress.pipelines.perplexity import perplexity as score_windows
 from quantpress.pipelines.progress import Progress, no_progress
+from quantpress.pipelines.quantize_plan import main_type
 from quantpress.pipelines.runtime import Runtime
 from quantpress.pipelines.tokenizer_proof import prove_tokenizer
 from quantpress.pipelines.torch_runtime import TorchRuntime
@@ -41,6 +42,8 @@ from quantpress.quant.errors import InputError, OutputError, QuantpressError, Us
 log = logging.getLogger(__name__)
 
 DEFAULT_CONTEXT = 512
+# storage types of bitsandbytes -> type whose limits hold: LLM.int8() rounds inputs too
+_BITSANDBYTES = {"int8": "W8A8", "nf4": "INT4", "fp4": "INT4"}
 MAX_TEXT = 256 << 20  # bytes of a text file; wikitext-103 has 540 MB, and nobody judges a file on all of it
 
 
@@ -199,7 +202,8 @@ def open_runtime(model: Checkpoint | Path, options: JudgeOptions, *, context: in
     if isinstance(model, Checkpoint):
         if options.runtime == "llama.cpp":
             raise UsageError(f"--runtime llama.cpp: runs GGUF files only, {model.name} is none; use --runtime torch")
-        return TorchRuntime.of_checkpoint(model, device=options.device, max_memory=options.max_memory)
+        device, memory = options.device, options.max_memory
+        return TorchRuntime.of_checkpoint(model, device=device, max_memory=memory, as_served=True)
     if options.runtime != "torch":
         if find_llama_cpp() is not None:
             return LlamaCppRuntime(model, context=context, threads=options.threads or available_threads())
@@ -218,9 +222,14 @@ def ftype_of(artifact: Path) -> str:
     from quantpress.convert.gguf.file_types import FILE_TYPES
 
     checkpoint = open_checkpoint(artifact)
+    if checkpoint.quantized:
+        return main_type(lazy.form for lazy in checkpoint.quantized.values())
     if "general.file_type" in checkpoint.metadata:
         number = checkpoint.metadata["general.file_type"][1]
         return next((name for name, value in FILE_TYPES.items() if value == number), "F32")
+    kinds = set(checkpoint.storage_types.values())
+    if kinds & _BITSANDBYTES.keys():
+        return next(name for kind, name in _BITSANDBYTES.items() if kind in kinds)
     return max(checkpoint.tensors.values(), key=lambda tensor: tensor.nbytes).dtype
 
 
