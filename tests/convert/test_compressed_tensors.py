@@ -15,22 +15,11 @@ from quantpress.convert.checkpoint import DTYPES, Array, Checkpoint, LazyTensor
 from quantpress.convert.compressed_tensors.pack import FORMAT
 from quantpress.convert.compressed_tensors.reader import opened
 from quantpress.quant.grid import SCALE_TYPES
-from quantpress.quant.qtensor import BITS, QuantizedTensor, group_count
+from quantpress.quant.qtensor import BITS, QuantizedTensor
+from tests.quantized_tensors import assert_same, random_tensor
 
 NAME = "model.layers.0.mlp.down_proj.weight"
 MODULE = NAME.removesuffix(".weight")
-
-
-def random_tensor(
-    seed: int, rows: int, columns: int, *, bits: int, group: int, symmetric: bool, scale_type: str = "F16"
-) -> QuantizedTensor:
-    """Any codes, any zeros, scales of both signs that float16 holds as normal numbers."""
-    random = np.random.default_rng(seed)
-    groups = group_count(columns, group)
-    scale = random.uniform(1e-3, 4, (rows, groups)) * random.choice([-1, 1], (rows, groups))
-    zero = None if symmetric else random.integers(0, 1 << bits, (rows, groups)).astype(np.uint8)
-    codes = random.integers(0, 1 << bits, (rows, columns)).astype(np.uint8)
-    return QuantizedTensor(codes, scale.astype(SCALE_TYPES[scale_type]), zero, bits, min(group, columns))
 
 
 def lazy(name: str, values: Array) -> LazyTensor:
@@ -76,16 +65,6 @@ def decompressed(stored: dict[str, Array], settings: dict[str, Any]) -> tuple[Ar
     state = {name.removeprefix(f"{MODULE}."): to_torch(values) for name, values in stored.items()}
     weight = compressor.decompress(state, scheme)["weight"]
     return weight.float().numpy(), str(weight.dtype)
-
-
-def assert_same(one: QuantizedTensor, other: QuantizedTensor) -> None:
-    np.testing.assert_array_equal(one.codes, other.codes)
-    assert one.scale.dtype == other.scale.dtype
-    assert one.scale.tobytes() == other.scale.tobytes()
-    assert (one.zero is None) == (other.zero is None)
-    if one.zero is not None and other.zero is not None:
-        np.testing.assert_array_equal(one.zero, other.zero)
-    assert (one.bits, one.group_size) == (other.bits, other.group_size)
 
 
 @settings(deadline=None, max_examples=60)
