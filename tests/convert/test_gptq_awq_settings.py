@@ -15,13 +15,9 @@ from quantpress.convert.gptq.rules import read_settings
 from quantpress.quant.errors import InputError, LayoutError
 from quantpress.quant.qtensor import QuantizedForm
 
-_PARTS = tuple(f"self_attn.{part}_proj" for part in "qkvo") + tuple(f"mlp.{part}_proj" for part in ("up", "gate", "down"))
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.up_proj",
-    "mlp.gate_proj",
+_PARTS = (
+    *(f"self_attn.{part}_proj" for part in "qkvo"),
+    *(f"mlp.{part}_proj" for part in ("up", "gate", "down")),
 )
 
 
