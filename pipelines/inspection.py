@@ -49,7 +49,7 @@ def inspect(model: Checkpoint | Path | str) -> dict[str, Any]:
         "tensors": len(source.tensors),
         "tensor_types": tensor_types(source.tensors.values(), source.storage_types),
         "tokenizer": _tokenizer(source),
-        "quantization": source.config.get("quantization_config"),
+        "quantization": _quantization(source),
     }
     try:
         checked = preflight(source)
@@ -87,6 +87,27 @@ def _tokenizer(source: Checkpoint) -> dict[str, Any] | None:
     if "tokenizer.model" in files:
         return {"kind": "SentencePiece", "file": "tokenizer.model"}
     return None
+
+
+def _quantization(source: Checkpoint) -> Any:
+    """What a quantizer made of the weights: the form of most of them, or what config.json says where none is known."""
+    if not source.quantized:
+        return source.config.get("quantization_config")
+    forms = [lazy.form for lazy in source.quantized.values()]
+    kinds = Counter(str(form) for form in forms)
+    main = next(form for form in forms if str(form) == kinds.most_common(1)[0][0])
+    report = {
+        "format": source.format,
+        "bits": main.bits,
+        "group_size": -1 if main.per_row else main.group_size,
+        "symmetric": main.symmetric,
+        "scale_type": main.scale_type,
+        "weights": len(forms),
+    }
+    if main.input_bits is not None:
+        report["activation_bits"] = main.input_bits
+    others = {kind: count for kind, count in kinds.items() if kind != str(main)}
+    return report | ({"others": others} if others else {})
 
 
 def _sizes(checked: Preflight) -> dict[str, Any]:

@@ -50,6 +50,8 @@ class Spool:
         with output_errors(folder):
             lines = _read_journal(self._journal)
             if not lines or lines[0].get("key") != key:
+                if len(lines) > 1:
+                    log.warning("%s: another run's %d finished steps are thrown away", folder, len(lines) - 1)
                 self.clear()
             else:
                 self._load(lines[1:])

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from quantpress.pipelines.commands.quantized_table import quantized_json, show_quantized, summary
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -80,7 +82,7 @@ def show_result(pressed: Pressed, *, as_json: bool, tables: bool, every_tensor: 
         pressed: the finished job.
         as_json: as one object, with the whole ledger.
         tables: with a table of each adapter's changes, else one line.
-        every_tensor: with a row for every tensor of the adapters.
+        every_tensor: with a row for every tensor of the adapters, and for every quantized weight.
     """
     artifact, parity = pressed.artifact, pressed.parity
     nbytes = sum(output.nbytes for output in artifact.outputs)
@@ -89,13 +91,17 @@ def show_result(pressed: Pressed, *, as_json: bool, tables: bool, every_tensor: 
         record["sidecar"] = str(pressed.sidecar)
         record["parity"] = parity.to_json() if parity is not None else None
         record["adapters"] = [entry.to_json() for entry in pressed.ledger]
+        if weights := quantized_json(artifact.tensors):
+            record["tensors"] = weights
         click.echo(json.dumps(record | {"notes": pressed.notes}, indent=2))
         return
     if pressed.ledger and (tables or every_tensor):
         from quantpress.pipelines.commands.ledger_table import show_ledger
 
         show_ledger(pressed.ledger, every_tensor=every_tensor)
-    for line in _summaries(pressed.ledger):
+    if every_tensor and quantized_json(artifact.tensors):
+        show_quantized(artifact.tensors)
+    for line in filter(None, (*_summaries(pressed.ledger), summary(artifact.tensors))):
         click.echo(line)
     click.echo(f"{artifact.path}: {artifact.ftype}, {size_text(nbytes)}")
     if parity is None:
