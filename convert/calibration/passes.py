@@ -18,9 +18,10 @@ from quantpress.convert.model import Decoder
 
 __all__ = ["Passes"]
 
-# Tokens that a thread takes at once: enough for fast products, few enough for the cache and for sharing them out.
-_SLICE_TOKENS = 1024
-_SLICE_VALUES = 4 << 20  # of the widest activation of a slice: 16 MiB
+# Tokens that a thread takes at once: enough for fast products; with 1024 what is computed between two products leaves
+# the cache and takes three times as long (SmolLM2-135M).
+_SLICE_TOKENS = 512
+_SLICE_VALUES = 4 << 20  # of the widest activation of a slice: 16 MiB, of which a thread has up to four
 
 Seen = tuple[torch.Tensor, tuple[NDArray[Any] | None, NDArray[Any] | None]]
 """The inputs of a step's linears for a slice, (n, K), and what was measured of them."""
