@@ -125,7 +125,8 @@ def rows_of(subject: Subject, folder: Path, options: argparse.Namespace) -> Iter
     bench = Bench(subject, folder)
     yield bench.source_row()
     for case in cases(subject, quick=options.quick):
-        yield bench.run(case)
+        if not options.methods or case.method.options["method"] in options.methods:
+            yield bench.run(case)
     if subject.name == LAYERS_OF[0]:
         for peer in peers(subject, folder, options, quick=options.quick):
             start = time.perf_counter()
@@ -141,6 +142,7 @@ def main() -> None:
     parser.add_argument("--gptqmodel", metavar="PYTHON", help="Python of an environment with gptqmodel")
     parser.add_argument("--llmcompressor", metavar="PYTHON", help="Python of an environment with llmcompressor")
     parser.add_argument("--model", help="only this one")
+    parser.add_argument("--methods", nargs="+", help="only these")
     parser.add_argument("--quick", action="store_true", help="few cases, few windows")
     parser.add_argument("--name", default="quality", help="name of the results files")
     options = parser.parse_args()

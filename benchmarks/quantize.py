@@ -130,6 +130,27 @@ def settings_of(name: str, out: Path) -> dict[str, Any]:
     return {"versions": {package: version(package) for package in PACKAGES}, **said}
 
 
+def breakdown(sidecar: Mapping[str, Any], sample: Sample, floor: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the wall seconds of our last run went; `quantize` is factors and column loops of all layers.
+
+    The last two are the seconds of the layers and of the whole command over those of forward pass and factors alone.
+    """
+    stage = sidecar["timings"]["quantize"]
+    totals: dict[str, float] = {}
+    for layer in stage["parts"].values():
+        for step, seconds in layer.items():
+            totals[step] = totals.get(step, 0.0) + seconds
+    layers = sum(totals.values())
+    needed = floor["forward_s"] + floor["factor_s"]
+    return {
+        **{step: round(seconds, 2) for step, seconds in totals.items()},
+        "packing_windows_input_output": round(stage["seconds"] - layers, 2),
+        "start_and_end": round(sample.wall - stage["seconds"], 2),
+        "layers_over_floor": round(layers / needed, 2),
+        "command_over_floor": round(sample.wall / needed, 2),
+    }
+
+
 def floor_of(job: Job) -> dict[str, Any]:
     """The forward pass and the factors alone, in a process of their own; see forward_pass.py."""
     command = [sys.executable, str(HERE / "forward_pass.py"), str(job.model), str(job.windows)]
@@ -187,6 +208,12 @@ def benchmark(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     seen = settings.get("quantpress", {}).get("calibration", {}).get("windows_sha256", sha256)
     if seen != sha256:
         raise SystemExit(f"quantpress calibrated on other windows than the peers: {seen}, wanted {sha256}")
+    floor = floor_of(job)
+    ours = (
+        {"breakdown": breakdown(settings["quantpress"], samples["quantpress"][-1], floor)}
+        if "quantpress" in samples
+        else {}
+    )
     return {
         "commit": git_commit(),
         "machine": machine(),
@@ -194,7 +221,8 @@ def benchmark(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "job": {"model": options.model.name, "text": options.text.name, "samples": job.samples, **figures},
         "windows_sha256": sha256,
         "tools": compared(samples, settings),
-        "floor": floor_of(job),
+        "floor": floor,
+        **ours,
         "judged": judge(last, options.model, options.judge, options.chunks) if options.judge else {},
     }
 
