@@ -99,7 +99,7 @@ def open_folder(path: Path | str, *, name: str = "") -> Checkpoint:
         tensors=tensors,
         tokenizer_files=tokenizer_files,
         generation_config=generation,
-        files=tuple(folder.files),
+        files=tuple(dict.fromkeys(folder.files)),
         format=kind,
     )
     if not config.get("quantization_config"):
@@ -156,6 +156,12 @@ def _open_weights(folder: Folder) -> tuple[dict[str, LazyTensor], str]:
         return dict(_one_bin(folder, path, "pytorch_model.bin").tensors), "torch"
     if (index := folder.read_object("pytorch_model.bin.index.json")) is not None:
         return _open_shards(folder, index, "pytorch_model.bin.index.json", _one_bin), "torch"
+    if (settings := folder.read_object("quantize_config.json")) is not None:
+        from quantpress.convert.quantized_open import older_weights
+
+        for name in older_weights(settings):
+            if (path := folder.find(name)) is not None:
+                return dict(_one(folder, path, name).tensors), "safetensors"
     raise InputError(_why_no_weights(folder.path))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from quantpress.convert.checkpoint import Checkpoint
 from quantpress.convert.packed_parts import SETTINGS
 
-__all__ = ["SETTINGS_FILES", "opened", "settings_beside"]
+__all__ = ["SETTINGS_FILES", "older_weights", "opened", "settings_beside"]
 
 SETTINGS_FILES = ("quantize_config.json", "quant_config.json")
 """Where AutoGPTQ and AutoAWQ kept their configuration before config.json had it."""
@@ -27,6 +27,17 @@ def settings_beside(read: Callable[[str], dict[str, Any] | None]) -> dict[str, A
         if (settings := read(file)) is not None:
             return {"quant_method": method, **settings}
     return None
+
+
+def older_weights(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """Gives names that AutoGPTQ had for the file of weights (auto_gptq: modeling/_base.py save_quantized).
+
+    Args:
+        settings: contents of quantize_config.json.
+    """
+    usual = f"gptq_model-{settings.get('bits')}bit-{settings.get('group_size')}g"
+    names = (settings.get("model_file_base_name"), usual)
+    return tuple(f"{name}.safetensors" for name in names if isinstance(name, str) and name)
 
 
 def opened(checkpoint: Checkpoint) -> Checkpoint:
