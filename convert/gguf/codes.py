@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from quantpress.convert.checkpoint import Array
 from quantpress.convert.gguf.rows import RowOrder
-from quantpress.convert.quantized import LazyQuantized
 from quantpress.quant.errors import LayoutError
 from quantpress.quant.ggml.from_codes import FROM_CODES, blocks_of, holds
 from quantpress.quant.ggml.types import ggml_type
 from quantpress.quant.qtensor import QuantizedForm, QuantizedTensor
+
+if TYPE_CHECKING:
+    from quantpress.convert.quantized import LazyQuantized
 
 __all__ = ["CodeRows", "codes_note"]
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -26,11 +27,13 @@ from quantpress.convert.gguf.rows import IN_PLACE, ReadRows, RowOrder, Transpose
 from quantpress.convert.gguf.stream import in_order
 from quantpress.convert.gguf.writer import FilePlan, Slot, write_container
 from quantpress.convert.preflight import Binding
-from quantpress.convert.quantized import LazyQuantized
 from quantpress.quant.errors import InputError, LayoutError
 from quantpress.quant.floats import count_nonfinite
 from quantpress.quant.ggml.from_codes import FROM_CODES
 from quantpress.quant.ggml.types import ggml_type, row_bytes
+
+if TYPE_CHECKING:
+    from quantpress.convert.quantized import LazyQuantized
 
 _SAMPLED_CHUNKS = 4  # the error is measured in one chunk of so many
 _CHUNK_VALUES = 1 << 20  # values that one task reads and encodes: 2 MB of bf16, and a few MB beside it
