@@ -7,6 +7,7 @@ order and groups stay contiguous: every format can hold the result.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantpress.quant.cholesky import invert_upper, upper_cholesky
-from quantpress.quant.errors import InputError
+from quantpress.quant.errors import InputError, UsageError
 from quantpress.quant.grid import Grid, fit, joined
 from quantpress.quant.qtensor import QuantizedTensor
 from quantpress.quant.workers import Workers, chunks
@@ -44,6 +45,15 @@ class GptqOptions:
 
     act_order: bool = True
     damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        """Checks the options.
+
+        Raises:
+            UsageError: a damping that is no share.
+        """
+        if not 0 <= self.damping < math.inf:
+            raise UsageError(f"damping {self.damping}: must be a number from 0 on")
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -196,8 +206,10 @@ class _Chunk:
 def _joined(
     weight: NDArray[np.float32], factor: Factor, grid: Grid, parts: Sequence[_Chunk]
 ) -> tuple[QuantizedTensor, GptqReport]:
-    quantized = joined([(part.codes, part.scale, part.zero) for part in parts], grid, weight.shape[1])
     loss, power = sum(part.loss for part in parts), sum(part.power for part in parts)
+    if not math.isfinite(loss):
+        raise InputError("the errors of GPTQ are not finite: the weights or their errors are beyond float32")
+    quantized = joined([(part.codes, part.scale, part.zero) for part in parts], grid, weight.shape[1])
     return quantized, GptqReport(loss, loss / power if power else 0.0, factor.damping, int(factor.dead.sum()))
 
 

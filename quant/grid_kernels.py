@@ -39,14 +39,19 @@ def nearest_code(value: np.float32, scale: np.float32, zero: np.float32, top: np
 
 
 @compiled("contract", "reassoc")
-def _error(weight: Array, importance: Array, scale: np.float32, zero: np.float32, top: np.float32) -> np.float32:
-    """Sums weighted squared errors; the quotient comes from a product, so near ties may count as the other code."""
+def _error(weight: Array, importance: Array, scale: np.float32, zero: np.float32, top: np.float32) -> np.float64:
+    """Sums weighted squared errors; the quotient comes from a product, so near ties may count as the other code.
+
+    It sums in steps of the scale, whose squares stay inside float32 however large or small the weights are. It gives no
+    number for scales below 2^-128, whose inverse is infinite.
+    """
     total, inverse = np.float32(0.0), np.float32(1.0) / scale
     for column in range(weight.size):
-        code = min(max(np.rint(weight[column] * inverse) + zero, np.float32(0.0)), top)
-        difference = weight[column] - scale * (code - zero)
+        steps = weight[column] * inverse
+        code = min(max(np.rint(steps) + zero, np.float32(0.0)), top)
+        difference = steps - (code - zero)
         total += importance[column] * difference * difference
-    return total
+    return np.float64(total) * np.float64(scale) * np.float64(scale)
 
 
 @compiled()
@@ -61,7 +66,7 @@ def _signed_absmax(weight: Array) -> np.float32:
 @compiled()
 def _symmetric(weight: Array, importance: Array, bits: int, search: bool, precision: int, least: int) -> np.float32:
     half = np.float32(1 << (bits - 1))
-    full = -float(_signed_absmax(weight)) / float(half)
+    full = -np.float64(_signed_absmax(weight)) / np.float64(half)
     best = np.float32(round_scale(full, precision, least))
     if not search or best == 0.0:
         return best
@@ -89,12 +94,14 @@ def _asymmetric(
     best, best_zero, least_error = np.float32(0.0), np.float32(0.0), np.inf
     for step in range(_STEPS + 1 if search else 1):
         shrink = 1.0 - _SHRINK * step
-        scale = np.float32(round_scale((float(high) - float(low)) * shrink / float(top), precision, least))
+        # numba's float() leaves float32 as it is
+        span = (np.float64(high) - np.float64(low)) * shrink
+        scale = np.float32(round_scale(span / np.float64(top), precision, least))
         if scale == 0.0:
             break
-        zero = min(max(np.float32(np.rint(-float(low) * shrink / float(scale))), np.float32(0.0)), top)
-        error = _error(weight, importance, scale, zero, top) if search else 0.0
-        if error < least_error:
+        zero = min(max(np.float32(np.rint(-np.float64(low) * shrink / np.float64(scale))), np.float32(0.0)), top)
+        error = _error(weight, importance, scale, zero, top) if search else np.float64(0.0)
+        if step == 0 or error < least_error:  # the full range stays where no error can be told
             best, best_zero, least_error = scale, zero, error
     return best, best_zero
 

@@ -55,7 +55,7 @@ def unpack_words(words: NDArray[Any], bits: int, count: int) -> Codes:
     fields = np.empty((*values.shape, per_word), np.uint8)
     for place in range(per_word):
         fields[..., place] = (values >> np.uint32(bits * place)) & np.uint32((1 << bits) - 1)
-    return fields.reshape(*values.shape[:-1], -1)[..., :count]
+    return fields.reshape(*values.shape[:-1], values.shape[-1] * per_word)[..., :count]
 
 
 def pack_stream(codes: Codes, bits: int) -> Words:
@@ -94,10 +94,10 @@ def unpack_stream(words: NDArray[Any], bits: int, count: int) -> Codes:
     Raises:
         LayoutError: the words hold another number.
     """
-    if 32 % bits == 0:
-        return unpack_words(words, bits, count)
     if count * bits != words.shape[-1] * 32:
         raise LayoutError(f"{words.shape[-1]} words of 32 bits hold {words.shape[-1] * 32 / bits:g} codes, not {count}")
+    if 32 % bits == 0:
+        return unpack_words(words, bits, count)
     period = math.lcm(bits, 32) // bits
     values = np.ascontiguousarray(words).view(np.uint32)
     grouped = values.reshape(*values.shape[:-1], count // period, period * bits // 32).astype(np.uint64)

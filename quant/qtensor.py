@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,6 +17,8 @@ __all__ = ["BITS", "QuantizedForm", "QuantizedTensor", "group_count"]
 BITS = (2, 3, 4, 8)
 
 Array = NDArray[Any]
+
+_SCALE_NAMES = {np.dtype(np.float16): "F16", np.dtype(ml_dtypes.bfloat16): "BF16", np.dtype(np.float32): "F32"}
 
 
 def group_count(columns: int, group_size: int) -> int:
@@ -91,6 +94,8 @@ class QuantizedTensor:
         wanted = (self.rows, group_count(self.columns, self.group_size))
         if self.scale.shape != wanted:
             raise LayoutError(f"scale has shape {self.scale.shape}, wanted {wanted}")
+        if self.scale.dtype not in _SCALE_NAMES:
+            raise LayoutError(f"scale is {self.scale.dtype}, wanted float16, bfloat16 or float32")
         if self.zero is not None and (self.zero.shape != wanted or self.zero.dtype != np.uint8):
             raise LayoutError(f"zero is {self.zero.dtype} of shape {self.zero.shape}, wanted uint8 of {wanted}")
         for name, values in (("code", self.codes), ("zero", self.zero)):
@@ -108,7 +113,7 @@ class QuantizedTensor:
     @property
     def form(self) -> QuantizedForm:
         """What it is made of, without the values."""
-        scale_type = {2: "BF16" if self.scale.dtype != np.float16 else "F16", 4: "F32"}[self.scale.dtype.itemsize]
+        scale_type = _SCALE_NAMES[self.scale.dtype]
         ordered = self.g_idx is not None
         shape = (self.rows, self.columns)
         return QuantizedForm(shape, self.bits, self.group_size, self.symmetric, scale_type, ordered)
