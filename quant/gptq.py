@@ -25,7 +25,9 @@ from quantpress.quant.workers import Workers, chunks
 if TYPE_CHECKING:
     import torch  # at run time it is loaded by the first call: importing this module stays cheap
 
-__all__ = ["Factor", "GptqOptions", "GptqReport", "factorize", "gptq", "gptq_shared"]
+__all__ = [
+    "Factor", "GptqOptions", "GptqReport", "factorize", "gptq", "gptq_shared", "mean_diagonal", "more_damping",
+]  # fmt: skip
 
 Array = NDArray[Any]
 
@@ -78,9 +80,16 @@ class Factor:
         return np.equal(self.diagonal, 0)
 
     @property
+    def importance(self) -> NDArray[np.float32]:
+        """What an error of a column costs when the others may make up for it, 1 / diag(H^-1), (K,)."""
+        costs = np.empty_like(self.diagonal)
+        costs[self.order] = 1 / np.einsum("ij,ij->j", self.upper, self.upper)
+        return costs
+
+    @property
     def added(self) -> float:
         """What was added to the diagonal."""
-        return self.damping * _mean_diagonal(self.diagonal)
+        return self.damping * mean_diagonal(self.diagonal)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +111,21 @@ class GptqReport:
     dead: int
 
 
-def _mean_diagonal(diagonal: NDArray[np.float32]) -> float:
+def mean_diagonal(diagonal: NDArray[np.float32]) -> float:
     """Mean over all columns, where those without input count as the others do on average."""
     alive = diagonal[diagonal > 0]
     return float(alive.mean(dtype=np.float64)) if alive.size else 1.0
+
+
+def more_damping(damping: float) -> float:
+    """Gives the damping to try where this one was too little: tenfold, up to the mean diagonal.
+
+    Raises:
+        InputError: there is none.
+    """
+    if damping >= _MOST_DAMPING:
+        raise InputError(f"the Hessian is not positive definite, even with a damping of {damping:g}")
+    return min(max(10 * damping, 1e-4), _MOST_DAMPING)
 
 
 def factorize(hessian: NDArray[np.float32], options: GptqOptions, threads: int = 1) -> Factor:
@@ -128,17 +148,15 @@ def factorize(hessian: NDArray[np.float32], options: GptqOptions, threads: int =
         raise InputError("the Hessian is not finite: the layer's inputs or their squares are beyond float32")
     diagonal = hessian.diagonal().copy()
     order = np.argsort(-diagonal, kind="stable") if options.act_order else np.arange(len(diagonal))
-    filled = np.where(diagonal == 0, np.float32(_mean_diagonal(diagonal)), diagonal)[order]
+    filled = np.where(diagonal == 0, np.float32(mean_diagonal(diagonal)), diagonal)[order]
     matrix, damping = torch.empty(hessian.shape), options.damping
     with Workers(threads) as workers:
         while True:
             workers.run(partial(_permute, hessian, order, matrix.numpy(), rows) for rows in chunks(len(order), _ROWS))
-            matrix.diagonal().copy_(torch.from_numpy(filled) + damping * _mean_diagonal(diagonal))
+            matrix.diagonal().copy_(torch.from_numpy(filled) + damping * mean_diagonal(diagonal))
             if upper_cholesky(matrix, workers):
                 break
-            if damping >= _MOST_DAMPING:
-                raise InputError(f"the Hessian is not positive definite, even with a damping of {damping:g}")
-            damping = min(max(10 * damping, 1e-4), _MOST_DAMPING)
+            damping = more_damping(damping)
         invert_upper(matrix, workers)
     return Factor(matrix.numpy(), order, diagonal, damping)
 
@@ -156,7 +174,7 @@ def gptq(
     Args:
         weight: (N, K) float32, finite; not changed.
         factor: of the inputs' Hessian.
-        grid: what kind of grid; its clip search weighs squared errors by the Hessian's diagonal.
+        grid: what kind of grid; its clip search weighs squared errors by `Factor.importance`.
         threads: workers; the bytes do not depend on it.
 
     Raises:
@@ -183,9 +201,11 @@ def gptq_shared(
 
     parts = [(matrix, rows) for matrix, weight in enumerate(weights) for rows in chunks(len(weight), _ROWS)]
     upper = torch.from_numpy(factor.upper)
+    importance = factor.importance if any(grid.clip_search for grid in grids) else None
     with Workers(threads) as workers:
         done = workers.run(
-            partial(_quantize_chunk, weights[matrix][rows], factor, upper, grids[matrix]) for matrix, rows in parts
+            partial(_quantize_chunk, weights[matrix][rows], factor, upper, grids[matrix], importance)
+            for matrix, rows in parts
         )
     results = []
     for matrix, weight in enumerate(weights):
@@ -213,13 +233,15 @@ def _joined(
     return quantized, GptqReport(loss, loss / power if power else 0.0, factor.damping, int(factor.dead.sum()))
 
 
-def _quantize_chunk(weight: NDArray[np.float32], factor: Factor, upper: torch.Tensor, grid: Grid) -> _Chunk:
+def _quantize_chunk(
+    weight: NDArray[np.float32], factor: Factor, upper: torch.Tensor, grid: Grid, importance: Array | None
+) -> _Chunk:
     """Quantizes at most `_ROWS` rows (n, K); on one thread."""
     from quantpress.quant.gptq_kernels import error_square, scatter
 
     clean = np.ascontiguousarray(np.where(factor.dead, np.float32(0), weight) if factor.dead.any() else weight)
     size = grid.group(weight.shape[1])
-    scale, zero = fit(clean, grid, factor.diagonal)
+    scale, zero = fit(clean, grid, importance)
     wide = scale.astype(np.float32)
     zeros = np.full(scale.shape, 1 << (grid.bits - 1), np.uint8) if zero is None else zero
     found, losses = _visit_columns(clean, factor, upper, grid, wide, zeros)

@@ -13,7 +13,7 @@ everything around it has run on the processor.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quantpress.quant.errors import InputError, OutputError
-from quantpress.quant.gptq import GptqOptions, GptqReport
+from quantpress.quant.errors import InputError, OutputError, UsageError
+from quantpress.quant.gptq import GptqOptions, GptqReport, mean_diagonal, more_damping
 from quantpress.quant.grid import Grid, fit
 from quantpress.quant.qtensor import QuantizedTensor
 from quantpress.quant.workers import Workers, chunks
@@ -31,11 +31,10 @@ from quantpress.quant.workers import Workers, chunks
 if TYPE_CHECKING:
     import torch  # at run time it is loaded by the first call: importing this module stays cheap
 
-__all__ = ["DeviceFactor", "factorize_on_device", "full_float32", "gptq_on_device"]
+__all__ = ["DeviceFactor", "factorize_on_device", "full_float32", "gptq_on_device", "gptq_shared_on_device"]
 
 Array = NDArray[Any]
 
-_MOST_DAMPING = 1.0  # as large as the mean diagonal: more would be round to nearest by another name
 _BLOCK = 128  # columns of a launch; the kernel's tile is two rows of it
 _ROWS = 256  # rows of a chunk in what is done beside the column loop
 
@@ -101,7 +100,7 @@ def factorize_on_device(hessian: torch.Tensor, options: GptqOptions) -> DeviceFa
     diagonal = hessian.diagonal().clone()
     columns = torch.arange(len(diagonal), device=hessian.device)
     order = torch.argsort(diagonal, descending=True, stable=True) if options.act_order else columns
-    mean = _mean_diagonal(diagonal.cpu().numpy())
+    mean = mean_diagonal(diagonal.cpu().numpy())
     turned = order.flip(0)
     filled = torch.where(diagonal == 0, mean, diagonal)[turned]
     arranged, damping = hessian[turned[:, None], turned], options.damping
@@ -112,19 +111,11 @@ def factorize_on_device(hessian: torch.Tensor, options: GptqOptions) -> DeviceFa
             # a Cholesky of values that are not numbers may end without a word
             if not failed.item() and bool(torch.isfinite(lower.diagonal()).all()):
                 break
-            if damping >= _MOST_DAMPING:
-                raise InputError(f"the Hessian is not positive definite, even with a damping of {damping:g}")
-            damping = min(max(10 * damping, 1e-4), _MOST_DAMPING)
+            damping = more_damping(damping)
         del arranged
         inverse = torch.eye(len(order), device=hessian.device)
         torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
     return DeviceFactor(inverse.flip(0, 1), order, diagonal, damping, damping * mean)
-
-
-def _mean_diagonal(diagonal: NDArray[np.float32]) -> float:
-    """Mean over all columns, where those without input count as the others do on average."""
-    alive = diagonal[diagonal > 0]
-    return float(alive.mean(dtype=np.float64)) if alive.size else 1.0
 
 
 def gptq_on_device(
@@ -163,6 +154,40 @@ def gptq_on_device(
         raise InputError("the errors of GPTQ are not finite: the weights or the Hessian are beyond float32")
     report = GptqReport(loss, loss / power if power else 0.0, factor.damping, int(dead.sum()))
     return QuantizedTensor(codes.cpu().numpy(), scale, zero, grid.bits, grid.group(weight.shape[1])), report
+
+
+def gptq_shared_on_device(
+    weights: Sequence[NDArray[np.float32]], hessian: NDArray[np.float32], grids: Sequence[Grid], options: GptqOptions,
+    *, device: str = "cuda", threads: int = 1,
+) -> list[tuple[QuantizedTensor, GptqReport]]:  # fmt: skip
+    """Quantizes matrices with the same input on a device: one factor, then one matrix after the other.
+
+    Args:
+        weights: (N, K) float32 each.
+        hessian: (K, K) float32 of the inputs.
+        grids: one for each matrix.
+        options: order and damping.
+        device: "cuda", "cuda:1", ...
+        threads: workers that fit the grids on the processor.
+
+    Raises:
+        UsageError: there is no such device.
+        InputError: a Hessian or weights that cannot be worked with.
+        LayoutError: a scale that the stored type cannot hold.
+        OutputError: triton is not installed.
+    """
+    import torch
+
+    place = torch.device(device)
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device {device}: torch sees {torch.cuda.device_count()} CUDA devices")
+    # arrays that may not be written to are copied: torch warns about them, although nothing here writes
+    moved = [torch.from_numpy(np.require(values, requirements="CW")).to(place) for values in (hessian, *weights)]
+    factor = factorize_on_device(moved[0], options)
+    return [
+        gptq_on_device(weight, factor, grid, options, threads=threads)
+        for weight, grid in zip(moved[1:], grids, strict=True)
+    ]
 
 
 def _fitted(

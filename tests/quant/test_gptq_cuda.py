@@ -14,9 +14,15 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not here: install the extra gpu")
 
-from quantpress.quant.errors import InputError, LayoutError, OutputError
+from quantpress.quant.errors import InputError, LayoutError, OutputError, UsageError
 from quantpress.quant.gptq import GptqOptions, factorize, gptq
-from quantpress.quant.gptq_cuda import DeviceFactor, factorize_on_device, full_float32, gptq_on_device
+from quantpress.quant.gptq_cuda import (
+    DeviceFactor,
+    factorize_on_device,
+    full_float32,
+    gptq_on_device,
+    gptq_shared_on_device,
+)
 from quantpress.quant.grid import Grid, round_to_nearest
 from quantpress.quant.qtensor import QuantizedTensor
 from tests.quant.gptq_cuda_cases import INTERPRETED, layer, run
@@ -83,6 +89,23 @@ def test_a_factor_made_once_serves_matrices_as_the_hessian_would() -> None:
         shared, _ = gptq_on_device(one, factor, Grid(4, 32), GptqOptions())
         alone, _ = gptq_on_device(one, torch.from_numpy(hessian), Grid(4, 32), GptqOptions())
         assert (shared.codes == alone.codes).all()
+
+
+def test_matrices_of_a_site_are_each_quantized_as_alone() -> None:
+    weight, hessian = layer(12, 140)
+    weight.flags.writeable = False  # as a mapped file's
+    parts, grids = [weight[:5], weight[5:]], [Grid(4, 32), Grid(3, -1, symmetric=False)]
+    together = gptq_shared_on_device(parts, hessian, grids, GptqOptions(), device="cpu")
+    for part, grid, (quantized, report) in zip(parts, grids, together, strict=True):
+        alone, told = run(part.copy(), hessian, grid, GptqOptions(), "cpu")
+        assert (quantized.codes == alone.codes).all()
+        assert report == told
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    weight, hessian = layer(2, 8)
+    with pytest.raises(UsageError, match=r"device cuda:63: torch sees \d+ CUDA devices"):
+        gptq_shared_on_device([weight], hessian, [Grid(4, 8)], GptqOptions(), device="cuda:63")
 
 
 def test_the_inputs_are_left_as_they_are_and_the_bytes_do_not_depend_on_threads() -> None:
