@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantpress.convert.checkpoint import Array
-from quantpress.convert.quantized import PackedTensor
+from quantpress.convert.quantized import PackedTensor, PackFormat
 from quantpress.quant.errors import LayoutError
 from quantpress.quant.floats import to_float32
 from quantpress.quant.qtensor import QuantizedForm, QuantizedTensor
@@ -96,7 +96,7 @@ class Bitsandbytes:
         return {}
 
 
-FORMAT = Bitsandbytes()
+FORMAT: PackFormat = Bitsandbytes()
 
 
 def _absmax(scale: NDArray[np.float32]) -> NDArray[np.float32]:

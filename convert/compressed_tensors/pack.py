@@ -16,7 +16,7 @@ import numpy as np
 
 from quantpress.convert.checkpoint import Array
 from quantpress.convert.compressed_tensors.words import pack_dense, words_of
-from quantpress.convert.quantized import PackedTensor
+from quantpress.convert.quantized import PackedTensor, PackFormat
 from quantpress.quant.errors import LayoutError
 from quantpress.quant.qtensor import QuantizedForm, QuantizedTensor, group_count
 
@@ -132,7 +132,7 @@ class CompressedTensors:
         return {}
 
 
-FORMAT = CompressedTensors()
+FORMAT: PackFormat = CompressedTensors()
 
 
 def _kind(form: QuantizedForm) -> _Kind:
