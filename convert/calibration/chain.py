@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import TracebackType
 
 import torch
 
@@ -75,12 +76,11 @@ class ChainWriter:
     """Writes the inputs of a layer; several threads may write different rows."""
 
     def __init__(self, folder: Path, layer: int, head: Head) -> None:
-        """Removes an older one of the same layer and makes the file."""
+        """Removes an older one of the same layer."""
         remove_chain(folder, layer)
         self._values, self._list = _paths(folder, layer)
         self._head, self._parts = head, list[tuple[int, int, str]]()
-        with output_errors(self._values):
-            self._file = os.open(self._values, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        self._file = -1
 
     def write(self, start: int, values: torch.Tensor) -> None:
         """Takes (n, width) contiguous float32 rows from row `start` on."""
@@ -88,20 +88,24 @@ class ChainWriter:
         digest = hashlib.sha256(values.numpy().data.cast("B")).hexdigest()
         self._parts.append((start, start + len(values), digest))
 
-    def finish(self) -> None:
-        """Makes it count: only now will `load_chain` find it."""
-        self.close()
+    def __enter__(self) -> ChainWriter:
+        """Makes the file."""
+        with output_errors(self._values):
+            self._file = os.open(self._values, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Makes it count, if all went well: only now will `load_chain` find it."""
+        os.close(self._file)
+        if error is not None:
+            return
         content = json.dumps({**asdict(self._head), "parts": sorted(self._parts)})
         temporary = self._list.with_suffix(".tmp")
         with output_errors(self._list):
             temporary.write_text(content, encoding="utf-8")
             temporary.replace(self._list)
-
-    def close(self) -> None:
-        """Closes the file."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
 
 
 def load_chain(folder: Path, layer: int) -> Chain | None:

@@ -155,8 +155,8 @@ class _Walk:
             self._quantize(sites, loaded, found)
             # not applied: the next layer sees what the source's weights give
         if chain is not None:
-            self.passes.run(layer, after=DOWN, chain=chain)
-            chain.finish()
+            with chain:
+                self.passes.run(layer, after=DOWN, chain=chain)
         tell(len(STEPS))
         return self._result(number, loaded, found)
 

@@ -6,6 +6,7 @@ order for another number of them.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,7 @@ class Workers:
         self.threads = threads
         self._before = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(threads, "quantpress-calibrate", initializer=_single_threaded)
+        self._lock = threading.Lock()
         self._seconds: dict[str, float] = {}
 
     def submit(self, kind: str, task: Callable[[], T]) -> Future[T]:
@@ -46,15 +48,17 @@ class Workers:
 
     def take_seconds(self) -> dict[str, float]:
         """Gives the seconds per kind since the last call, divided by the number of threads."""
-        taken, self._seconds = self._seconds, {}
+        with self._lock:
+            taken, self._seconds = self._seconds, {}
         return {kind: seconds / self.threads for kind, seconds in taken.items()}
 
     def _timed(self, kind: str, task: Callable[[], T]) -> T:
         started = time.perf_counter()
         with torch.no_grad():
             result = task()
-        # one of the two may be lost when threads add at the same instant; it is a time, not a result
-        self._seconds[kind] = self._seconds.get(kind, 0.0) + time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        with self._lock:
+            self._seconds[kind] = self._seconds.get(kind, 0.0) + seconds
         return result
 
     def __enter__(self) -> Workers:
