@@ -54,9 +54,9 @@ class CodeRows:
 
 
 def codes_note(form: QuantizedForm, kind: str) -> str:
-    """Says that a block type cannot hold codes of a form, and which type can; empty where it can or holds no blocks."""
+    """Says that a block type cannot hold all codes of a form, and which can; empty where it can or is no block type."""
     if ggml_type(kind).block_size == 1 or holds(kind, form):
         return ""
     able = [name for name in FROM_CODES if holds(name, form)]
     advice = f"; {' or '.join(able)} would keep them" if able else ""
-    return f"{form} does not fit {kind}, its codes are rounded again{advice}"
+    return f"codes of {form} need not fit {kind} and are rounded again where they do not{advice}"

@@ -138,3 +138,10 @@ def test_patterns_are_matched_in_bounded_time_and_many_modules_are_no_hindrance(
     many = config_of(config_groups={"a": {"targets": ["re:" + "(.*a)" * 60], "weights": GROUP}})
     with pytest.raises(InputError, match=r"no target|take too long"):
         read_schemes(many, "m").of("a" * 59 + "b" * 900)
+
+
+def test_codes_and_zeros_lie_in_words_in_the_same_way() -> None:
+    stored, settings = packed(random_tensor(1, 32, 64, bits=3, group=32, symmetric=False))
+    stored[f"{MODULE}.weight_zero_point"] = np.zeros((4, 2), np.int32)  # 10 zeros in a word, the codes are a stream
+    with pytest.raises(InputError, match=r"weight_zero_point' is I32 .*wanted codes in words as"):
+        one(stored, settings)

@@ -15,6 +15,7 @@ from quantpress.convert.checkpoint import DTYPES, Array, Checkpoint, LazyTensor
 from quantpress.convert.compressed_tensors.pack import FORMAT
 from quantpress.convert.compressed_tensors.reader import opened
 from quantpress.convert.compressed_tensors.scheme import read_schemes
+from quantpress.convert.compressed_tensors.words import layout_in
 from quantpress.quant.errors import InputError, LayoutError
 from quantpress.quant.grid import SCALE_TYPES
 from quantpress.quant.qtensor import BITS, QuantizedTensor
@@ -137,6 +138,12 @@ def test_words_with_empty_bits_of_earlier_versions_are_read() -> None:
     tensor = one(stored, config_of(channel))
     np.testing.assert_array_equal(tensor.codes, codes)
     np.testing.assert_array_equal(tensor.zeros()[:, 0], zero)
+
+
+def test_one_of_the_two_highest_bits_says_that_words_are_a_stream() -> None:
+    for bit in (30, 31):
+        assert layout_in(np.zeros(2, np.int32), np.array([0, 1 << bit], np.uint32).view(np.int32)) == "dense"
+    assert layout_in(np.array([(1 << 30) - 1], np.int32)) == "sparse"
 
 
 def test_groups_in_an_order_of_their_own_are_read_and_those_in_order_are_none() -> None:

@@ -94,7 +94,9 @@ def test_codes_go_into_the_file_untouched(
 def test_rows_that_do_not_fit_are_quantized_as_ever_and_it_is_said(sources: dict[str, Path], tmp_path: Path) -> None:
     write_packed(sources["llama"], tmp_path / "packed", FORMAT, rounded(4, 32, symmetric=False))
     planned = plan(tmp_path / "packed", "q4_0")
-    note = "int4 g32 asym does not fit Q4_0, its codes are rounded again; Q5_0 or Q8_0 would keep them"
+    note = (
+        "codes of int4 g32 asym need not fit Q4_0 and are rounded again where they do not; Q5_0 or Q8_0 would keep them"
+    )
     assert [tensor.note for tensor in planned.tensors if "ffn_up" in tensor.name] == [note] * 3
     result, found = write(tmp_path / "q.gguf", planned)
     _, plain = write(tmp_path / "plain.gguf", plan(tmp_path / "packed", "q4_0", codes=False))
@@ -118,3 +120,21 @@ def test_types_without_codes_are_written_as_from_any_source(sources: dict[str, P
     mixed = plan(tmp_path / "packed", "q4_0", tensor_types=((r"ffn_down", "q5_1"),))
     noted = {tensor.name: tensor.note for tensor in mixed.tensors if tensor.note and "blk" in tensor.name}
     assert set(noted) == {f"blk.{layer}.ffn_down.weight" for layer in range(3)}
+
+
+def test_codes_that_happen_to_fit_are_kept_although_the_plan_could_not_know(
+    sources: dict[str, Path], tmp_path: Path
+) -> None:
+    usual = shaken(4, 32, symmetric=True)
+
+    def with_zeros(name: str, weight: np.ndarray) -> QuantizedTensor | None:
+        tensor = usual(name, weight)  # zeros of 8 that are stored, as in AWQ checkpoints of symmetric weights
+        return None if tensor is None else replace(tensor, zero=tensor.zeros())
+
+    made = write_packed(sources["llama"], tmp_path / "packed", FORMAT, with_zeros)
+    _, wanted = write(tmp_path / "f32.gguf", plan(tmp_path / "packed", "f32"))
+    result, found = write(tmp_path / "q.gguf", plan(tmp_path / "packed", "q4_0"))
+    kept = [each.name for each in result.tensors if each.kept]
+    assert len(kept) == len(made)
+    for name in kept:
+        np.testing.assert_array_equal(found[name], wanted[name])
