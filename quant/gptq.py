@@ -83,7 +83,8 @@ class Factor:
     def importance(self) -> NDArray[np.float32]:
         """What an error of a column costs when the others may make up for it, 1 / diag(H^-1), (K,)."""
         costs = np.empty_like(self.diagonal)
-        costs[self.order] = 1 / np.einsum("ij,ij->j", self.upper, self.upper)
+        # in float64: the squares of small inputs' factors leave float32
+        costs[self.order] = 1 / np.einsum("ij,ij->j", self.upper, self.upper, dtype=np.float64)
         return costs
 
     @property

@@ -57,6 +57,13 @@ class DeviceFactor:
     damping: float
     added: float
 
+    def importance(self) -> NDArray[np.float32]:
+        """What an error of a column costs when the others may make up for it, 1 / diag(H^-1), (K,)."""
+        costs = np.empty(len(self.order), np.float32)
+        columns = [self.upper[:, part].double().square().sum(0) for part in chunks(len(costs), _ROWS)]
+        costs[self.order.cpu().numpy()] = 1 / np.concatenate([part.cpu().numpy() for part in columns])
+        return costs
+
 
 @contextmanager
 def full_float32() -> Iterator[None]:
@@ -127,7 +134,7 @@ def gptq_on_device(
         weight: (N, K) of a floating type, finite; not changed. Worked on as float32.
         hessian: (K, K) float32 on the same device, or what `factorize_on_device` made of it, for matrices that share
             their input.
-        grid: what kind of grid; its clip search weighs squared errors by the Hessian's diagonal.
+        grid: what kind of grid; its clip search weighs squared errors by `DeviceFactor.importance`.
         options: order and damping; unused where the factor is given.
         threads: workers that fit the grid on the processor; the bytes do not depend on it.
 
@@ -141,7 +148,8 @@ def gptq_on_device(
     factor = hessian if isinstance(hessian, DeviceFactor) else factorize_on_device(hessian, options)
     dead = factor.diagonal == 0
     clean = torch.where(dead, 0.0, weight.to(torch.float32))
-    scale, zero = _fitted(clean.cpu().numpy(), grid, factor.diagonal.cpu().numpy(), threads)
+    importance = factor.importance() if grid.clip_search else None
+    scale, zero = _fitted(clean.cpu().numpy(), grid, importance, threads)
     wide = torch.from_numpy(scale.astype(np.float32)).to(weight.device)
     middle = np.full(scale.shape, 1 << (grid.bits - 1), np.uint8) if zero is None else zero
     zeros = torch.from_numpy(middle).to(weight.device)
@@ -182,7 +190,7 @@ def gptq_shared_on_device(
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"device {device}: torch sees {torch.cuda.device_count()} CUDA devices")
     # arrays that may not be written to are copied: torch warns about them, although nothing here writes
-    moved = [torch.from_numpy(np.require(values, requirements="CW")).to(place) for values in (hessian, *weights)]
+    moved = [torch.from_numpy(np.require(values, requirements=["C", "W"])).to(place) for values in (hessian, *weights)]
     factor = factorize_on_device(moved[0], options)
     return [
         gptq_on_device(weight, factor, grid, options, threads=threads)
@@ -191,10 +199,10 @@ def gptq_shared_on_device(
 
 
 def _fitted(
-    weight: NDArray[np.float32], grid: Grid, diagonal: NDArray[np.float32], threads: int
+    weight: NDArray[np.float32], grid: Grid, importance: NDArray[np.float32] | None, threads: int
 ) -> tuple[Array, NDArray[np.uint8] | None]:
     with Workers(threads) as workers:
-        parts = workers.run(partial(fit, weight[rows], grid, diagonal) for rows in chunks(len(weight), _ROWS))
+        parts = workers.run(partial(fit, weight[rows], grid, importance) for rows in chunks(len(weight), _ROWS))
     scale, zero = zip(*parts, strict=True)
     return np.concatenate(scale), None if grid.symmetric else np.concatenate(zero)
 

@@ -42,8 +42,9 @@ def test_codes_and_report_are_those_of_the_compiled_loop_up_to_near_ties(act_ord
     options = GptqOptions(act_order=act_order)
     quantized, report = run(weight, hessian, grid, options, "cpu")
     wanted, told = gptq(weight, factorize(hessian, options), grid)
-    assert (quantized.scale == wanted.scale).all()
-    assert (quantized.zeros() == wanted.zeros()).all()
+    # a clip search weighs errors by the factor, which is rounded otherwise: nearly equal candidates may change places
+    assert (quantized.scale == wanted.scale).mean() >= (0.98 if grid.clip_search else 1)
+    assert (quantized.zeros() == wanted.zeros()).mean() >= (0.98 if grid.clip_search else 1)
     assert (quantized.codes == wanted.codes).mean() > 0.99
     assert np.abs(quantized.codes.astype(int) - wanted.codes).max() <= 2
     assert report.loss == pytest.approx(told.loss, rel=5e-3)
