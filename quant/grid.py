@@ -21,7 +21,7 @@ from quantpress.quant.errors import LayoutError, UsageError
 from quantpress.quant.qtensor import BITS, QuantizedTensor, group_count
 from quantpress.quant.workers import Workers, chunks
 
-__all__ = ["SCALE_TYPES", "Grid", "fit", "joined", "round_to_nearest"]
+__all__ = ["SCALE_ROUNDING", "SCALE_TYPES", "Grid", "fit", "joined", "nearest_codes", "round_to_nearest"]
 
 Array = NDArray[Any]
 
@@ -32,7 +32,7 @@ SCALE_TYPES: dict[str, np.dtype[Any]] = {
 }
 
 # significand bits and the exponent of the least subnormal, by which the kernels round a scale
-_ROUNDING = {"F16": (11, -24), "BF16": (8, -133), "F32": (24, -149)}
+SCALE_ROUNDING = {"F16": (11, -24), "BF16": (8, -133), "F32": (24, -149)}
 
 _ROWS = 256  # of a chunk that one worker does at once
 
@@ -95,8 +95,8 @@ def fit(
     size = grid.group(columns)
     scale = np.empty((rows, group_count(columns, size)), np.float32)
     zero = np.empty(scale.shape, np.uint8)
-    weights = np.ones(columns, np.float32) if importance is None else importance.astype(np.float32)
-    precision, least = _ROUNDING[grid.scale_type]
+    weights = np.ones(columns, np.float32) if importance is None else _scaled(importance)
+    precision, least = SCALE_ROUNDING[grid.scale_type]
     fit_groups(
         np.ascontiguousarray(weight), weights, scale, zero, size, grid.bits, grid.symmetric, grid.clip_search,
         precision, least,
@@ -105,40 +105,68 @@ def fit(
         stored = scale.astype(SCALE_TYPES[grid.scale_type])
     if not np.isfinite(stored).all():
         raise LayoutError(f"scales up to {float(np.abs(scale).max()):.3g} are too large for {grid.scale_type}")
+    farthest = np.abs(scale, dtype=np.float64) * np.maximum(zero, (1 << grid.bits) - 1 - zero)
+    if (farthest > np.finfo(np.float32).max).any():
+        raise LayoutError(f"values of codes up to {float(farthest.max()):.3g} are too large for float32")
     return stored, None if grid.symmetric else zero
 
 
-def round_to_nearest(weight: NDArray[np.float32], grid: Grid, threads: int = 1) -> QuantizedTensor:
+def _scaled(importance: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Brings the greatest below 1 by a power of two: sums of any importance stay inside float32."""
+    _, exponent = np.frexp(importance.max(initial=0))
+    scaled: NDArray[np.float32] = np.ldexp(importance, -exponent).astype(np.float32)
+    return scaled
+
+
+def round_to_nearest(
+    weight: NDArray[np.float32], grid: Grid, threads: int = 1, *, importance: NDArray[np.float32] | None = None
+) -> QuantizedTensor:
     """Quantizes a matrix by rounding each weight to the nearest value of its group's grid (RTN).
 
     Args:
         weight: (N, K) float32, finite.
         grid: what kind of grid.
         threads: workers; the bytes do not depend on it.
+        importance: (K,) float32 weights of the squared errors in the clip search; equal ones by default.
 
     Raises:
         LayoutError: a scale that the stored type cannot hold.
     """
     with Workers(threads) as workers:
-        parts = workers.run(partial(_round_rows, weight[rows], grid) for rows in chunks(len(weight), _ROWS))
+        parts = workers.run(partial(_round_rows, weight[rows], grid, importance) for rows in chunks(len(weight), _ROWS))
     return joined(parts, grid, weight.shape[1])
 
 
 def joined(
     parts: Sequence[tuple[NDArray[np.uint8], Array, NDArray[np.uint8] | None]], grid: Grid, columns: int
 ) -> QuantizedTensor:
-    """Puts codes, scales and zeros of chunks of rows together."""
+    """Puts codes, scales and zeros of chunks of rows together.
+
+    Raises:
+        LayoutError: there are no weights.
+    """
+    if not parts or not columns:
+        raise LayoutError("a matrix that has no weights cannot be quantized")
     codes, scale, zero = zip(*parts, strict=True)
     zeros = None if grid.symmetric else np.concatenate(zero)
     return QuantizedTensor(np.concatenate(codes), np.concatenate(scale), zeros, grid.bits, grid.group(columns))
 
 
-def _round_rows(weight: NDArray[np.float32], grid: Grid) -> tuple[NDArray[np.uint8], Array, NDArray[np.uint8] | None]:
+def _round_rows(
+    weight: NDArray[np.float32], grid: Grid, importance: NDArray[np.float32] | None
+) -> tuple[NDArray[np.uint8], Array, NDArray[np.uint8] | None]:
+    weight = np.ascontiguousarray(weight)
+    scale, zero = fit(weight, grid, importance)
+    zeros = np.full(scale.shape, 1 << (grid.bits - 1), np.uint8) if zero is None else zero
+    return nearest_codes(weight, scale.astype(np.float32), zeros, grid), scale, zero
+
+
+def nearest_codes(
+    weight: NDArray[np.float32], scale: NDArray[np.float32], zero: NDArray[np.uint8], grid: Grid
+) -> NDArray[np.uint8]:
+    """Gives the codes (N, K) whose values are nearest to `weight` (N, K); `scale` and `zero` are (N, G)."""
     from quantpress.quant.grid_kernels import choose_codes
 
-    scale, zero = fit(weight, grid)
     codes = np.empty(weight.shape, np.uint8)
-    zeros = np.full(scale.shape, 1 << (grid.bits - 1), np.uint8) if zero is None else zero
-    size, top = grid.group(weight.shape[1]), (1 << grid.bits) - 1
-    choose_codes(np.ascontiguousarray(weight), scale.astype(np.float32), zeros, codes, size, top)
-    return codes, scale, zero
+    choose_codes(np.ascontiguousarray(weight), scale, zero, codes, grid.group(weight.shape[1]), (1 << grid.bits) - 1)
+    return codes

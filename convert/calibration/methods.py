@@ -6,15 +6,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
+from quantpress.convert.calibration.folding import Folding
 from quantpress.convert.calibration.site import Site, SiteResult
+from quantpress.quant.awq import SearchedScale, scaled_power, search_scale
 from quantpress.quant.errors import InputError
 from quantpress.quant.gptq import GptqOptions, GptqReport, factorize, gptq_shared
 from quantpress.quant.grid import Grid, round_to_nearest
 from quantpress.quant.qtensor import QuantizedTensor
+from quantpress.quant.smooth import ALPHA, migration_scale
 
-__all__ = ["FEW_TOKENS", "GptqMethod"]
+__all__ = ["FEW_TOKENS", "AwqMethod", "GptqMethod", "SmoothMethod"]
 
 Array = NDArray[Any]
 
@@ -83,3 +87,116 @@ def _figures(report: GptqReport) -> dict[str, Any]:
         "damping": report.damping,
         "dead_columns": report.dead,
     }
+
+
+@dataclass(slots=True)
+class AwqMethod:
+    """AWQ, layer after layer.
+
+    Where nothing can be folded (the operation before is no norm and no linear, or a linear that is left alone reads the
+    same input) weights are rounded with a clip search weighted by the inputs, and the report says `folded: False`.
+
+    Attributes:
+        grid_of: name of a weight in the checkpoint -> its grid; its clip search weighs errors by the inputs' squares.
+        threads: workers; the bytes do not depend on it.
+        head_dim: values per head; without it the attention's output is not scaled where query heads share a value head.
+    """
+
+    grid_of: Callable[[str], Grid]
+    threads: int = 1
+    head_dim: int | None = None
+    sequential: bool = field(default=False, init=False)
+    wants: frozenset[str] = field(default=frozenset({"hessian", "mean_abs"}), init=False)
+
+    def quantize(self, sites: Sequence[Site], plain: Mapping[str, Array]) -> SiteResult:
+        """Scales and quantizes the weights of a layer.
+
+        Raises:
+            InputError: statistics that were not gathered.
+            LayoutError: a scale that the stored type cannot hold.
+        """
+        folding = Folding(sites, plain, self.head_dim)
+        scales: dict[int, NDArray[np.float32] | None] = {}
+        found: dict[int, SearchedScale] = {}
+        for place in reversed(range(len(sites))):
+            site = sites[place]
+
+            def search(tie: NDArray[np.int64] | None, site: Site = site, place: int = place) -> NDArray[np.float32]:
+                found[place] = self._search(site, folding, tie)
+                return found[place].scale
+
+            scales[place] = folding.fold(site, search)
+        quantized: dict[str, QuantizedTensor] = {}
+        reports: dict[str, Mapping[str, Any]] = {}
+        for place, site in enumerate(sites):
+            for slot in site.weights:
+                quantized[slot] = self._round(site, slot, folding.weights[slot], scales[place])
+                reports[slot] = {"tokens": site.tokens, **_search_figures(found.get(place))}
+        return SiteResult(quantized, folding.changed, reports)
+
+    def _search(self, site: Site, folding: Folding, tie: NDArray[np.int64] | None) -> SearchedScale:
+        if site.hessian is None or site.mean_abs is None:
+            raise InputError("AWQ needs the Hessian and the mean of the inputs")
+        weights = [folding.weights[slot] for slot in site.weights]
+        grids = [self.grid_of(site.names[slot]) for slot in site.weights]
+        return search_scale(weights, grids, site.mean_abs, site.hessian, tie=tie, threads=self.threads)
+
+    def _round(
+        self, site: Site, slot: str, weight: NDArray[np.float32], scale: NDArray[np.float32] | None
+    ) -> QuantizedTensor:
+        importance = None
+        if site.hessian is not None and site.tokens:
+            unscaled = np.ones(weight.shape[1], np.float32)
+            importance = scaled_power(site.hessian, unscaled if scale is None else scale)
+        return round_to_nearest(weight, self.grid_of(site.names[slot]), self.threads, importance=importance)
+
+
+def _search_figures(found: SearchedScale | None) -> dict[str, Any]:
+    if found is None:
+        return {"folded": False}
+    return {"folded": True, "alpha": found.alpha, "sampled_loss": found.loss, "unscaled_loss": found.unscaled}
+
+
+@dataclass(slots=True)
+class SmoothMethod:
+    """SmoothQuant, layer after layer: scales that even out inputs and weights, then round to nearest.
+
+    Attributes:
+        grid_of: name of a weight in the checkpoint -> its grid, int8 per row as a rule.
+        threads: workers; the bytes do not depend on it.
+        alpha: share of the difficulty that moves from the inputs into the weights.
+        head_dim: values per head; without it the attention's output is not scaled where query heads share a value head.
+    """
+
+    grid_of: Callable[[str], Grid]
+    threads: int = 1
+    alpha: float = ALPHA
+    head_dim: int | None = None
+    sequential: bool = field(default=False, init=False)
+    wants: frozenset[str] = field(default=frozenset({"max_abs"}), init=False)
+
+    def quantize(self, sites: Sequence[Site], plain: Mapping[str, Array]) -> SiteResult:
+        """Scales and quantizes the weights of a layer.
+
+        Raises:
+            InputError: statistics that were not gathered.
+            LayoutError: a scale that the stored type cannot hold.
+        """
+        folding = Folding(sites, plain, self.head_dim)
+        folded: dict[str, bool] = {}
+        for site in reversed(sites):
+
+            def search(tie: NDArray[np.int64] | None, site: Site = site) -> NDArray[np.float32]:
+                if site.max_abs is None:
+                    raise InputError("SmoothQuant needs the greatest inputs")
+                weights = [folding.weights[slot] for slot in site.weights]
+                return migration_scale(weights, site.max_abs, alpha=self.alpha, tie=tie)
+
+            scale = folding.fold(site, search)
+            folded |= dict.fromkeys(site.weights, scale is not None)
+        names = {slot: site.names[slot] for site in sites for slot in site.weights}
+        quantized = {
+            slot: round_to_nearest(folding.weights[slot], self.grid_of(name), self.threads)
+            for slot, name in names.items()
+        }
+        return SiteResult(quantized, folding.changed, {slot: {"folded": folded[slot]} for slot in names})
