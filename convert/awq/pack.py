@@ -3,10 +3,15 @@
 For a module of N outputs and K inputs: `qweight` int32 (K, N / 8), codes of 4 bits packed along N; `qzeros` int32
 (G, N / 8), packed alike, the zeros themselves; `scales` float16 (G, N). Of eight neighbours a word holds, from its low
 bits up, number 0, 2, 4, 6, 1, 3, 5 and 7 (AutoAWQ: modules/linear/gemm.py from_linear, utils/packing_utils.py).
+
+In GPT-NeoX, AutoAWQ also divides what comes out of the activation, by `mlp.act.scales`, and transformers computes with
+whatever memory holds if that tensor is missing (transformers: integrations/awq.py replace_quantization_scales). It is
+stored as ones.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,28 +25,39 @@ from quantpress.convert.gptq.settings import in_layer, module_rules
 from quantpress.convert.packed_parts import half_scales, producer, refuse_rounded_inputs
 from quantpress.convert.quantized import PackedTensor
 from quantpress.quant.errors import LayoutError
-from quantpress.quant.packing import pack_words, unpack_words
 from quantpress.quant.qtensor import QuantizedForm, QuantizedTensor
 
-__all__ = ["BITS", "FORMAT", "PER_WORD", "AwqFormat", "packed_words", "unpacked_words"]
+__all__ = ["BITS", "FORMAT", "PER_WORD", "AwqFormat", "activation_scales", "packed_words", "unpacked_words"]
 
 BITS = 4
 PER_WORD = 8
-_ORDER = np.array([0, 2, 4, 6, 1, 3, 5, 7])  # which neighbour each place of a word holds, low bits first
-_PLACES = np.argsort(_ORDER)
+_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which neighbour each place of a word holds, low bits first
+_BEFORE_ACTIVATION = re.compile(r"((?:gpt_neox\.)?layers\.\d+\.mlp)\.dense_h_to_4h\.weight")
 _GROUP_SIZES = (32, 64, 128)  # what the kernels of vLLM and GPTQModel have; besides whole rows
+
+
+def activation_scales(name: str) -> str | None:
+    """Gives the name of the tensor that scales what follows the weight `name`, None for all but some of GPT-NeoX."""
+    found = _BEFORE_ACTIVATION.fullmatch(name)
+    return f"{found[1]}.act.scales" if found else None
 
 
 def packed_words(fields: NDArray[np.uint8]) -> NDArray[np.int32]:
     """Packs (M, N) uint8 below 16 into (M, N / 8) int32; N is a multiple of 8."""
     blocks = fields.reshape(fields.shape[0], -1, PER_WORD)
-    return pack_words(np.ascontiguousarray(blocks[:, :, _ORDER]), BITS).reshape(fields.shape[0], -1)
+    words = np.zeros(blocks.shape[:2], np.uint32)
+    for place, column in enumerate(_ORDER):
+        words |= blocks[:, :, column].astype(np.uint32) << np.uint32(BITS * place)
+    return words.view(np.int32)
 
 
 def unpacked_words(words: NDArray[np.int32]) -> NDArray[np.uint8]:
     """Gives back (M, N) uint8 of (M, N / 8) int32; see `packed_words`."""
-    fields = unpack_words(np.ascontiguousarray(words)[..., None], BITS, PER_WORD)
-    return fields[:, :, _PLACES].reshape(words.shape[0], -1)
+    values = np.ascontiguousarray(words).view(np.uint32)
+    fields = np.empty((*values.shape, PER_WORD), np.uint8)
+    for place, column in enumerate(_ORDER):
+        fields[:, :, column] = (values >> np.uint32(BITS * place)) & np.uint32(15)
+    return fields.reshape(values.shape[0], values.shape[1] * PER_WORD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +93,13 @@ class AwqFormat:
         """Gives the tensors that will be stored for the weight `name`."""
         module, (rows, columns) = name.removesuffix(".weight"), form.shape
         groups = columns // form.group_size
-        return (
+        parts = (
             PackedTensor(f"{module}.qweight", (columns, rows // PER_WORD), "I32"),
             PackedTensor(f"{module}.qzeros", (groups, rows // PER_WORD), "I32"),
             PackedTensor(f"{module}.scales", (groups, rows), "F16"),
         )
+        scales = activation_scales(name)
+        return parts if scales is None else (*parts, PackedTensor(scales, (rows,), "F16"))
 
     def pack(self, name: str, tensor: QuantizedTensor, form: QuantizedForm) -> dict[str, Array]:
         """Gives these tensors.
@@ -90,11 +108,13 @@ class AwqFormat:
             LayoutError: scales that float16 does not hold.
         """
         self.check(form)
-        parts = (
+        parts: list[Array] = [
             packed_words(np.ascontiguousarray(tensor.codes.T)),
             packed_words(np.ascontiguousarray(tensor.zeros().T)),
             np.ascontiguousarray(half_scales(tensor.scale, name).T),
-        )
+        ]
+        if activation_scales(name) is not None:
+            parts.append(np.ones(tensor.rows, np.float16))
         return {planned.name: part for planned, part in zip(self.planned(name, form), parts, strict=True)}
 
     def settings(

@@ -5,13 +5,13 @@ Which modules are quantized is read from the tensors, how from `quantization_con
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from quantpress.convert.awq.pack import BITS, PER_WORD, unpacked_words
+from quantpress.convert.awq.pack import BITS, PER_WORD, activation_scales, unpacked_words
 from quantpress.convert.checkpoint import Checkpoint, LazyTensor
 from quantpress.convert.files import shown
 from quantpress.convert.packed_parts import SETTINGS, Parts, flag_of, group_size_of, plain_dtype, read_finite
@@ -48,7 +48,23 @@ def opened(checkpoint: Checkpoint) -> Checkpoint:
     modules = [_Module.take(parts, name, group_size, symmetric) for name in names]
     quantized = {f"{module.name}.weight": module.lazy() for module in modules}
     parts.refuse_twice(quantized)
+    _drop_activation_scales(parts, quantized)
     return with_quantized(checkpoint, parts.left, quantized, dtype=plain_dtype(checkpoint.config), kind="awq")
+
+
+def _drop_activation_scales(parts: Parts, weights: Iterable[str]) -> None:
+    """Drops scales of activations, which are 1 in files made here.
+
+    Raises:
+        InputError: they are not: AutoAWQ moved scales from the next weight into them, and the model computes with them.
+    """
+    for name in filter(None, map(activation_scales, weights)):
+        scales = parts.take_optional(name)
+        if scales is not None and not (scales.read() == 1).all():
+            raise InputError(
+                f"{scales.source}: tensor {shown(name)} scales an activation by other numbers than 1, which only AWQ's"
+                " own modules compute; give the unquantized model"
+            )
 
 
 def _read_settings(settings: Mapping[str, Any], where: str) -> tuple[int, bool]:

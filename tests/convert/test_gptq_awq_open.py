@@ -284,6 +284,23 @@ def test_a_folder_without_packed_tensors_ignores_such_files(sources: dict[str, P
     assert not open_checkpoint(tmp_path / "plain").quantized
 
 
+def test_scales_of_gptneox_activations_are_ones_that_are_dropped(sources: dict[str, Path], tmp_path: Path) -> None:
+    """transformers' AWQ modules of this family want them: ScaledActivation."""
+    pack_folder(sources["gptneox"], tmp_path / "q", AWQ, Grid(4, 32))
+    name = "gpt_neox.layers.2.mlp.act.scales"
+    found = load_file(tmp_path / "q" / "model.safetensors")
+    assert [key for key in found if "act.scales" in key] == [name.replace("2", str(layer)) for layer in range(3)]
+    assert found[name].tolist() == [1.0] * 96
+    assert name not in open_checkpoint(tmp_path / "q").tensors
+
+    def scale(tensors: Tensors) -> None:
+        tensors[name][5] = 2
+
+    change_tensors(tmp_path / "q", scale)
+    with pytest.raises(InputError, match=r"act\.scales' scales an activation by other numbers than 1"):
+        open_checkpoint(tmp_path / "q")
+
+
 def test_a_gptqmodel_awq_folder_opens(sources: dict[str, Path], tmp_path: Path) -> None:
     """GPTQModel says checkpoint_format gemm and sym; zero_point is AutoAWQ's word."""
     pack_folder(sources["llama"], tmp_path / "q", *_CASES["awq, symmetric"])
