@@ -153,6 +153,25 @@ class Decoder:
         turns = self.turns(layer, start, hidden.shape[1])
         return Layer(layer, self.traits, self.hyper, weights, observe, self._adapt).run(hidden, turns, cache)
 
+    def turns(self, layer: int, start: int, count: int) -> Turns | None:
+        """Gives cosine and sine of a layer's positions, as `Layer.run` wants them; keeps them for the next layer.
+
+        Args:
+            layer: its number.
+            start: position of the first token.
+            count: tokens from there on, up to the end of the text.
+        """
+        rope = self._rope(layer)
+        if rope is None:
+            return None
+        key = (rope is self.hyper.rope_local, start, count)
+        if key not in self._turns:
+            if len(self._turns) > 1:  # global and local positions of the current tokens, no more
+                self._turns.clear()
+            positions = torch.arange(start, start + count, device=self.device)
+            self._turns[key] = angles(rope, self.hyper.context, positions, start + count, self.dtype)
+        return self._turns[key]
+
     def head(self, hidden: torch.Tensor, *, observe: Observe | None = None) -> torch.Tensor:
         """Gives logits from the last layer's output.
 
@@ -206,25 +225,6 @@ class Decoder:
     def _rope(self, layer: int) -> Rope | None:
         slides = bool(self.hyper.sliding_layers) and self.hyper.sliding_layers[layer]
         return self.hyper.rope_local if slides and self.hyper.rope_local is not None else self.hyper.rope
-
-    def turns(self, layer: int, start: int, count: int) -> Turns | None:
-        """Gives cosine and sine of a layer's positions, as `Layer.run` wants them; keeps them for the next layer.
-
-        Args:
-            layer: its number.
-            start: position of the first token.
-            count: tokens from there on, up to the end of the text.
-        """
-        rope = self._rope(layer)
-        if rope is None:
-            return None
-        key = (rope is self.hyper.rope_local, start, count)
-        if key not in self._turns:
-            if len(self._turns) > 1:  # global and local positions of the current tokens, no more
-                self._turns.clear()
-            positions = torch.arange(start, start + count, device=self.device)
-            self._turns[key] = angles(rope, self.hyper.context, positions, start + count, self.dtype)
-        return self._turns[key]
 
     def _turned_otherwise(self, before: int, after: int) -> bool:
         """Whether keys in the cache would turn otherwise in a text of the new length."""

@@ -143,25 +143,20 @@ class _Walk:
         self.workers.take_seconds()
         for step in STEPS:
             tell(step)
-            site = self._site(layer, loaded, step)
-            if site is None:
-                continue
-            sites.append(site)
-            if self.method.sequential:
-                self._quantize(sites, loaded, found)
-                loaded.apply(found.quantized, found.changed)
-                sites.clear()
+            sites += self._site(layer, loaded, step)  # no name for it, or its Hessian would outlive the next pass
+            if sites and self.method.sequential:
+                result = self._quantize(sites, loaded, found)
+                loaded.apply(result.quantized, result.changed)
         if sites:
-            self._quantize(sites, loaded, found)
-            # not applied: the next layer sees what the source's weights give
+            self._quantize(sites, loaded, found)  # not applied: the next layer sees what the source's weights give
         if chain is not None:
             with chain:
                 self.passes.run(layer, after=DOWN, chain=chain)
         tell(len(STEPS))
         return self._result(number, loaded, found)
 
-    def _site(self, layer: Layer, loaded: LayerWeights, step: int) -> Site | None:
-        """Finishes the step before and looks at the inputs of a step; None if none of its weights is a target."""
+    def _site(self, layer: Layer, loaded: LayerWeights, step: int) -> tuple[Site, ...]:
+        """Finishes the step before and looks at the inputs of a step; gives nothing where there is no target."""
         slots = steps_of(self.decoder.traits)[step]
         names = {slot: loaded.name(slot) for slot in slots}
         chosen = [slot for slot in slots if self.targets(names[slot])]
@@ -172,12 +167,12 @@ class _Walk:
         if chosen or after is not None:
             self.passes.run(layer, after=after, step=step, statistics=statistics)
         if statistics is None:
-            return None
+            return ()
         seen = statistics.finish(partial(self.workers.submit, "hessian"))
         if not finite(seen):
             where = f"layer {layer.index}: {chosen[0]} ({shown(names[chosen[0]])})"
             raise InputError(f"{self.name}: {where}: its inputs are not finite")
-        return Site(
+        site = Site(
             layer=layer.index,
             weights={slot: loaded.weight(slot) for slot in chosen},
             names={slot: names[slot] for slot in chosen},
@@ -186,15 +181,20 @@ class _Walk:
             left={slot: loaded.weight(slot) for slot in slots if slot not in chosen},
             read_back=loaded.read_back,
         )
+        return (site,)
 
-    def _quantize(self, sites: Sequence[Site], loaded: LayerWeights, found: _Found) -> None:
+    def _quantize(self, sites: list[Site], loaded: LayerWeights, found: _Found) -> SiteResult:
+        """Lets the method work on sites, and forgets them."""
         started = time.perf_counter()
         try:
-            found.add(self.method.quantize(sites, loaded.plain()))
+            result = self.method.quantize(sites, loaded.plain())
         except (InputError, LayoutError) as error:
             names = ", ".join(shown(name) for site in sites for name in site.names.values())
             raise type(error)(f"{self.name}: layer {sites[0].layer}: {names}: {error}") from error
+        found.add(result)
         found.seconds += time.perf_counter() - started
+        sites.clear()
+        return result
 
     def _result(self, number: int, loaded: LayerWeights, found: _Found) -> LayerResult:
         seconds = self.workers.take_seconds()
