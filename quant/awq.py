@@ -27,6 +27,7 @@ _STEPS = 20  # alpha goes from 0 to 1 in so many
 _WORK = 1 << 28  # rows * K^2 that one candidate may take
 _FEWEST, _MOST = 32, 512  # rows of the sample, whatever that gives
 _LEAST = 1e-4  # of a mean or of a scale
+_TINY = float(np.finfo(np.float32).tiny)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -76,7 +77,7 @@ def column_shares(weights: Sequence[NDArray[np.float32]], grids: Sequence[Grid])
         size, columns = grid.group(weight.shape[1]), weight.shape[1]
         for start in range(0, columns, size):
             part = np.abs(weight[:, start : start + size])
-            largest = np.maximum(part.max(axis=1, keepdims=True), np.finfo(np.float32).tiny)
+            largest = np.maximum(part.max(axis=1, keepdims=True), _TINY)
             total[start : start + size] += (part / largest).sum(axis=0, dtype=np.float64)
     return (total / rows).astype(np.float32)
 
@@ -123,7 +124,7 @@ def _sample(weights: Sequence[NDArray[np.float32]]) -> list[NDArray[np.float32]]
 
 
 def _tied(values: NDArray[np.float32], tie: NDArray[np.int64] | None) -> NDArray[np.float64]:
-    wide = np.maximum(values.astype(np.float64), _LEAST * max(float(values.mean()), np.finfo(np.float32).tiny))
+    wide = np.maximum(values.astype(np.float64), _LEAST * max(float(values.mean()), _TINY))
     if tie is None:
         return wide
     return (np.bincount(tie, wide) / np.bincount(tie))[tie]
