@@ -74,9 +74,18 @@ def _wanted_logits(folder: Path, source: Path) -> Any:
     opened = open_checkpoint(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     values = {name: torch.tensor(tensor.exact_rows(0, tensor.rows)) for name, tensor in opened.tensors.items()}
-    model.load_state_dict({name: value.float() for name, value in values.items()})
+    names = {name.replace("embed_out", "lm_head"): value for name, value in values.items()}  # as transformers 5 does
+    model.load_state_dict({name: value.float() for name, value in names.items()})
     with torch.inference_mode():
         return model(torch.tensor(_IDS)).logits
+
+
+def _load_with_transformers(folder: Path, fmt: PackFormat) -> Any:
+    kind = transformers.AwqConfig if fmt is AWQ else transformers.GPTQConfig
+    chosen = kind(bits=4, backend=_BACKENDS[fmt.name])  # the folder's settings win in all but the backend
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, device_map="cpu", dtype=torch.float16, quantization_config=chosen
+    )
 
 
 def _check(model: Any, folder: Path, wanted: Any) -> None:
@@ -85,8 +94,7 @@ def _check(model: Any, folder: Path, wanted: Any) -> None:
         if type(module).__name__ == "TorchLinear":
             found = module.dequantize_weight().T.numpy()
             np.testing.assert_array_equal(found, opened.tensor(f"{name}.weight").read())
-    kinds = [type(module).__name__ for name, module in model.named_modules() if name.endswith("_proj")]
-    assert sum("TorchLinear" in kind for kind in kinds) == len(opened.quantized)
+    assert sum("TorchLinear" in type(module).__name__ for module in model.modules()) == len(opened.quantized)
     with torch.inference_mode():
         got = model(torch.tensor(_IDS)).logits.float()
     # It computes in float16: a logit is a sum of 128 products whose inputs went through 3 layers with some 30 roundings
@@ -109,9 +117,14 @@ def test_transformers_runs_it(source: Path, tmp_path: Path, case: str) -> None:
     if fmt is not AWQ:
         pytest.importorskip("optimum", reason="transformers loads GPTQ through optimum")
     pack_folder(source, tmp_path / "q", fmt, grid, skip=skip)
-    kind = transformers.AwqConfig if fmt is AWQ else transformers.GPTQConfig
-    chosen = kind(bits=4, backend=_BACKENDS[fmt.name])  # the folder's settings win in all but the backend
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "q", device_map="cpu", dtype=torch.float16, quantization_config=chosen
-    )
-    _check(model, tmp_path / "q", _wanted_logits(tmp_path / "q", source))
+    _check(_load_with_transformers(tmp_path / "q", fmt), tmp_path / "q", _wanted_logits(tmp_path / "q", source))
+
+
+@pytest.mark.parametrize("fmt", [GPTQ_V2, AWQ], ids=["gptq_v2", "awq"])
+@pytest.mark.parametrize("family", ["gptneox", "phi3"])
+def test_transformers_runs_other_families(tmp_path: Path, family: str, fmt: PackFormat) -> None:
+    if fmt is not AWQ:
+        pytest.importorskip("optimum", reason="transformers loads GPTQ through optimum")
+    source = tiny_checkpoint(tmp_path / "source", family)
+    pack_folder(source, tmp_path / "q", fmt, Grid(4, 32, symmetric=False))
+    _check(_load_with_transformers(tmp_path / "q", fmt), tmp_path / "q", _wanted_logits(tmp_path / "q", source))
