@@ -21,6 +21,9 @@ __all__ = ["PlannedWeight", "QuantizePlan", "main_type", "own_scale_type", "plan
 
 _SCALE_TYPES = {"F16": "F16", "BF16": "BF16", "F8_E4M3": "BF16", "F8_E5M2": "BF16"}
 
+# transformers: integrations/awq.py, replace_with_awq_linear; compressed-tensors: quantization/lifecycle/apply.py
+_LINEAR_ONLY = frozenset({"awq", "compressed-tensors"})
+
 
 @dataclass(frozen=True, slots=True)
 class PlannedWeight:
@@ -108,6 +111,7 @@ def plan_weights(source: Checkpoint, recipe: Recipe, form: PackFormat) -> Quanti
             left[name] = "--skip" if recipe.skips(name) else "not quantized in the source"
             continue
         try:
+            _refuse_conv1d(form, transposed)
             form.check(wanted)
         except LayoutError as error:
             if recipe.method is None:
@@ -118,6 +122,12 @@ def plan_weights(source: Checkpoint, recipe: Recipe, form: PackFormat) -> Quanti
     if not weights:
         raise _nothing(source, left)
     return QuantizePlan(weights, left)
+
+
+def _refuse_conv1d(form: PackFormat, transposed: bool) -> None:
+    """Refuses formats whose readers look for `nn.Linear` only: transformers would fill GPT-2's layers with noise."""
+    if transposed and form.name in _LINEAR_ONLY:
+        raise LayoutError(f"{form.name} is not read for layers of Conv1D, as this model has them; give --format gptq")
 
 
 def _form(source: Checkpoint, recipe: Recipe, name: str, shape: tuple[int, int]) -> QuantizedForm | None:
