@@ -21,7 +21,7 @@ from quantpress.convert.quantized import PackFormat
 from quantpress.quant.errors import InputError
 from quantpress.quant.grid import Grid
 from tests.packed_folders import Tensors, change_settings, change_tensors, pack_folder, write_config
-from tests.quantized_tensors import read_awq, read_gptq
+from tests.quantized_tensors import fields_of, read_awq, read_gptq
 from tests.tiny import tiny_checkpoint
 
 pytest.importorskip("torch")
@@ -171,13 +171,16 @@ def test_what_says_no_version_is_version_1(v1: Path, changes: dict[str, Any]) ->
     assert (zeros == 8).all()
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_zeros_of_0_in_version_1_come_back_as_gptqmodel_writes_them(
     sources: dict[str, Path], tmp_path: Path, bits: int
 ) -> None:
-    """GPTQModel takes 1 from all fields of a word at once, and adds it at once (convert_gptq_v2_to_v1_format)."""
+    """GPTQModel takes 1 from all fields of a word at once, and adds it at once (convert_gptq_v2_to_v1_format).
+
+    Fields of 3 bits lie across words: there each wraps by itself.
+    """
     packed = pack_folder(sources["llama"], tmp_path / "q", GPTQ_V2, Grid(bits, 32, symmetric=False))
-    ones = np.uint32({2: 0x55555555, 4: 0x11111111, 8: 0x01010101}[bits])
+    ones = np.uint32({2: 0x55555555, 3: 0, 4: 0x11111111, 8: 0x01010101}[bits])
     zeros = np.random.default_rng(0).integers(0, 2, (3, 64), np.uint8)
     tensor = packed[_NAME]
     changed = type(tensor)(tensor.codes, tensor.scale, np.ascontiguousarray(zeros.T), bits, 32)
@@ -185,12 +188,19 @@ def test_zeros_of_0_in_version_1_come_back_as_gptqmodel_writes_them(
     def to_version_1(tensors: Tensors) -> None:
         tensors.update(GPTQ_V2.pack(_NAME, changed, changed.form))
         for name in [name for name in tensors if name.endswith(".qzeros")]:
-            tensors[name] = (tensors[name].view(np.uint32) - ones).view(np.int32)
+            words = tensors[name]
+            tensors[name] = _less_one_of_3_bits(words) if bits == 3 else (words.view(np.uint32) - ones).view(np.int32)
 
     change_tensors(tmp_path / "q", to_version_1)
     change_settings(tmp_path / "q", checkpoint_format="gptq")
     found = open_checkpoint(tmp_path / "q").quantized[_NAME].read().zero
     np.testing.assert_array_equal(found, zeros.T)
+
+
+def _less_one_of_3_bits(words: np.ndarray) -> np.ndarray:
+    lessened = (fields_of(words, 3).astype(int) - 1) % 8
+    bits = (lessened[..., None] >> np.arange(3)) & 1
+    return np.packbits(bits.astype(np.uint8).reshape(len(words), -1), axis=1, bitorder="little").view(np.int32)
 
 
 def test_columns_ordered_by_activation_open(v1: Path) -> None:
