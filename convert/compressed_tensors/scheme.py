@@ -201,9 +201,7 @@ def _strategy(weights: Mapping[str, Any], where: str) -> tuple[str, int | None]:
 
 
 def _is_token_int8(inputs: Any) -> bool:
-    if not isinstance(inputs, dict):
-        return False
-    wanted = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-    return all(inputs.get(key, default) == default for key, default in wanted.items() if key in inputs) and (
-        inputs.get("strategy") == "token" and inputs.get("dynamic") is True
-    )
+    """Whether inputs are rounded to int8 with a scale per token; what is not said is as in quant_args.py."""
+    usual = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": None, "dynamic": False}
+    wanted = {**usual, "strategy": "token", "dynamic": True}
+    return isinstance(inputs, dict) and all(inputs.get(key, usual[key]) == value for key, value in wanted.items())

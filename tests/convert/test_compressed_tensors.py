@@ -226,6 +226,37 @@ def test_who_belongs_to_which_group_is_decided_as_the_library_decides() -> None:
             assert schemes.of(module).group_size == sizes[theirs], module
 
 
+def test_embeddings_have_a_class_of_their_own() -> None:
+    groups = {"a": {"targets": ["Linear"], "weights": GROUP}}
+    schemes = read_schemes(config_of(config_groups=groups), "m")
+    assert schemes.of("embed_out").group_size == 32  # GPT-NeoX's head
+    groups["b"] = {"targets": ["Embedding"], "weights": {**GROUP, "group_size": 64}}
+    with pytest.raises(InputError, match=r"no target of config_groups means 'transformer.wte'"):
+        schemes.of("transformer.wte")
+    schemes = read_schemes(config_of(config_groups=groups), "m")
+    for module in ("transformer.wte", "gpt_neox.embed_in", "model.embed_tokens"):
+        assert schemes.of(module).group_size == 64
+
+
+@pytest.mark.parametrize(
+    ("inputs", "bits"),
+    [
+        ({"strategy": "token", "dynamic": True}, 8),
+        ({"strategy": "token", "dynamic": True, "num_bits": 4}, None),
+        ({"strategy": "token", "dynamic": True, "symmetric": False}, None),
+        ({"strategy": "tensor", "dynamic": True}, None),
+        ({"strategy": "tensor"}, None),
+        ({"dynamic": True}, None),
+        ([8], None),
+    ],
+)
+def test_inputs_are_rounded_only_as_it_is_imitated(inputs: Any, bits: int | None) -> None:
+    groups = {"a": {"targets": ["Linear"], "weights": GROUP, "input_activations": inputs}}
+    scheme = read_schemes(config_of(config_groups=groups), "m").of("x")
+    assert scheme.input_bits == bits
+    assert scheme.other_inputs == (bits is None)
+
+
 def test_ignored_modules_stay_plain() -> None:
     tensor = random_tensor(1, 16, 64, bits=4, group=32, symmetric=True)
     stored, settings = packed(tensor)
