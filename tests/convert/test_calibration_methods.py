@@ -1,0 +1,196 @@
+"""Calibrated methods on a layer: folding changes no output, GPTQ beats RTN, and rules for tokens that are missing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+from quantpress.convert.calibration.folding import Folding
+from quantpress.convert.calibration.layer_weights import LayerWeights, ModelWeights
+from quantpress.convert.calibration.methods import AwqMethod, GptqMethod, SmoothMethod
+from quantpress.convert.calibration.site import Site
+from quantpress.convert.layer import Layer, steps_of, traits_of
+from quantpress.convert.open import open_checkpoint
+from quantpress.convert.preflight import preflight
+from quantpress.quant.errors import InputError
+from quantpress.quant.grid import Grid, round_to_nearest
+from quantpress.quant.qtensor import QuantizedTensor
+from tests.tiny import tiny_case, tiny_checkpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:FutureWarning")
+
+
+class _Case:
+    """Layer 0 of a tiny model, the sites' inputs that a random hidden state gives, and its output."""
+
+    def __init__(self, folder: Path, name: str, dtype: str = "float32") -> None:
+        case = tiny_case(name)
+        checked = preflight(
+            open_checkpoint(str(tiny_checkpoint(folder / name, case.family, dtype=dtype, **case.options)))
+        )
+        self.hyper, self.traits = checked.hyper, traits_of(checked.spec, checked.hyper)
+        self.loaded: LayerWeights = ModelWeights(checked).layer(0, torch.device("cpu"))
+        generator = torch.Generator().manual_seed(0)
+        power = torch.where(torch.rand(self.hyper.hidden, generator=generator) < 0.1, 8.0, 1.0)
+        self.hidden = torch.randn(2, 40, self.hyper.hidden, generator=generator) * power
+        self.inputs: dict[str, torch.Tensor] = {}
+        self.output = self.run(self.loaded.values, self.inputs)
+
+    def run(self, values: Mapping[str, torch.Tensor], seen: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
+        def observe(slot: str, inputs: torch.Tensor) -> None:
+            if seen is not None:
+                seen[slot] = inputs.flatten(0, 1)
+
+        return Layer(0, self.traits, self.hyper, values, observe=observe).run(self.hidden, None, None)
+
+    def sites(self, skip: str = "") -> list[Site]:
+        return [self.site(slots, skip) for slots in steps_of(self.traits) if any(slot != skip for slot in slots)]
+
+    def site(self, slots: tuple[str, ...], skip: str) -> Site:
+        inputs = self.inputs[slots[0]].numpy()
+        weights = {slot: self.loaded.values[slot].numpy().copy() for slot in slots}
+        return Site(
+            0,
+            {slot: weight for slot, weight in weights.items() if slot != skip},
+            {slot: slot for slot in slots if slot != skip},
+            len(inputs),
+            inputs.T @ inputs / len(inputs),
+            np.abs(inputs).mean(0),
+            np.abs(inputs).max(0),
+            {slot: weight for slot, weight in weights.items() if slot == skip},
+            self.loaded.read_back,
+        )
+
+    def with_values(self, *changes: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+        values = dict(self.loaded.values)
+        for change in changes:
+            values |= {slot: torch.from_numpy(np.asarray(array, np.float32)) for slot, array in change.items()}
+        return values
+
+
+FOLDED = {
+    "llama": 4,  # GQA
+    "llama-bias": 4,
+    "llama-mha": 4,
+    "gpt2": 3,  # no gate: the activation before down is not linear
+    "gptneox": 3,
+    "phi3": 4,  # fused q, k, v and fused gate and up
+    "qwen3": 4,
+    "gemma3": 4,  # norms are stored minus one
+}
+
+
+@pytest.mark.parametrize("name", sorted(FOLDED))
+def test_folding_any_scale_leaves_the_layer_as_it_was(tmp_path: Path, name: str) -> None:
+    case = _Case(tmp_path, name)
+    folding, rng, done = Folding(case.sites(), case.loaded.plain(), case.hyper.head_dim), np.random.default_rng(0), 0
+    for site in reversed(folding.sites):
+        columns = next(iter(site.weights.values())).shape[1]
+
+        def search(tie: np.ndarray | None, columns: int = columns) -> np.ndarray:
+            scale = np.exp(rng.uniform(-1, 1, columns)).astype(np.float32)
+            return scale if tie is None else scale[: tie.max() + 1][tie]
+
+        done += folding.fold(site, search) is not None
+    assert done == FOLDED[name]
+    found = case.run(case.with_values(folding.weights, folding.changed))
+    # float32 sums of values that were scaled by up to e and back: a few ulps of the largest
+    assert torch.allclose(found, case.output, rtol=1e-4, atol=1e-5 * float(case.output.abs().max()))
+
+
+def test_norms_are_rounded_to_their_type_and_the_exact_quotient_is_the_scale(tmp_path: Path) -> None:
+    case = _Case(tmp_path, "llama", "bfloat16")
+    folding = Folding(case.sites(), case.loaded.plain(), case.hyper.head_dim)
+    site = folding.sites[0]
+    scale = folding.fold(site, lambda tie: np.linspace(0.5, 2, case.hyper.hidden, dtype=np.float32))
+    new = folding.changed["attn_norm.weight"]
+    assert scale is not None
+    assert (new.astype(ml_dtypes.bfloat16).astype(np.float32) == new).all()
+    found = case.run(case.with_values(folding.weights, folding.changed))
+    assert torch.allclose(found, case.output, rtol=1e-4, atol=1e-5 * float(case.output.abs().max()))
+
+
+def test_nothing_is_folded_where_a_linear_that_stays_reads_the_same_input(tmp_path: Path) -> None:
+    case = _Case(tmp_path, "llama")
+    result = AwqMethod(lambda _: Grid(4, 16, False, clip_search=True)).quantize(
+        case.sites(skip="ffn_up.weight"), case.loaded.plain()
+    )
+    assert "ffn_norm.weight" not in result.changed
+    assert result.reports["ffn_gate.weight"]["folded"] is False
+    assert result.reports["ffn_down.weight"]["folded"] is False  # up's rows cannot take the scale
+    assert result.reports["attn_q.weight"]["folded"] is True
+
+
+def _error(case: _Case, quantized: Mapping[str, QuantizedTensor], changed: Mapping[str, np.ndarray]) -> float:
+    values = case.with_values({slot: tensor.dequantize() for slot, tensor in quantized.items()}, changed)
+    return float((case.run(values) - case.output).double().square().mean())
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+def test_awq_has_a_smaller_error_at_the_output_of_the_layer_than_rtn(tmp_path: Path, name: str) -> None:
+    case, grid = _Case(tmp_path, name), Grid(3, 16, False)
+    sites = case.sites()
+    rtn = {slot: round_to_nearest(weight, grid) for site in sites for slot, weight in site.weights.items()}
+    method = AwqMethod(lambda _: replace(grid, clip_search=True), head_dim=case.hyper.head_dim)
+    result = method.quantize(sites, case.loaded.plain())
+    assert _error(case, result.quantized, result.changed) < 0.9 * _error(case, rtn, {})
+    for threads in (2, 3):
+        method.threads = threads
+        other = method.quantize(case.sites(), case.loaded.plain())
+        assert all((other.quantized[slot].codes == tensor.codes).all() for slot, tensor in result.quantized.items())
+        assert all((other.changed[slot] == values).all() for slot, values in result.changed.items())
+
+
+def test_smoothquant_changes_only_values_and_leaves_int8_near_the_layer(tmp_path: Path) -> None:
+    case = _Case(tmp_path, "llama")
+    result = SmoothMethod(lambda _: Grid(8, -1), head_dim=case.hyper.head_dim).quantize(
+        case.sites(), case.loaded.plain()
+    )
+    assert all(report["folded"] for report in result.reports.values())
+    power = float(case.output.double().square().mean())
+    assert _error(case, result.quantized, result.changed) < 1e-4 * power  # int8 rows: 2^-8 of the range, squared
+
+
+def test_gptq_loses_less_than_rtn_on_every_weight_and_reports_its_loss(tmp_path: Path) -> None:
+    case = _Case(tmp_path, "llama-bias")
+    for bits in (2, 3, 4, 8):
+        grid = Grid(bits, 32)
+        result = GptqMethod(lambda _, grid=grid: grid).quantize(case.sites(), {})
+        for site in case.sites():
+            assert site.hessian is not None
+            for slot, weight in site.weights.items():
+                losses = []
+                for tensor in (result.quantized[slot], round_to_nearest(weight, grid)):
+                    error = tensor.dequantize().astype(np.float64) - weight
+                    losses.append(float(((error @ site.hessian.astype(np.float64)) * error).sum()))
+                assert losses[0] <= losses[1]
+                assert result.reports[slot]["loss"] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_sites_with_few_tokens_say_so_and_without_any_are_rounded_to_nearest(tmp_path: Path) -> None:
+    case, grid = _Case(tmp_path, "llama"), Grid(4, 16)
+    site = case.sites()[0]
+    few = GptqMethod(lambda _: grid).quantize([replace(site, tokens=7)], {})
+    assert case.hyper.hidden == 64
+    assert few.reports["attn_q.weight"]["few_tokens"] is True
+    assert (
+        "few_tokens" not in GptqMethod(lambda _: grid).quantize([replace(site, tokens=8)], {}).reports["attn_q.weight"]
+    )
+    none = GptqMethod(lambda _: grid).quantize([replace(site, tokens=0, hessian=np.zeros((64, 64), np.float32))], {})
+    assert none.reports["attn_q.weight"] == {"tokens": 0}
+    wanted = round_to_nearest(site.weights["attn_q.weight"], grid)
+    assert (none.quantized["attn_q.weight"].codes == wanted.codes).all()
+
+
+def test_statistics_that_were_not_gathered_are_asked_for(tmp_path: Path) -> None:
+    case, grid = _Case(tmp_path, "llama"), Grid(4, 16)
+    bare = [replace(site, hessian=None, mean_abs=None, max_abs=None) for site in case.sites()]
+    for method in (GptqMethod(lambda _: grid), AwqMethod(lambda _: grid), SmoothMethod(lambda _: grid)):
+        with pytest.raises(InputError, match="needs the"):
+            method.quantize(bare, case.loaded.plain())
