@@ -256,6 +256,19 @@ def test_biases_of_zeros_that_autogptq_added_are_dropped(v1: Path) -> None:
         preflight(open_checkpoint(v1))
 
 
+def test_biases_of_zeros_that_the_family_knows_are_kept(sources: dict[str, Path], tmp_path: Path) -> None:
+    pack_folder(sources["qwen2"], tmp_path / "q", GPTQ_V1, Grid(4, 32))
+    name = "model.layers.0.self_attn.q_proj.bias"
+
+    def empty(tensors: Tensors) -> None:
+        tensors[name][:] = 0
+
+    change_tensors(tmp_path / "q", empty)
+    opened = open_checkpoint(tmp_path / "q")
+    preflight(opened)
+    assert not opened.tensor(name).read().any()
+
+
 def _older(folder: Path, file: str, settings: dict[str, Any]) -> None:
     config = json.loads((folder / "config.json").read_text())
     del config["quantization_config"]
