@@ -18,6 +18,8 @@ __all__ = ["MAX_DEPTH", "MAX_VALUES", "parse_json", "read_json"]
 MAX_DEPTH = 64  # brackets inside brackets; config.json of real models needs 6
 MAX_VALUES = 4_000_000  # commas and brackets, and strings; the largest tokenizer.json in use (Gemma 3) has 2,100,000
 _MAX_DIGITS = 20  # digits of an integer, enough for 64 bits
+# int(1e30), which transformers writes as `model_max_length` of tokenizers without a limit (VERY_LARGE_INTEGER)
+_NO_LIMIT = "1000000000000000019884624838656"
 _MAX_FLOAT = 400  # characters of a number with a point or exponent
 _MAX_RUN = 8 << 20  # bytes without a quotation mark; the longest text in use, a character map, has half a million
 _MAX_WIDE = 40 << 20  # bytes with other characters than ASCII: Python keeps one emoji's text at 4 bytes a character
@@ -53,7 +55,7 @@ def parse_json(data: bytes, *, name: str, max_depth: int = MAX_DEPTH, max_values
 
     Raises:
         InputError: not UTF-8, not JSON, too deep, too many values, a key twice in one object, NaN or Infinity, an
-            integer beyond 64 bits, half of a surrogate pair.
+            integer beyond 64 bits (but for transformers' mark of "no limit"), half of a surrogate pair.
     """
     if data.startswith(b"\xef\xbb\xbf"):
         raise InputError(f"{name}: JSON starts with a byte order mark; save it as UTF-8 without one")
@@ -65,6 +67,8 @@ def parse_json(data: bytes, *, name: str, max_depth: int = MAX_DEPTH, max_values
         raise InputError(f"{name}: JSON holds {text}, which is not a finite number")
 
     def to_int(text: str) -> int:
+        if text == _NO_LIMIT:
+            return int(text)
         if len(text) > _MAX_DIGITS or not -(1 << 63) <= (value := int(text)) < (1 << 64):
             raise InputError(f"{name}: JSON holds the integer {text[:40]}..., which does not fit 64 bits")
         return value

@@ -30,6 +30,12 @@ def test_values_are_those_of_the_standard_library(value: object, escape: bool) -
     assert parse_json(text, name="x") == json.loads(text)
 
 
+def test_the_mark_of_a_tokenizer_without_a_limit_is_read() -> None:
+    # transformers: tokenization_utils_base.py, VERY_LARGE_INTEGER, in the tokenizer_config.json of very many models
+    text = json.dumps({"model_max_length": int(1e30)}).encode()
+    assert parse_json(text, name="tokenizer_config.json") == {"model_max_length": int(1e30)}
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [
