@@ -27,7 +27,7 @@ def round_inputs(x: torch.Tensor) -> torch.Tensor:
     """
     if x.numel() == 0:
         return x.clone()
-    greatest = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True)).clamp_(min=0)
+    greatest = torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True))
     scale = greatest / _HALF_RANGE
     scale.masked_fill_(scale == 0, torch.finfo(x.dtype).eps)
     steps = (x / scale).clamp_(-128, 127).round_()

@@ -283,11 +283,14 @@ def test_other_roundings_of_inputs_and_caches_are_left_out_with_a_warning(caplog
     assert not caplog.text
     group = settings["config_groups"]["group_0"]
     group["input_activations"] = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
-    extra = {
+    assert opened(checkpoint_of(stored, settings)).quantized[NAME].form.input_bits is None
+    assert "quantized in a way that is not imitated here" in caplog.text
+    caplog.clear()
+    group["input_activations"] = None
+    extra: dict[str, Array] = {
         f"{MODULE}.input_scale": np.ones(1, np.float16),
         "model.layers.0.self_attn.k_scale": np.ones(1, np.float16),
     }
     checkpoint = opened(checkpoint_of(stored | extra, settings))
     assert "quantized in a way that is not imitated here" in caplog.text
     assert set(checkpoint.tensors) == {NAME}
-    assert checkpoint.quantized[NAME].form.input_bits is None
