@@ -52,11 +52,13 @@ METHODS = (
     Method("rtn", {"method": "rtn", "clip_search": False}),
     Method("rtn + clip", {"method": "rtn", "clip_search": True}),
     Method("gptq", {"method": "gptq"}),
+    Method("gptq + clip", {"method": "gptq", "clip_search": True}),
     Method("hqq, asym", {"method": "hqq"}),
     Method("awq, asym", {"method": "awq"}),
+    Method("rtn, asym", {"method": "rtn", "clip_search": False, "symmetric": False}),
     Method("gptq, asym", {"method": "gptq", "symmetric": False}),
 )
-CALIBRATED = frozenset({"gptq", "awq", "smoothquant"})
+_QUICK = METHODS[:-2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +71,8 @@ class Case:
 
 
 def cases(subject: Subject, *, quick: bool) -> Iterator[Case]:
-    """Gives what is tried of a model; quick: four and three bits on the first group size, without the last method."""
-    methods = METHODS[:-1] if quick else METHODS
+    """Gives what is tried of a model; quick: four and three bits on the first group size, without the last two."""
+    methods = _QUICK if quick else METHODS
     for bits in subject.bits[:2] if quick else subject.bits:
         for group_size in subject.groups[:1] if quick else subject.groups:
             yield from (Case(method, bits, group_size) for method in methods)
@@ -121,7 +123,7 @@ def subjects(data: Path, smollm2: Path | None, folder: Path, *, quick: bool) -> 
         found.append(
             Subject(
                 "SmolLM2-135M", smollm2, **wiki, length=512, samples=16 // few, context=512, chunks=8 // few,
-                groups=(64,), bits=(4, 3), row_bits=(),
+                groups=(64,), bits=(4,), row_bits=(),
             )
         )  # fmt: skip
     return found

@@ -168,6 +168,8 @@ def judge(outputs: Mapping[str, Path], model: Path, text: Path, chunks: int) -> 
     found: dict[str, Any] = {}
     for name, out in outputs.items():
         parity = reference.judge(out, "INT4")
+        if not parity.tokens:
+            raise SystemExit(f"{name}: {parity.reason}")
         found[name] = {
             "mean_kld": parity.mean_kld,
             "mean_kld_stderr": parity.mean_kld_stderr,
