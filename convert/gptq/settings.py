@@ -121,12 +121,10 @@ def module_rules(modules: Mapping[str, Mapping[str, Any]], skipped: Sequence[str
 def _block_modules(modules: Iterable[str], skipped: Sequence[str]) -> list[str]:
     """Names the quantized modules for optimum, which asks how a path ends, and vLLM, which asks what it holds."""
     inner = [module for module in modules if in_layer(module)]
-    skipped_places = {_NUMBER.sub("\0", module) for module in skipped}
     places = dict.fromkeys(_NUMBER.sub("\0", module) for module in inner)
     names = [place.partition("\0.")[2] for place in places]
-    if skipped_places & places.keys() or any("\0" in name for name in names):
-        return inner
-    return inner if any(name in module for name in names for module in skipped) else names
+    unclear = any("\0" in name or name in module for name in names for module in skipped)
+    return inner if unclear else names
 
 
 def _shared(

@@ -147,6 +147,14 @@ def test_bfloat16_scales_are_stored_where_float16_holds_them() -> None:
                 fmt.pack(_NAME, tensor, tensor.form)
 
 
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_scales_that_are_not_finite_are_not_packed(bad: float) -> None:
+    tensor = random_codes(4, symmetric=True)
+    tensor.scale[0, 0] = bad
+    with pytest.raises(LayoutError, match=r"1 scales, first (inf|nan), are not float16 numbers"):
+        GPTQ_V1.pack(_NAME, tensor, tensor.form)
+
+
 _REFUSED: list[tuple[PackFormat, dict[str, Any], str]] = [
     (GPTQ_V1, {"shape": (30, 64)}, r"32 rows and 32 columns .*; 30 rows"),
     (GPTQ_V2, {"shape": (32, 172)}, r"172 columns"),

@@ -97,6 +97,29 @@ def test_rules_are_read_as_they_were_written() -> None:
         rules.of("model.layers.3.mlp.gate_proj")
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"^model\.layers\.1\.mlp\.up$",
+        r"^model\.layers\.1\.mlp\.up_proj$",
+        r"model\.layers\.1",
+        "model.layers.1",
+        "mlp",
+        r".*mlp\.(up|gate)_proj$",
+        r"model\.layers\.[02]\..*",
+        r"(?!.*k_proj).*self_attn",
+        "",
+        r".*\.1\..*q_proj",
+        "model$",
+    ],
+)
+def test_a_rule_holds_where_re_match_finds_it(pattern: str) -> None:
+    base = {"bits": 4, "group_size": 128, "dynamic": {f"+:{pattern}": {"bits": 8}}}
+    names = [name.removesuffix(".weight") for name in _forms(13)]
+    rules = read_settings(base, "config", len(names))
+    assert [rules.of(name).bits == 8 for name in names] == [re.match(pattern, name) is not None for name in names]
+
+
 def test_parts_that_vllm_computes_together_have_a_rule_for_the_whole() -> None:
     dynamic = GPTQ_V2.settings(_forms(q_proj=_form(8), k_proj=_form(8), v_proj=_form(8)), [], {})["dynamic"]
     assert gptqmodel_override(dynamic, "model.layers.4.self_attn.qkv_proj") == {"bits": 8}
