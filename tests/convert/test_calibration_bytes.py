@@ -132,7 +132,8 @@ def test_inputs_that_are_damaged_cut_off_or_missing_do_not_count(folders: dict[s
     content = json.loads(text)
     for bad in (
         "", "[]", "{}", text[:-9], text.replace("1320", "1e99"), text.replace("1320", "-1"),
-        json.dumps({**content, "parts": content["parts"][1:]}), json.dumps({**content, "parts": 5}),
+        json.dumps({**content, "parts": content["parts"][1:]}),
+        json.dumps({**content, "parts": content["parts"][:-1]}), json.dumps({**content, "parts": 5}),
         json.dumps({**content, "parts": [[0, 1 << 62, ""]]}), json.dumps({**content, "width": 0}),
     ):  # fmt: skip
         listed.write_text(bad)

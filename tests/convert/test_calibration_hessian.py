@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -77,6 +77,12 @@ def test_threads_do_not_change_a_bit() -> None:
 
 def test_a_pool_leaves_torch_as_it_was() -> None:
     before = torch.get_num_threads()
-    with Workers(2) as workers:
-        assert list(workers.in_order("forward", [torch.get_num_threads] * 7)) == [1] * 7
-    assert torch.get_num_threads() == before
+    try:
+        torch.set_num_threads(3)
+        with Workers(2) as workers:
+            assert list(workers.in_order("forward", [torch.get_num_threads] * 7)) == [1] * 7
+        assert torch.get_num_threads() == 3
+        with ThreadPoolExecutor(1) as later:  # threads that start now take what was set last
+            assert later.submit(torch.get_num_threads).result() == 3
+    finally:
+        torch.set_num_threads(before)
