@@ -42,7 +42,7 @@ def holds(type_name: str, form: QuantizedForm) -> bool:
     if type_name == "Q4_1":
         return form.symmetric and form.bits <= 4
     greatest = 1 << (form.bits - 1) if form.symmetric else 1 << form.bits  # steps are in [-greatest, greatest)
-    return greatest <= _HALF[type_name] or (not form.symmetric and greatest - 1 < _HALF[type_name])
+    return greatest <= _HALF[type_name]
 
 
 def blocks_of(tensor: QuantizedTensor, type_name: str) -> NDArray[np.uint8]:
