@@ -116,7 +116,7 @@ def subjects(data: Path, smollm2: Path | None, folder: Path, *, quick: bool) -> 
         ),
         Subject(
             "glasslm-en", models / "glasslm-en-hf", calibration=alice, test=rest, length=128, samples=128 // few,
-            context=128, chunks=160 // few, groups=(32, 128, -1), odd="down_proj",
+            context=128, chunks=160 // few, groups=(32, -1), odd="down_proj",
         ),
     ]  # fmt: skip
     if smollm2 is not None:
