@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantpress.convert.arch.spec import Hyperparameters
 from quantpress.convert.atomic import check_replaceable, held_output, require_space, work_folder
 from quantpress.convert.checkpoint import Checkpoint, LazyTensor
 from quantpress.convert.files import open_regular
@@ -34,7 +35,6 @@ from quantpress.pipelines.stage import (
     TensorResult,
     fill_name,
 )
-from quantpress.quant.errors import UnknownFamilyError
 
 if TYPE_CHECKING:
     from quantpress.pipelines.quantize_calibration import Calibration
@@ -67,7 +67,7 @@ class QuantizeJob:
         self.stage, self.source = stage, source
         self.recipe = stage.recipe(source)
         self.format = find_format(self.recipe.format)
-        self.checked = self._check()
+        self.checked = checked_or_unknown(source)
         self.weights = plan_weights(source, self.recipe, self.format)
         self.settings = self.format.settings(self.weights.forms, tuple(self.weights.left), self._details())
 
@@ -102,10 +102,10 @@ class QuantizeJob:
         return main_type(self.weights.forms.values())
 
     @property
-    def layers(self) -> int:
-        """Number of layers of a model of a known family."""
+    def hyper(self) -> Hyperparameters:
+        """Sizes of a model of a known family."""
         assert isinstance(self.checked, Preflight), "methods that go by layers are refused for unknown families"
-        return self.checked.hyper.layers
+        return self.checked.hyper
 
     def check_output(self, context: RunContext) -> None:
         """Checks that the output may be written.
@@ -169,15 +169,6 @@ class QuantizeJob:
         if self.recipe.format == "bitsandbytes" or self.ftype == "w8a8":
             return "W8A8"  # inputs are rounded, also where codes are kept
         return self.ftype.upper() if self.recipe.method is not None else "F32"
-
-    def _check(self) -> Preflight | UnknownFamilyError:
-        checked = checked_or_unknown(self.source)
-        if self.recipe.method in CALIBRATED and not isinstance(checked, Preflight):
-            raise UnknownFamilyError(
-                f"{self.source.name}: {checked}; --method {self.recipe.method} runs the model, --method rtn and hqq"
-                " need not"
-            )
-        return checked
 
     def _details(self) -> dict[str, Any]:
         method = self.recipe.method

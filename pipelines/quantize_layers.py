@@ -66,7 +66,7 @@ def _step(layer: int) -> str:
 
 def _first_layer(job: QuantizeJob, spool: Spool) -> int | None:
     """Gives the layer to begin with, after the finished ones; None where all are."""
-    layers = job.layers
+    layers = job.hyper.layers
     first = next((layer for layer in range(layers) if _step(layer) not in spool.steps), None)
     if not first:
         return first
@@ -82,13 +82,12 @@ def _method(job: QuantizeJob, context: RunContext) -> LayerMethod:
     from quantpress.convert.calibration import methods
     from quantpress.quant.gptq import GptqOptions
 
-    grid_of, name = job.recipe.grid_of, job.recipe.method
-    if name == "gptq":
+    grid_of, threads = job.recipe.grid_of, context.threads
+    if job.recipe.method == "gptq":
         options = GptqOptions(act_order=job.stage.act_order, damping=job.stage.damping)
-        return methods.GptqMethod(grid_of, options, context.threads)
-    kinds: Mapping[str, Any] = {"awq": "AwqMethod", "smoothquant": "SmoothMethod"}
-    method: LayerMethod = getattr(methods, kinds[str(name)])(grid_of, threads=context.threads)
-    return method
+        return methods.GptqMethod(grid_of, options, threads)
+    kind = methods.AwqMethod if job.recipe.method == "awq" else methods.SmoothMethod
+    return kind(grid_of, threads=threads, head_dim=job.hyper.head_dim)
 
 
 def _plain(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -18,7 +18,7 @@ CALIBRATED = frozenset({"gptq", "awq", "smoothquant"})
 FORMATS = ("gptq", "gptq_v2", "awq", "compressed-tensors", "bitsandbytes")
 _ASYMMETRIC = frozenset({"awq", "hqq"})  # whose authors quantize with zeros
 _INT8 = frozenset({"smoothquant", "llm_int8"})
-_CLIPPED = frozenset({"awq"})  # clip search is part of the method
+_CLIPPED = frozenset({"awq", "hqq"})  # clip search is part of the method
 # what a format's readers multiply with; None: any type, so the model's own
 _SCALE_TYPES = {"gptq": "F16", "gptq_v2": "F16", "awq": "F16", "compressed-tensors": None, "bitsandbytes": "F32"}
 _TRUTHS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}

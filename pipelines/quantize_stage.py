@@ -14,7 +14,7 @@ from quantpress.pipelines.quantize_job import QuantizeJob
 from quantpress.pipelines.quantize_plan import own_scale_type
 from quantpress.pipelines.quantize_recipe import CALIBRATED, Asked, Recipe, fill_recipe, scale_type_of
 from quantpress.pipelines.stage import Artifact, BuildingStage, Plan, RunContext
-from quantpress.quant.errors import UsageError
+from quantpress.quant.errors import UnknownFamilyError, UsageError
 from quantpress.quant.grid import Grid
 
 _DEFAULT_METHOD = "gptq"
@@ -76,6 +76,7 @@ class Quantize(BuildingStage):
 
         Raises:
             UsageError: options that do not go together.
+            UnknownFamilyError: a method that runs the model, and there is no table for it.
         """
         recipe = self.recipe(source)
         if recipe.method is None:
@@ -96,7 +97,13 @@ class Quantize(BuildingStage):
             return filled
         from quantpress.pipelines.quantize_calibration import sequence_length
 
-        return dataclasses.replace(filled, sequence_length=sequence_length(source, self.sequence_length))
+        try:
+            length = sequence_length(source, self.sequence_length)
+        except UnknownFamilyError as error:
+            raise UnknownFamilyError(
+                f"{source.name}: {error}; --method {recipe.method} runs the model, which --method rtn and hqq need not"
+            ) from error
+        return dataclasses.replace(filled, sequence_length=length)
 
     def recipe(self, source: Checkpoint) -> Recipe:
         """Gives the settings of the weights.

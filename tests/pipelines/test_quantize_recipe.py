@@ -70,7 +70,9 @@ def test_a_pattern_may_hold_an_equals_sign_and_a_colon() -> None:
     assert Override.parse("(?:a=b)=bits:2") == Override("(?:a=b)", bits=2)
 
 
-@pytest.mark.parametrize("text", ["down_proj", "=bits:4", "x=bits", "x=bits:four", "x=color:4", "x=symmetric:maybe", "x="])
+@pytest.mark.parametrize(
+    "text", ["down_proj", "=bits:4", "x=bits", "x=bits:four", "x=color:4", "x=symmetric:maybe", "x="]
+)
 def test_an_override_of_another_form_is_refused_with_its_text(text: str) -> None:
     with pytest.raises(UsageError, match="--override") as caught:
         Override.parse(text)
@@ -84,7 +86,7 @@ def test_patterns_that_find_nothing_are_refused() -> None:
         Recipe("rtn", "gptq", Grid(), skip=("down", "dwn_proj")),
         Recipe("rtn", "gptq", Grid(), overrides=(Override("dwn_proj", bits=8),)),
     ):
-        with pytest.raises(UsageError, match="dwn_proj.*down_proj"):
+        with pytest.raises(UsageError, match=r"dwn_proj.*down_proj"):
             recipe.check_patterns(names)
     with pytest.raises(UsageError, match="not a regular expression"):
         Recipe("rtn", "gptq", Grid(), skip=("(",)).check_patterns(names)

@@ -37,9 +37,7 @@ def gptq_weight(tensors: dict[str, np.ndarray], module: str) -> tuple[np.ndarray
     shifts = np.arange(0, 32, 4)
     words = tensors[f"{module}.qweight"].view(np.uint32)
     codes = ((words[:, None, :] >> shifts[None, :, None]) & 15).reshape(-1, words.shape[1])
-    zeros = (((tensors[f"{module}.qzeros"].view(np.uint32)[:, :, None] >> shifts) & 15) + 1).reshape(
-        -1, words.shape[1]
-    )
+    zeros = (((tensors[f"{module}.qzeros"].view(np.uint32)[:, :, None] >> shifts) & 15) + 1).reshape(-1, words.shape[1])
     scales, groups = tensors[f"{module}.scales"].astype(np.float64), tensors[f"{module}.g_idx"]
     return (scales[groups] * (codes.astype(np.float64) - zeros[groups])).T, scales.T
 
