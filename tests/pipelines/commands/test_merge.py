@@ -329,7 +329,7 @@ def test_a_quantized_model_of_an_unknown_family_is_refused(
     quantpress: Run, unknown_family: Path, tiny_adapter: Path, tmp_path: Path
 ) -> None:
     config = json.loads((unknown_family / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    config["quantization_config"] = {"quant_method": "quip", "bits": 4}
     (unknown_family / "config.json").write_text(json.dumps(config))
     for line in (("merge", unknown_family, tiny_adapter), ("convert", "--to", "safetensors", unknown_family)):
         ended = quantpress(*line, tmp_path / "out", "--no-verify")
