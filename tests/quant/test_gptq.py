@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from quantpress.quant.errors import InputError
-from quantpress.quant.gptq import GptqOptions, factorize, gptq
+from quantpress.quant.gptq import GptqOptions, factorize, gptq, gptq_shared
 from quantpress.quant.grid import Grid, fit, round_to_nearest
 from quantpress.quant.qtensor import QuantizedTensor
 
@@ -96,6 +96,54 @@ def test_rows_are_independent_so_shared_runs_equal_separate_ones() -> None:
     together, _ = gptq(weight, factor, grid)
     for part in (slice(0, 16), slice(16, 48)):
         assert (gptq(np.ascontiguousarray(weight[part]), factor, grid)[0].codes == together.codes[part]).all()
+
+
+def test_the_bytes_do_not_depend_on_the_number_of_threads() -> None:
+    weight, hessian = _case(300, 600)  # several tiles and chunks, none of them whole
+    found = set()
+    for threads in (1, 2, 3):
+        factor = factorize(hessian, GptqOptions(), threads)
+        quantized, report = gptq(weight, factor, Grid(3, 64, clip_search=True), threads)
+        found.add((factor.upper.tobytes(), quantized.codes.tobytes(), quantized.scale.tobytes(), report))
+    assert len(found) == 1
+
+
+def test_matrices_that_share_an_input_come_out_as_each_alone_whatever_their_grids() -> None:
+    weight, hessian = _case(200, 256)
+    factor, grids = factorize(hessian, GptqOptions()), [Grid(4, 64), Grid(3, -1, False), Grid(4, 64)]
+    parts = [np.ascontiguousarray(weight[rows]) for rows in (slice(0, 130), slice(130, 140), slice(140, 200))]
+    for (together, report), part, grid in zip(gptq_shared(parts, factor, grids, 2), parts, grids, strict=True):
+        alone, own = gptq(part, factor, grid)
+        assert (alone.codes == together.codes).all()
+        assert own == report
+
+
+@pytest.mark.parametrize("columns", [1, 5, 255, 256, 257, 600])
+def test_the_factor_inverts_the_damped_hessian(columns: int) -> None:
+    _, hessian = _case(1, columns)
+    before = hessian.copy()
+    for act_order in (True, False):
+        factor = factorize(hessian, GptqOptions(act_order=act_order, damping=0.1))
+        damped = hessian.astype(np.float64) + factor.added * np.eye(columns)
+        upper = factor.upper.astype(np.float64)
+        product = upper.T @ upper @ damped[np.ix_(factor.order, factor.order)]
+        # float32: 2^-24 for each of K sums, times the condition that a damping of a tenth leaves
+        assert np.abs(product - np.eye(columns)).max() < 1e-4
+        assert not np.tril(upper, -1).any()
+        costs = 1 / np.linalg.inv(damped).diagonal()
+        assert np.allclose(factor.importance, costs, rtol=1e-4)
+    assert (hessian == before).all()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_loss_that_is_reported_is_that_of_the_hessian_without_damping(symmetric: bool) -> None:
+    weight, hessian = _case(40, 200)
+    hessian[[3, 70]] = hessian[:, [3, 70]] = 0
+    quantized, report = gptq(weight, factorize(hessian, GptqOptions(damping=0.05)), Grid(3, 64, symmetric))
+    loss = _error(weight, quantized, hessian)
+    assert report.loss == pytest.approx(loss, rel=1e-3)
+    power = float((weight.astype(np.float64) ** 2 @ hessian.diagonal()).sum())
+    assert report.relative_loss == pytest.approx(loss / power, rel=1e-3)
 
 
 def test_permuted_inputs_give_permuted_codes() -> None:
