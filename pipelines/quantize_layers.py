@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from quantpress.convert.calibration.chain import load_chain
 from quantpress.convert.calibration.site import LayerMethod, LayerResult
 from quantpress.convert.calibration.walk import calibrate
-from quantpress.convert.checkpoint import Array
+from quantpress.convert.checkpoint import Array, Checkpoint, LazyTensor
+from quantpress.convert.files import shown
 from quantpress.pipelines.quantize_calibration import Calibration, activation_budget
 from quantpress.pipelines.quantize_weights import pack
 from quantpress.pipelines.spool import Spool
 from quantpress.pipelines.stage import RunContext
+from quantpress.quant.errors import InputError
+from quantpress.quant.floats import count_nonfinite
 
 if TYPE_CHECKING:
     from quantpress.pipelines.quantize_job import QuantizeJob
@@ -40,7 +44,7 @@ def quantize_layers(job: QuantizeJob, calibration: Calibration, spool: Spool, co
     live.mkdir(exist_ok=True)
     weights = job.weights.weights
     results = calibrate(
-        job.source,
+        _with_checks(job.source),
         calibration.windows,
         _method(job, context),
         targets=weights.__contains__,
@@ -58,6 +62,32 @@ def quantize_layers(job: QuantizeJob, calibration: Calibration, spool: Spool, co
         seconds = {name: round(value, 3) for name, value in result.seconds.items()}
         spool.add(_step(result.layer), tensors, {"reports": _plain(result.reports), "seconds": seconds})
         _tell(result)
+
+
+def _with_checks(source: Checkpoint) -> Checkpoint:
+    """Gives a model whose tensors are refused, by their names, where they hold what no model can compute with."""
+    tensors = {
+        name: replace(
+            tensor,
+            read_rows=_checked(tensor, tensor.read_rows),
+            wide_rows=None if tensor.wide_rows is None else _checked(tensor, tensor.wide_rows),
+        )
+        for name, tensor in source.tensors.items()
+    }
+    return replace(source, tensors=tensors)
+
+
+def _checked(tensor: LazyTensor, read: Callable[[int, int], Array]) -> Callable[[int, int], Array]:
+    def read_rows(start: int, stop: int) -> Array:
+        values = read(start, stop)
+        if wrong := count_nonfinite(values):
+            raise InputError(
+                f"{tensor.source}: tensor {shown(tensor.name, 200)}: {wrong} values are NaN or infinite, and a model"
+                " that holds them cannot be run"
+            )
+        return values
+
+    return read_rows
 
 
 def _step(layer: int) -> str:

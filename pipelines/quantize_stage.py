@@ -94,6 +94,8 @@ class Quantize(BuildingStage):
             activation_bits=recipe.input_bits,
         )
         if recipe.method not in CALIBRATED:
+            if self.calibration is not None:
+                raise UsageError(f"--calibration {self.calibration}: --method {recipe.method} reads no text")
             return filled
         from quantpress.pipelines.quantize_calibration import sequence_length
 

@@ -13,23 +13,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import quantpress as qp
-from quantpress.convert.atomic import held_output
+from tests.pipelines.commands.quantized_folders import JUDGE, WINDOWS, files, sidecar
 
 Run = Callable[..., Any]
-JUDGE = ("--chunks", 2, "--context", 64)
-WINDOWS = ("--samples", 4, "--sequence-length", 64)
 PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def sidecar(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "quantpress.json").read_text())
-    return found
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    """Everything but the sidecar, whose timings differ."""
-    paths = (path for path in folder.iterdir() if path.name != "quantpress.json")
-    return {path.name: path.read_bytes() for path in paths}
 
 
 def gptq_weight(tensors: dict[str, np.ndarray], module: str) -> tuple[np.ndarray, np.ndarray]:
@@ -133,7 +120,8 @@ def test_gptq_is_closer_to_a_trained_model_than_rounding(quantpress: Run, shared
 def test_threads_change_no_byte_and_sidecars_differ_in_times_only(
     quantpress: Run, tiny_model: Path, tmp_path: Path, text_file: Path, method: str
 ) -> None:
-    flags = ("--method", method, "--calibration", text_file, *WINDOWS, "--bits", 3, "--asymmetric", "--no-verify")
+    known = ("--calibration", text_file, *WINDOWS) if method == "gptq" else ()
+    flags = ("--method", method, *known, "--bits", 3, "--asymmetric", "--no-verify")
     found, records = [], []
     for threads in (1, 2, 3):
         out = tmp_path / str(threads) / "out"
@@ -143,90 +131,6 @@ def test_threads_change_no_byte_and_sidecars_differ_in_times_only(
         records.append({key: value for key, value in sidecar(out).items() if key != "timings"})
     assert found[0] == found[1] == found[2]
     assert records[0] == records[1] == records[2]
-
-
-def test_a_dry_run_plans_all_and_reads_no_weight(quantpress: Run, tiny_model: Path, tmp_path: Path) -> None:
-    model = tmp_path / "model"
-    model.mkdir()
-    for path in tiny_model.iterdir():
-        (model / path.name).write_bytes(path.read_bytes())
-    tensors = load_file(model / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][3, :5] = np.nan
-    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    flags = ("--method", "rtn", "--group-size", 32, "--override", "layers.0.*down_proj=bits:8", "--skip", "k_proj")
-    planned = quantpress("quantize", model, tmp_path / "out", *flags, "--dry-run", "--json")
-    assert planned.code == 0, planned.err
-    plan = json.loads(planned.out)
-    types = {tensor["name"]: tensor["type"] for tensor in plan["tensors"]}
-    assert types["model.layers.0.mlp.down_proj.weight"] == "int8 g32"
-    assert types["model.layers.1.mlp.down_proj.weight"] == "int4 g32"
-    assert types["model.layers.1.self_attn.k_proj.weight"] == "F32"
-    assert plan["disk_needed"] > plan["bytes"] > 0
-    assert not (tmp_path / "out").exists()
-    refused = quantpress("quantize", model, tmp_path / "out", *flags, "--no-verify")
-    assert refused.code == 3
-    assert "model.layers.1.mlp.up_proj.weight" in refused.err
-    assert "5 values" in refused.err
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".quantpress")] in (
-        [],
-        [".quantpress-out.work"],  # the layer before is finished, and kept for a run that leaves the weight out
-    )
-    left = quantpress("quantize", model, tmp_path / "out", *flags, "--no-verify", "--skip", "up_proj")
-    assert left.code == 3  # NaN is not passed on either
-    assert quantpress("quantize", model, tmp_path / "out", *flags, "--no-verify", "--skip", "up_proj",
-                      "--allow-nonfinite").code == 0  # fmt: skip
-
-
-def test_the_size_of_the_plan_is_the_size_of_the_file(quantpress: Run, tiny_model: Path, tmp_path: Path) -> None:
-    for name in ("gptq", "gptq_v2", "awq", "compressed-tensors"):
-        out, flags = tmp_path / name, ("--method", "rtn", "--group-size", 32, "--format", name)
-        plan = json.loads(quantpress("quantize", tiny_model, out, *flags, "--dry-run", "--json").out)
-        assert quantpress("quantize", tiny_model, out, *flags, "--no-verify").code == 0
-        assert plan["bytes"] == sum(values.nbytes for values in load_file(out / "model.safetensors").values())
-        assert sum(tensor["bytes"] for tensor in plan["tensors"]) == plan["bytes"]
-
-
-@pytest.mark.parametrize(
-    ("flags", "code", "message"),
-    [
-        (("--format", "ggml"), 2, "ggml"),
-        (("--bits", 5), 2, "5"),
-        (("--group-size", -2), 2, "group size -2"),
-        (("--skip", "no_such_proj"), 2, "no_such_proj"),
-        (("--override", "q_proj=bits:9"), 2, "bits 9"),
-        (("--override", "q_proj"), 2, "REGEX=KEY:VALUE"),
-        (("--method", "gptq", "--sequence-length", 4096), 2, "made for 128 tokens"),
-        (("--method", "gptq", "--calibration", "missing.txt"), 3, "missing.txt"),
-        (("--format", "awq", "--bits", 8), 3, "none of the weights can be stored"),
-        (("--method", "llm_int8", "--format", "gptq"), 2, "llm_int8"),
-    ],
-)
-def test_what_cannot_be_done_ends_with_its_code_and_leaves_nothing(
-    quantpress: Run, tiny_model: Path, tmp_path: Path, flags: tuple[Any, ...], code: int, message: str
-) -> None:
-    method = () if "--method" in flags else ("--method", "rtn")
-    ended = quantpress("quantize", tiny_model, tmp_path / "out", *method, *flags, "--no-verify")
-    assert ended.code == code, ended.err
-    assert message in ended.err
-    assert ended.err.splitlines()[-1].startswith("error:")
-    assert not list(tmp_path.iterdir())
-
-
-def test_what_a_format_cannot_hold_stays_as_it_is_and_is_told(
-    quantpress: Run, tiny_model: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    flags = ("--method", "rtn", "--format", "compressed-tensors", "--group-size", 64)
-    ended = quantpress("quantize", tiny_model, out, *flags, "--no-verify")
-    assert ended.code == 0, ended.err
-    assert "2 weights stay as they are, first model.layers.0.mlp.down_proj.weight" in ended.err  # 96 columns
-    assert any("down_proj" in note for note in sidecar(out)["notes"])
-    found = load_file(out / "model.safetensors")
-    source = load_file(tiny_model / "model.safetensors")
-    name = "model.layers.1.mlp.down_proj.weight"
-    np.testing.assert_array_equal(found[name], source[name])
-    ignored = json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
-    assert {"lm_head", name.removesuffix(".weight")} <= set(ignored)
 
 
 def test_codes_go_from_format_to_format_as_they_are(quantpress: Run, tiny_model: Path, tmp_path: Path) -> None:
@@ -251,27 +155,6 @@ def test_codes_go_from_format_to_format_as_they_are(quantpress: Run, tiny_model:
     assert one.keys() == other.keys()
     for name, values in one.items():
         np.testing.assert_array_equal(values, other[name])
-
-
-@pytest.mark.parametrize(
-    ("flags", "code", "message"),
-    [
-        (("--format", "awq", "--method", "rtn"), 2, "quantized already"),
-        (("--format", "awq", "--bits", 4), 2, "--bits"),
-        (("--format", "awq", "--skip", "q_proj"), 2, "--skip"),
-        ((), 2, "--format"),
-        (("--format", "bitsandbytes"), 3, "model.layers.0"),
-    ],
-)
-def test_a_quantized_model_is_not_quantized_again(
-    quantpress: Run, tiny_model: Path, tmp_path: Path, flags: tuple[Any, ...], code: int, message: str
-) -> None:
-    first = tmp_path / "gptq"
-    assert quantpress("quantize", tiny_model, first, "--method", "rtn", "--group-size", 32, "--no-verify").code == 0
-    ended = quantpress("quantize", first, tmp_path / "out", *flags, "--no-verify")
-    assert ended.code == code, ended.err
-    assert message in ended.err
-    assert [path.name for path in tmp_path.iterdir()] == ["gptq"]
 
 
 def test_an_adapter_is_merged_before_and_judged_unmerged(
@@ -303,25 +186,6 @@ def test_a_quantized_base_with_an_adapter_is_quantized_anew(
     assert ended.code == 0, ended.err
     codes = [qp.open_checkpoint(folder).quantized["model.layers.0.self_attn.q_proj.weight"] for folder in (base, out)]
     assert not np.array_equal(codes[0].read().codes, codes[1].read().codes)
-
-
-def test_a_second_run_on_one_output_ends_with_6(quantpress: Run, tiny_model: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    with held_output(out):
-        ended = quantpress("quantize", tiny_model, out, "--method", "rtn", "--no-verify")
-        assert ended.code == 6, ended.err
-        assert "another run" in ended.err
-    assert quantpress("quantize", tiny_model, out, "--method", "rtn", "--no-verify").code == 0
-
-
-def test_an_existing_output_is_replaced_with_force_only(quantpress: Run, tiny_model: Path, tmp_path: Path) -> None:
-    out = tmp_path / "{name}-{ftype}"
-    flags = ("--method", "rtn", "--no-verify")
-    assert quantpress("quantize", tiny_model, out, *flags).code == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["tiny-model-int4"]
-    assert quantpress("quantize", tiny_model, out, *flags).code == 2
-    assert quantpress("quantize", tiny_model, out, *flags, "--force").code == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["tiny-model-int4"]
 
 
 def test_the_library_writes_what_the_program_writes(

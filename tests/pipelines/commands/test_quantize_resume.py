@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import quantpress as qp
+from tests.pipelines.commands.quantized_folders import files
 from tests.tiny import tiny_checkpoint
 
 GPTQ: dict[str, Any] = {"method": "gptq", "group_size": 32, "samples": 4, "sequence_length": 32}
@@ -32,10 +33,6 @@ def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     out = tmp_path_factory.mktemp("undisturbed") / "out"
     qp.quantize(model, out, **GPTQ)
     return files(out)
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "quantpress.json"}
 
 
 def work(out: Path) -> Path:
@@ -161,6 +158,18 @@ def test_damage_is_noticed_and_done_again(
     path.write_bytes(data)
     qp.quantize(model, out, **GPTQ)
     assert files(out) == undisturbed
+
+
+@pytest.mark.parametrize("method", ["awq", "smoothquant"])
+def test_methods_that_change_other_tensors_go_on_too(model: Path, tmp_path: Path, method: str) -> None:
+    options: dict[str, Any] = {"method": method, "samples": 4, "sequence_length": 32}
+    options |= {"group_size": 32} if method == "awq" else {}
+    qp.quantize(model, tmp_path / "clean" / "out", **options)
+    out = tmp_path / "stopped" / "out"
+    with pytest.raises(KeyboardInterrupt):
+        qp.quantize(model, out, **options, progress=stop_at("quantizing", 1.5))
+    qp.quantize(model, out, **options, threads=1)
+    assert files(out) == files(tmp_path / "clean" / "out")
 
 
 def test_data_free_methods_go_on_too(model: Path, tmp_path: Path) -> None:
