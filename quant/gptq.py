@@ -238,7 +238,7 @@ def _quantize_chunk(
     weight: NDArray[np.float32], factor: Factor, upper: torch.Tensor, grid: Grid, importance: Array | None
 ) -> _Chunk:
     """Quantizes at most `_ROWS` rows (n, K); on one thread."""
-    from quantpress.quant.gptq_kernels import error_square, scatter
+    from quantpress.quant.gptq_kernels import error_and_power, scatter
 
     clean = np.ascontiguousarray(np.where(factor.dead, np.float32(0), weight) if factor.dead.any() else weight)
     size = grid.group(weight.shape[1])
@@ -249,8 +249,8 @@ def _quantize_chunk(
     codes = np.empty(weight.shape, np.uint8)
     scatter(found, factor.order, codes)
     # the column loop minimizes the loss with the damped Hessian: what the damping adds is |W - Q|^2 times it
-    loss = float(losses[: len(weight)].sum()) - factor.added * error_square(clean, codes, wide, zeros, size)
-    power = float(np.einsum("nk,nk,k->", clean, clean, factor.diagonal, dtype=np.float64))
+    square, power = error_and_power(clean, codes, wide, zeros, factor.diagonal, size)
+    loss = float(losses[: len(weight)].sum()) - factor.added * square
     return _Chunk(codes, scale, zero, max(loss, 0.0), power)
 
 

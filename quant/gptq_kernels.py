@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from quantpress.quant.compiled import compiled
 
-__all__ = ["error_square", "gather", "quantize_columns", "scatter"]
+__all__ = ["error_and_power", "gather", "quantize_columns", "scatter"]
 
 Array = NDArray[Any]
 
@@ -75,13 +75,38 @@ def quantize_columns(
                 target[row] -= error[row] * factor
 
 
+@compiled("contract", "reassoc")
+def _sums(
+    weight: Array, codes: Array, diagonal: Array, scale: np.float32, zero: np.float32
+) -> tuple[np.float32, np.float32]:
+    square, power = _ZERO, _ZERO
+    for column in range(weight.size):
+        error = weight[column] - scale * (np.float32(codes[column]) - zero)
+        square += error * error
+        power += weight[column] * weight[column] * diagonal[column]
+    return square, power
+
+
 @compiled()
-def error_square(weight: Array, codes: Array, scale: Array, zero: Array, size: int) -> float:
-    """Sums the squares of `weight` (n, K) minus what `codes` (n, K), `scale` and `zero` (n, G) stand for."""
-    total = 0.0
+def error_and_power(
+    weight: Array, codes: Array, scale: Array, zero: Array, diagonal: Array, size: int
+) -> tuple[float, float]:
+    """Sums (weight - what the codes stand for)^2, and weight^2 times its column's `diagonal`.
+
+    Args:
+        weight: (n, K) float32.
+        codes: (n, K) uint8.
+        scale: (n, G) float32.
+        zero: (n, G) uint8.
+        diagonal: (K,) float32.
+        size: columns of a group.
+    """
+    square, power = 0.0, 0.0
     for row in range(weight.shape[0]):
-        for column in range(weight.shape[1]):
-            group = column // size
-            value = scale[row, group] * (np.float32(codes[row, column]) - np.float32(zero[row, group]))
-            total += np.float64(weight[row, column] - value) ** 2
-    return total
+        for group in range(scale.shape[1]):
+            part = slice(group * size, (group + 1) * size)
+            sums = _sums(
+                weight[row, part], codes[row, part], diagonal[part], scale[row, group], np.float32(zero[row, group])
+            )
+            square, power = square + float(sums[0]), power + float(sums[1])
+    return square, power
