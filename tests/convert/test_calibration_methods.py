@@ -60,11 +60,11 @@ class _Case:
             {slot: weight for slot, weight in weights.items() if slot != skip},
             {slot: slot for slot in slots if slot != skip},
             len(inputs),
-            inputs.T @ inputs / len(inputs),
-            np.abs(inputs).mean(0),
-            np.abs(inputs).max(0),
-            {slot: weight for slot, weight in weights.items() if slot == skip},
-            self.loaded.read_back,
+            hessian=inputs.T @ inputs / len(inputs),
+            mean_abs=np.abs(inputs).mean(0),
+            max_abs=np.abs(inputs).max(0),
+            left={slot: weight for slot, weight in weights.items() if slot == skip},
+            read_back=self.loaded.read_back,
         )
 
     def with_values(self, *changes: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
@@ -116,15 +116,52 @@ def test_norms_are_rounded_to_their_type_and_the_exact_quotient_is_the_scale(tmp
     assert torch.allclose(found, case.output, rtol=1e-4, atol=1e-5 * float(case.output.abs().max()))
 
 
-def test_nothing_is_folded_where_a_linear_that_stays_reads_the_same_input(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("skip", "read_too", "fed_by_it"),
+    [
+        ("ffn_up.weight", "ffn_gate.weight", "ffn_down.weight"),
+        ("ffn_gate.weight", "ffn_up.weight", ""),
+        ("attn_v.weight", "attn_q.weight", "attn_output.weight"),
+        ("attn_k.weight", "attn_v.weight", ""),
+    ],
+)
+def test_nothing_is_folded_where_a_linear_that_stays_reads_the_same_input(
+    tmp_path: Path, skip: str, read_too: str, fed_by_it: str
+) -> None:
+    case = _Case(tmp_path, "llama-mha")
+    result = AwqMethod(lambda _: Grid(4, 16, False, clip_search=True)).quantize(case.sites(skip), case.loaded.plain())
+    assert f"{skip[: skip.index('_')]}_norm.weight" not in result.changed
+    # nor into its rows; but the rows of others that are quantized may take a scale
+    unfolded = {slot for slot, report in result.reports.items() if not report["folded"]}
+    assert read_too in unfolded
+    assert unfolded & {"attn_output.weight", "ffn_down.weight"} == ({fed_by_it} if fed_by_it else set())
+    values = {slot: tensor.dequantize() for slot, tensor in result.quantized.items()}
+    # int4 in groups of 16 with everything in its place; a scale that is lost changes the output by its own size
+    difference = (case.run(case.with_values(values, result.changed)) - case.output).double().square().mean()
+    assert float(difference) < 0.05 * float(case.output.double().square().mean())
+
+
+def test_norm_weights_of_zero_stay_and_their_columns_are_not_scaled(tmp_path: Path) -> None:
     case = _Case(tmp_path, "llama")
-    result = AwqMethod(lambda _: Grid(4, 16, False, clip_search=True)).quantize(
-        case.sites(skip="ffn_up.weight"), case.loaded.plain()
-    )
-    assert "ffn_norm.weight" not in result.changed
-    assert result.reports["ffn_gate.weight"]["folded"] is False
-    assert result.reports["ffn_down.weight"]["folded"] is False  # up's rows cannot take the scale
-    assert result.reports["attn_q.weight"]["folded"] is True
+    case.loaded.values["attn_norm.weight"][[1, 5]] = 0
+    case.output = case.run(case.loaded.values, case.inputs)
+    folding = Folding(case.sites(), case.loaded.plain(), case.hyper.head_dim)
+    scale = folding.fold(folding.sites[0], lambda tie: np.linspace(0.5, 2, case.hyper.hidden, dtype=np.float32))
+    assert scale is not None
+    assert (scale[[1, 5]] == 1).all()
+    found = case.run(case.with_values(folding.weights, folding.changed))
+    assert torch.allclose(found, case.output, rtol=1e-4, atol=1e-5 * float(case.output.abs().max()))
+
+
+def test_norms_that_their_type_cannot_hold_once_scaled_stay(tmp_path: Path) -> None:
+    case = _Case(tmp_path, "llama", "float16")
+    folding = Folding(case.sites(), case.loaded.plain(), case.hyper.head_dim)
+    wanted = np.ones(case.hyper.hidden, np.float32)
+    wanted[[2, 3]] = 1e-9, 1e12  # beyond float16, and rounded to 0
+    scale = folding.fold(folding.sites[0], lambda tie: wanted)
+    assert scale is not None
+    assert (scale[[2, 3]] == 1).all()
+    assert np.isfinite(folding.changed["attn_norm.weight"]).all()
 
 
 def _error(case: _Case, quantized: Mapping[str, QuantizedTensor], changed: Mapping[str, np.ndarray]) -> float:

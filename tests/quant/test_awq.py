@@ -52,6 +52,8 @@ def test_the_scale_that_is_found_is_as_good_as_that_of_a_search_over_plain_power
         brute.append(_loss(weights, (scale / np.sqrt(scale.max() * scale.min())).astype(np.float32), hessian))
     assert found.loss <= min(brute) * 1.01  # the search also tries the form with the weights' shares
     assert found.loss < 0.5 * found.unscaled
+    # as AWQ's code: the scales are centred, so that weights and norms keep their size
+    assert float(found.scale.max()) * float(found.scale.min()) == pytest.approx(1, rel=1e-5)
     assert found.unscaled == pytest.approx(brute[0], rel=1e-2)
     assert found.loss == pytest.approx(_loss(weights, found.scale, hessian), rel=1e-2)
 

@@ -51,9 +51,8 @@ def test_it_is_no_worse_than_the_alternation_in_float64(bits: int) -> None:
     quantized = half_quadratic(weight, Grid(bits, 64, symmetric=False))
     found = _norms(weight, quantized.dequantize(), 64)
     wanted = np.array([[_solve(part, bits) for part in row.reshape(-1, 64)] for row in weight])
-    # the same zero may come out one off where the alternation ends near an integer; the refitted scale makes up for it
-    assert (found <= wanted * 1.02).mean() > 0.95
-    assert found.sum() < wanted.sum()
+    # float32 against float64: a group whose alternation ends beside an integer may end on its other side
+    assert (found <= wanted * 1.0001).mean() > 0.95
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
