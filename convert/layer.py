@@ -141,6 +141,7 @@ class Layer:
         weights: slot -> weight; norms and their biases in float32.
         observe: told the input of every linear; see `Observe`.
         adapt: changes the output of linears.
+        attention_type: type to compute softmax(q k^T) v in, where it is not that of the hidden states.
     """
 
     index: int
@@ -149,6 +150,7 @@ class Layer:
     weights: Mapping[str, torch.Tensor]
     observe: Observe | None = None
     adapt: Adapt | None = None
+    attention_type: torch.dtype | None = None
 
     def run(self, hidden: torch.Tensor, turns: Turns | None, cache: Cache | None) -> torch.Tensor:
         """Computes the layer.
@@ -234,15 +236,16 @@ class Layer:
         if cache is not None:
             key, value = cache.extend(self.index, key, value)
         slides = bool(hyper.sliding_layers) and hyper.sliding_layers[self.index]
+        kind = self.attention_type or query.dtype
         attended = attend(
-            query,
-            key,
-            value,
+            query.to(kind),
+            key.to(kind),
+            value.to(kind),
             scale=hyper.attention_scale / (self.index + 1 if hyper.inverse_layer_scale else 1),
             window=hyper.sliding_window if slides else None,
             softcap=hyper.attention_softcap,
         )
-        return attended.transpose(1, 2).flatten(2)
+        return attended.transpose(1, 2).flatten(2).to(values.dtype)
 
     def _qkv(self, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if not self.traits.fused_qkv:

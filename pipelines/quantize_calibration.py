@@ -97,9 +97,10 @@ def needs(source: Checkpoint, stage: Quantize) -> tuple[int, int]:
     """Estimates bytes of memory and of temporary files that calibration takes."""
     hyper = find_arch(source.config).read_config(source.config)
     dims, tokens = hyper.dims, stage.samples * sequence_length(source, stage.sequence_length)
-    width = 2 * dims["hidden"] + max(dims["q"], dims["ffn"])  # as convert.calibration.passes keeps them
+    streams = 2 if stage.method in (None, "gptq") and stage.drift else 1
+    width = streams * (2 * dims["hidden"] + max(dims["q"], dims["ffn"]))  # as convert.calibration.passes keeps them
     activations, budget = tokens * width * _FLOAT, activation_budget(None)
     sizes = (math.prod(tensor.shape) for name, tensor in source.tensors.items() if ".0." in name)
     layer = sum(sizes) * _FLOAT
-    chain = 2 * tokens * dims["hidden"] * _FLOAT
+    chain = 2 * streams * tokens * dims["hidden"] * _FLOAT
     return _BASE_BYTES + 2 * layer + min(activations, budget), chain + max(0, activations - budget)

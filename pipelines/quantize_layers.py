@@ -52,6 +52,7 @@ def quantize_layers(job: QuantizeJob, calibration: Calibration, spool: Spool, co
         folder=live,
         device=context.device,
         max_memory=activation_budget(context.max_memory),
+        precision=job.stage.calibration_dtype or "f32",
         first_layer=first,
         progress=partial(context.progress, "quantizing"),
     )
@@ -115,7 +116,7 @@ def _method(job: QuantizeJob, context: RunContext) -> LayerMethod:
     grid_of, threads = job.recipe.grid_of, context.threads
     if job.recipe.method == "gptq":
         options = GptqOptions(act_order=job.stage.act_order, damping=job.stage.damping)
-        return methods.GptqMethod(grid_of, options, threads)
+        return methods.GptqMethod(grid_of, options, threads, drift=job.stage.drift)
     kind = methods.AwqMethod if job.recipe.method == "awq" else methods.SmoothMethod
     return kind(grid_of, threads=threads, head_dim=job.hyper.head_dim)
 

@@ -14,6 +14,7 @@ from quantpress.pipelines.quantize_job import QuantizeJob
 from quantpress.pipelines.quantize_plan import own_scale_type
 from quantpress.pipelines.quantize_recipe import CALIBRATED, Asked, Recipe, fill_recipe, scale_type_of
 from quantpress.pipelines.stage import Artifact, BuildingStage, Plan, RunContext
+from quantpress.quant.drift import SHARE, check_share
 from quantpress.quant.errors import UnknownFamilyError, UsageError
 from quantpress.quant.grid import Grid
 
@@ -43,6 +44,9 @@ class Quantize(BuildingStage):
         calibration: UTF-8 text; None for the built-in one.
         samples, sequence_length, seed: windows of that text.
         act_order, damping: of GPTQ.
+        drift: share of the inputs' drift that GPTQ makes up for; 0 takes half the time.
+        calibration_dtype: "f32" or "bf16", how products of the calibration are computed; None: bf16 where the
+            processor has units for it.
     """
 
     name: ClassVar[str] = "quantize"
@@ -65,6 +69,8 @@ class Quantize(BuildingStage):
     seed: int = 0
     act_order: bool = True
     damping: float = 0.01
+    drift: float = SHARE
+    calibration_dtype: str | None = None
 
     @property
     def runs_model(self) -> bool:
@@ -105,7 +111,16 @@ class Quantize(BuildingStage):
             raise UnknownFamilyError(
                 f"{source.name}: {error}; --method {recipe.method} runs the model, which --method rtn and hqq need not"
             ) from error
-        return dataclasses.replace(filled, sequence_length=length)
+        return dataclasses.replace(filled, sequence_length=length, calibration_dtype=self._precision())
+
+    def _precision(self) -> str:
+        from quantpress.convert.calibration.precision import PRECISIONS, native_precision
+
+        check_share(self.drift)
+        chosen = native_precision("cpu") if self.calibration_dtype is None else self.calibration_dtype.lower()
+        if chosen not in PRECISIONS:
+            raise UsageError(f"--calibration-dtype {chosen}: must be one of {', '.join(PRECISIONS)}")
+        return chosen
 
     def recipe(self, source: Checkpoint) -> Recipe:
         """Gives the settings of the weights.

@@ -1,4 +1,6 @@
-"""Statistics of a linear's inputs: the Hessian X^T X of GPTQ, and mean and maximum of the absolute values per column.
+"""Statistics of a linear's inputs: Hessian, drift, mean and greatest absolute value per column.
+
+The Hessian is GPTQ's X^T X; the drift says how the inputs differ from those that the source's weights give.
 
 Sums are taken in the order of the tokens whatever the number of threads: each block of the Hessian adds one slice of
 tokens after the other, and only different blocks are worked on at the same time.
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-__all__ = ["Gram", "Statistics", "finite"]
+__all__ = ["Gram", "Measured", "Statistics", "finite"]
 
 Submit = Callable[[Callable[[], None]], "Future[None]"]
 
@@ -24,23 +27,25 @@ _ALIGN = 16  # floats of a cache line: blocks that begin elsewhere are slower
 
 
 class Gram:
-    """X^T X, of which only the blocks on and above the diagonal are computed, all in float32."""
+    """X^T X in float32, of which only the blocks on and above the diagonal are computed; or Y^T X, all of it."""
 
-    def __init__(self, columns: int, device: torch.device) -> None:
+    def __init__(self, columns: int, device: torch.device, *, symmetric: bool = True) -> None:
         """Makes (K, K) zeros."""
+        self._symmetric = symmetric
         count = -(-columns // _BLOCK)
         width = -(-columns // (count * _ALIGN)) * _ALIGN
         self._blocks = [(low, min(low + width, columns)) for low in range(0, columns, width)]
         self._sum = torch.zeros(columns, columns, device=device)
         self._running: list[Future[None]] = []
 
-    def add(self, values: torch.Tensor, submit: Submit) -> None:
-        """Adds the next slice of tokens, (n, K); waits for the slice before."""
+    def add(self, left: torch.Tensor, right: torch.Tensor, submit: Submit) -> None:
+        """Adds the next slice of tokens, (n, K) twice; waits for the slice before."""
         self.wait()
-        self._running = [submit(partial(self._add, values, low, high)) for low, high in self._blocks]
+        self._running = [submit(partial(self._add, left, right, low, high)) for low, high in self._blocks]
 
-    def _add(self, values: torch.Tensor, low: int, high: int) -> None:
-        self._sum[low:high, low:].addmm_(values[:, low:high].T, values[:, low:])
+    def _add(self, left: torch.Tensor, right: torch.Tensor, low: int, high: int) -> None:
+        first = low if self._symmetric else 0
+        self._sum[low:high, first:].addmm_(left[:, low:high].T, right[:, first:])
 
     def wait(self) -> None:
         """Waits until all that was added is summed."""
@@ -49,10 +54,13 @@ class Gram:
         self._running = []
 
     def finish(self, tokens: int, submit: Submit) -> NDArray[np.float32]:
-        """Gives X^T X / tokens, (K, K) float32, symmetric bit for bit."""
+        """Gives the sum / tokens, (K, K) float32, a symmetric one symmetric bit for bit."""
         self.wait()
-        self._running = [submit(partial(self._mirror, tokens, low, high)) for low, high in self._blocks]
-        self.wait()
+        if self._symmetric:
+            self._running = [submit(partial(self._mirror, tokens, low, high)) for low, high in self._blocks]
+            self.wait()
+        else:
+            self._sum.div_(tokens)
         result: NDArray[np.float32] = self._sum.cpu().numpy()
         return result
 
@@ -63,42 +71,64 @@ class Gram:
         square.copy_(square.triu() + square.triu(1).T)
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Measured:
+    """What one slice of tokens adds to statistics: its inputs and their drift, (n, K), sums and maxima, (K,)."""
+
+    values: torch.Tensor
+    drift: torch.Tensor | None
+    total: NDArray[Any] | None
+    greatest: NDArray[Any] | None
+
+
 class Statistics:
     """What a method wants to know of the inputs of one step."""
 
     def __init__(self, wants: frozenset[str], columns: int, device: torch.device) -> None:
-        """Starts from no tokens; `wants` is of "hessian", "mean_abs", "max_abs"."""
+        """Starts from no tokens; `wants` is of "hessian", "drift", "mean_abs", "max_abs"."""
         self._gram = Gram(columns, device) if "hessian" in wants else None
+        self._drift = Gram(columns, device, symmetric=False) if "drift" in wants else None
         self._sum = np.zeros(columns) if "mean_abs" in wants else None
         self._greatest = np.zeros(columns, np.float32) if "max_abs" in wants else None
         self.tokens = 0
 
-    def measure(self, values: torch.Tensor) -> tuple[NDArray[Any] | None, NDArray[Any] | None]:
-        """Measures a slice, (n, K); for any thread. `add` takes what it gives, in the order of the slices."""
-        if self._sum is None and self._greatest is None:
-            return None, None
-        sizes = values.abs()
-        total = None if self._sum is None else sizes.sum(0).cpu().numpy()
-        return total, None if self._greatest is None else sizes.amax(0).cpu().numpy()
+    def measure(self, values: torch.Tensor, source: torch.Tensor | None = None) -> Measured:
+        """Measures a slice; for any thread. `add` takes what it gives, in the order of the slices.
 
-    def add(
-        self, values: torch.Tensor, measured: tuple[NDArray[Any] | None, NDArray[Any] | None], submit: Submit
-    ) -> None:
+        Args:
+            values: (n, K) the inputs.
+            source: (n, K) what they are with the source's weights; only for "drift".
+        """
+        drift = None if self._drift is None or source is None else source - values
+        sizes = values.abs() if self._sum is not None or self._greatest is not None else values
+        total = None if self._sum is None else sizes.sum(0).cpu().numpy()
+        return Measured(values, drift, total, None if self._greatest is None else sizes.amax(0).cpu().numpy())
+
+    def add(self, slice_: Measured, submit: Submit) -> None:
         """Adds the next slice."""
-        self.tokens += len(values)
+        self.tokens += len(slice_.values)
         if self._gram is not None:
-            self._gram.add(values, submit)
-        total, greatest = measured
-        if self._sum is not None and total is not None:
-            self._sum += total
-        if self._greatest is not None and greatest is not None:
-            self._greatest = np.maximum(self._greatest, greatest)  # keeps NaN
+            self._gram.add(slice_.values, slice_.values, submit)
+        if self._drift is not None and slice_.drift is not None:
+            self._drift.add(slice_.drift, slice_.values, submit)
+        if self._sum is not None and slice_.total is not None:
+            self._sum += slice_.total
+        if self._greatest is not None and slice_.greatest is not None:
+            self._greatest = np.maximum(self._greatest, slice_.greatest)  # keeps NaN
+
+    def wait(self) -> None:
+        """Waits until all that was added is summed."""
+        for gram in (self._gram, self._drift):
+            if gram is not None:
+                gram.wait()
 
     def finish(self, submit: Submit) -> dict[str, NDArray[np.float32]]:
         """Gives the fields of a `Site` that were wanted, as float32."""
         found: dict[str, NDArray[np.float32]] = {}
         if self._gram is not None:
             found["hessian"] = self._gram.finish(self.tokens, submit)
+        if self._drift is not None:
+            found["drift"] = self._drift.finish(self.tokens, submit)
         if self._sum is not None:
             found["mean_abs"] = (self._sum / self.tokens).astype(np.float32)
         if self._greatest is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -91,6 +91,10 @@ class LayerWeights:
         """Takes what `ModelWeights.layer` found."""
         self.values = values
         self._hyper, self._rows, self._tensors = hyper, rows, tensors
+
+    def copies(self, targets: Callable[[str], bool]) -> dict[str, torch.Tensor]:
+        """Gives the tensors as they are now; of those that `apply` will overwrite, copies."""
+        return {slot: values.clone() if targets(self.name(slot)) else values for slot, values in self.values.items()}
 
     def name(self, slot: str) -> str:
         """Gives the name in the checkpoint."""

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from quantpress.convert.calibration.folding import Folding
 from quantpress.convert.calibration.site import Site, SiteResult
+from quantpress.quant import drift
 from quantpress.quant.awq import SearchedScale, scaled_power, search_scale
 from quantpress.quant.errors import InputError
 from quantpress.quant.gptq import GptqOptions, GptqReport, factorize, gptq_shared
@@ -39,13 +40,20 @@ class GptqMethod:
         grid_of: name of a weight in the checkpoint -> its grid.
         options: order and damping.
         threads: workers; the bytes do not depend on it.
+        drift: share of the inputs' drift that weights make up for before they are quantized, see `quant.drift`; with 0
+            the source's weights need not be run beside the others.
     """
 
     grid_of: Callable[[str], Grid]
     options: GptqOptions = field(default_factory=GptqOptions)
     threads: int = 1
+    drift: float = 0.0
     sequential: bool = field(default=True, init=False)
-    wants: frozenset[str] = field(default=frozenset({"hessian"}), init=False)
+
+    @property
+    def wants(self) -> frozenset[str]:
+        """The Hessian, and the drift where weights make up for it."""
+        return frozenset({"hessian", "drift"} if self.drift else {"hessian"})
 
     def quantize(self, sites: Sequence[Site], plain: Mapping[str, Array]) -> SiteResult:
         """Quantizes the weights of sites; nothing else changes.
@@ -74,7 +82,10 @@ class GptqMethod:
         if site.hessian is None:
             raise InputError("GPTQ needs the Hessian of the inputs")
         factor = factorize(site.hessian, self.options, self.threads)
-        results = gptq_shared(list(site.weights.values()), factor, list(grids.values()), self.threads)
+        weights = list(site.weights.values())
+        if site.drift is not None:
+            weights = drift.made_up(weights, factor, site.drift, self.drift, self.threads)
+        results = gptq_shared(weights, factor, list(grids.values()), self.threads)
         few = {"few_tokens": True} if site.tokens * FEW_TOKENS < len(site.hessian) else {}
         return {
             slot: (tensor, {**_figures(report), "tokens": site.tokens, **few})

@@ -27,6 +27,8 @@ class Site:
         tokens: tokens that were seen.
         hessian: (K, K) float32, X^T X / tokens, symmetric; None where the method did not want it. The method may
             overwrite it.
+        drift: (K, K) float32, (X' - X)^T X / tokens, where X' is what the same inputs are with the source's weights in
+            all layers and steps before; None where not wanted.
         mean_abs: (K,) float32 mean of |x| per input column; None where not wanted.
         max_abs: (K,) float32 greatest |x| per input column; None where not wanted.
         left: slot -> (N, K) float32 weight of every linear that reads the same input and is not to be quantized: a
@@ -40,6 +42,7 @@ class Site:
     names: Mapping[str, str]
     tokens: int
     hessian: NDArray[np.float32] | None = None
+    drift: NDArray[np.float32] | None = None
     mean_abs: NDArray[np.float32] | None = None
     max_abs: NDArray[np.float32] | None = None
     left: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
@@ -89,11 +92,15 @@ class LayerMethod(Protocol):
         sequential: called for one site after the other, each seeing the inputs that the quantized weights before it
             give (GPTQ); else once per layer with all sites, and the next layer sees what the source's weights give
             (AWQ, SmoothQuant).
-        wants: of "hessian", "mean_abs", "max_abs".
+        wants: of "hessian", "drift", "mean_abs", "max_abs"; "drift" runs the source's weights beside the others.
     """
 
     sequential: bool
-    wants: frozenset[str]
+
+    @property
+    def wants(self) -> frozenset[str]:
+        """See above."""
+        ...
 
     def quantize(self, sites: Sequence[Site], plain: Mapping[str, Array]) -> SiteResult:
         """Quantizes the weights of one site (sequential) or of all sites of a layer.

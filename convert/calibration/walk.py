@@ -24,13 +24,13 @@ from quantpress.convert.calibration.chain import ChainWriter, Head, load_chain, 
 from quantpress.convert.calibration.embedded import embedded
 from quantpress.convert.calibration.hessian import Statistics, finite
 from quantpress.convert.calibration.layer_weights import LayerWeights, ModelWeights
-from quantpress.convert.calibration.passes import Passes
+from quantpress.convert.calibration.passes import Pair, Passes
 from quantpress.convert.calibration.site import LayerMethod, LayerResult, Site, SiteResult
 from quantpress.convert.calibration.windows import windows_sha256
 from quantpress.convert.calibration.workers import Workers
 from quantpress.convert.checkpoint import Array, Checkpoint
 from quantpress.convert.files import shown
-from quantpress.convert.layer import DOWN, QKV, STEPS, Layer, steps_of
+from quantpress.convert.layer import DOWN, STEPS, Layer, steps_of
 from quantpress.convert.model import Decoder
 from quantpress.convert.preflight import preflight
 from quantpress.quant.errors import InputError, LayoutError
@@ -44,7 +44,7 @@ Progress = Callable[[int, int], None]
 def calibrate(
     checkpoint: Checkpoint, windows: Sequence[NDArray[np.int32]], method: LayerMethod, *,
     targets: Callable[[str], bool], threads: int, folder: Path, device: str = "cpu", max_memory: int | None = None,
-    first_layer: int = 0, progress: Progress | None = None,
+    precision: str = "f32", first_layer: int = 0, progress: Progress | None = None,
 ) -> Iterator[LayerResult]:  # fmt: skip
     """Quantizes a model's layers one after the other.
 
@@ -62,6 +62,7 @@ def calibrate(
             the layer to come, which stay as long as a run could be resumed from them.
         device: where to compute.
         max_memory: bytes of memory for activations; None for as much as they need.
+        precision: of the products of the forward pass and of the statistics, one of `precision.PRECISIONS`.
         first_layer: layer to begin with. If it is not 0, the folder must hold its inputs: see `load_chain`.
         progress: told the steps that are done and how many there are.
 
@@ -82,9 +83,10 @@ def calibrate(
     decoder = Decoder(weights, checked.spec, checked.hyper, device=device)
     length = len(windows[0])
     with Workers(threads) as workers, ActivationStore(folder, len(windows) * length, max_memory) as store:
-        passes = Passes(decoder, store, workers, windows=len(windows), length=length)
-        walk = _Walk(checkpoint.name, decoder, passes, workers, method, targets)
-        head = Head(len(windows) * length, passes.widths[QKV], windows_sha256(windows))
+        both = "drift" in method.wants
+        passes = Passes(decoder, store, workers, windows=len(windows), length=length, both=both, precision=precision)
+        walk = _Walk(checkpoint.name, decoder, passes, workers, method, targets, precision == "bf16")
+        head = Head(len(windows) * length, passes.chain_width, windows_sha256(windows))
         passes.begin(_saved(folder, first_layer, head) if first_layer else embedded(weights, windows, decoder.device))
         layers, steps = checked.hyper.layers, len(STEPS)
         for number in range(first_layer, layers):
@@ -133,17 +135,18 @@ class _Walk:
     workers: Workers
     method: LayerMethod
     targets: Callable[[str], bool]
+    narrow: bool
 
     def layer(
         self, number: int, loaded: LayerWeights, chain: ChainWriter | None, tell: Callable[[int], None]
     ) -> LayerResult:
         """Quantizes a layer, and leaves the next one's inputs unless it is the last one."""
-        layer = Layer(number, self.decoder.traits, self.decoder.hyper, loaded.values)
+        pair = self._pair(number, loaded)
         found, sites = _Found(), list[Site]()
         self.workers.take_seconds()
         for step in STEPS:
             tell(step)
-            sites += self._site(layer, loaded, step)  # no name for it, or its Hessian would outlive the next pass
+            sites += self._site(pair, loaded, step)  # no name for it, or its Hessian would outlive the next pass
             if sites and self.method.sequential:
                 result = self._quantize(sites, loaded, found)
                 loaded.apply(result.quantized, result.changed)
@@ -151,11 +154,21 @@ class _Walk:
             self._quantize(sites, loaded, found)  # not applied: the next layer sees what the source's weights give
         if chain is not None:
             with chain:
-                self.passes.run(layer, after=DOWN, chain=chain)
+                self.passes.run(pair, after=DOWN, chain=chain)
         tell(len(STEPS))
         return self._result(number, loaded, found)
 
-    def _site(self, layer: Layer, loaded: LayerWeights, step: int) -> tuple[Site, ...]:
+    def _pair(self, number: int, loaded: LayerWeights) -> Pair:
+        """Gives the layer with weights that `loaded.apply` changes, and with the source's if the method wants drift."""
+
+        def of(weights: Mapping[str, torch.Tensor]) -> Layer:
+            attention = torch.bfloat16 if self.narrow else None
+            return Layer(number, self.decoder.traits, self.decoder.hyper, weights, attention_type=attention)
+
+        both = "drift" in self.method.wants
+        return Pair(of(loaded.values), of(loaded.copies(self.targets)) if both else None)
+
+    def _site(self, pair: Pair, loaded: LayerWeights, step: int) -> tuple[Site, ...]:
         """Finishes the step before and looks at the inputs of a step; gives nothing where there is no target."""
         slots = steps_of(self.decoder.traits)[step]
         names = {slot: loaded.name(slot) for slot in slots}
@@ -165,15 +178,15 @@ class _Walk:
             statistics = Statistics(self.method.wants, self.passes.widths[step], self.decoder.device)
         after = step - 1 if step else None
         if chosen or after is not None:
-            self.passes.run(layer, after=after, step=step, statistics=statistics)
+            self.passes.run(pair, after=after, step=step, statistics=statistics)
         if statistics is None:
             return ()
         seen = statistics.finish(partial(self.workers.submit, "hessian"))
         if not finite(seen):
-            where = f"layer {layer.index}: {chosen[0]} ({shown(names[chosen[0]])})"
+            where = f"layer {pair.layer.index}: {chosen[0]} ({shown(names[chosen[0]])})"
             raise InputError(f"{self.name}: {where}: its inputs are not finite")
         site = Site(
-            layer=layer.index,
+            layer=pair.layer.index,
             weights={slot: loaded.weight(slot) for slot in chosen},
             names={slot: names[slot] for slot in chosen},
             tokens=statistics.tokens,

@@ -32,7 +32,8 @@ METHODS = ("rtn", "hqq", "gptq", "awq", "smoothquant", "llm_int8")
 FORMATS = ("gptq", "gptq_v2", "awq", "compressed-tensors", "bitsandbytes")
 STAGE_FLAGS = (
     "method", "bits", "group_size", "symmetric", "format", "scale_type", "clip_search", "activation_bits", "skip",
-    "override", "calibration", "samples", "sequence_length", "seed", "act_order", "damping",
+    "override", "calibration", "samples", "sequence_length", "seed", "act_order", "damping", "drift",
+    "calibration_dtype",
 )  # fmt: skip
 
 
@@ -75,6 +76,18 @@ def _make_stage(out: Path, options: dict[str, Any]) -> BuildingStage:
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Where the windows begin.")
 @click.option("--act-order/--no-act-order", default=True, show_default=True, help="GPTQ: greatest inputs first.")
 @click.option("--damping", type=click.FloatRange(min=0), default=0.01, show_default=True, help="GPTQ: of the Hessian.")
+@click.option(
+    "--drift",
+    type=click.FloatRange(0, 1),
+    default=0.5,
+    show_default=True,
+    help="GPTQ: share of changed inputs that weights make up for; 0 takes half the time.",
+)
+@click.option(
+    "--calibration-dtype",
+    type=click.Choice(["f32", "bf16"]),
+    help="Products of the calibration.  [default: bf16 where the processor has units for it]",
+)
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Run OUT and compare it with MODEL.")
 @click.option("-v", "--verbose", is_flag=True, help="Say how each weight went, and show a table of them.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
