@@ -25,6 +25,7 @@ from quantpress.pipelines.merge_stage import (
     run_lazy,
     stage_record,
 )
+from quantpress.pipelines.own_inputs import paths_in, refuse_own_input
 from quantpress.pipelines.sidecar import rounded, statement, write_sidecar
 from quantpress.pipelines.stage import Artifact, BuildingStage, RunContext, Stage
 from quantpress.quant.errors import InputError, ParityError, UnknownFamilyError
@@ -186,6 +187,8 @@ def press(
     records = [*merge_records(source), *(stage_record(each) for each in lazy)]
     source = run_lazy(source, lazy, context)
     stage = stage.resolved(source)
+    texts = [*paths_in(stage, but="output"), *paths_in(judge)]
+    refuse_own_input(stage.target(source), [*(file.path for file in source.files), *texts])
     records.append(stage_record(stage))
     if judge is not None or source.adapted is not None:
         stage.check_output(source, context)

@@ -148,7 +148,13 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildingStage(Stage):
-    """A stage that writes one target."""
+    """A stage that writes one target.
+
+    Attributes:
+        output: where to; may hold `{ftype}` and `{name}`.
+    """
+
+    output: Path
 
     @property
     def runs_model(self) -> bool:
@@ -163,6 +169,10 @@ class BuildingStage(Stage):
     def plan(self, source: Checkpoint) -> Plan:
         """Says what would be written, without reading a weight."""
         raise NotImplementedError
+
+    def target(self, source: Checkpoint) -> Path:
+        """Gives the output with its name filled in; plans only where the name depends on the plan."""
+        return self.plan(source).output if "{" in str(self.output) else self.output
 
     def check_output(self, source: Checkpoint, context: RunContext) -> None:
         """Checks that the target may be written, before long work for it.
