@@ -31,7 +31,10 @@ from quantpress.quant.workers import Workers, chunks
 if TYPE_CHECKING:
     import torch  # at run time it is loaded by the first call: importing this module stays cheap
 
-__all__ = ["DeviceFactor", "factorize_on_device", "full_float32", "gptq_on_device", "gptq_shared_on_device"]
+__all__ = [
+    "DeviceFactor", "factorize_on_device", "full_float32", "gptq_on_device", "gptq_shared_on_device",
+    "made_up_on_device",
+]  # fmt: skip
 
 Array = NDArray[Any]
 
@@ -166,7 +169,7 @@ def gptq_on_device(
 
 def gptq_shared_on_device(
     weights: Sequence[NDArray[np.float32]], hessian: NDArray[np.float32], grids: Sequence[Grid], options: GptqOptions,
-    *, device: str = "cuda", threads: int = 1,
+    *, drift: NDArray[np.float32] | None = None, share: float = 0.0, device: str = "cuda", threads: int = 1,
 ) -> list[tuple[QuantizedTensor, GptqReport]]:  # fmt: skip
     """Quantizes matrices with the same input on a device: one factor, then one matrix after the other.
 
@@ -175,6 +178,8 @@ def gptq_shared_on_device(
         hessian: (K, K) float32 of the inputs.
         grids: one for each matrix.
         options: order and damping.
+        drift: (K, K) float32 of the inputs, see `made_up_on_device`; None where there is none to make up for.
+        share: of the drift that is made up for.
         device: "cuda", "cuda:1", ...
         threads: workers that fit the grids on the processor.
 
@@ -189,13 +194,43 @@ def gptq_shared_on_device(
     place = torch.device(device)
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"device {device}: torch sees {torch.cuda.device_count()} CUDA devices")
-    # arrays that may not be written to are copied: torch warns about them, although nothing here writes
-    moved = [torch.from_numpy(np.require(values, requirements=["C", "W"])).to(place) for values in (hessian, *weights)]
-    factor = factorize_on_device(moved[0], options)
+
+    def moved(values: Array) -> torch.Tensor:
+        # arrays that may not be written to are copied: torch warns about them, although nothing here writes
+        return torch.from_numpy(np.require(values, requirements=["C", "W"])).to(place)
+
+    factor = factorize_on_device(moved(hessian), options)
+    wanted = [moved(weight) for weight in weights]
+    if drift is not None:
+        matrix = moved(drift)
+        wanted = [made_up_on_device(weight, factor, matrix, share) for weight in wanted]
     return [
         gptq_on_device(weight, factor, grid, options, threads=threads)
-        for weight, grid in zip(moved[1:], grids, strict=True)
+        for weight, grid in zip(wanted, grids, strict=True)
     ]
+
+
+def made_up_on_device(weight: torch.Tensor, factor: DeviceFactor, drift: torch.Tensor, share: float) -> torch.Tensor:
+    """Gives W + share * W D H^-1, as `quantpress.quant.drift.made_up` but where the matrix lies.
+
+    Args:
+        weight: (N, K) float32; not changed.
+        factor: of H = X^T X / tokens, with its damping.
+        drift: (K, K) float32, D = (X' - X)^T X / tokens.
+        share: from 0 to 1.
+
+    Raises:
+        InputError: the result is not finite.
+    """
+    import torch
+
+    with full_float32():
+        correction = (weight @ drift)[:, factor.order] @ factor.upper.T @ factor.upper
+    result = weight.clone()
+    result[:, factor.order] += share * correction
+    if not bool(torch.isfinite(result).all()):
+        raise InputError("the correction for drift is not finite: the weights or their inputs are beyond float32")
+    return result
 
 
 def _fitted(
@@ -216,7 +251,9 @@ def _visit_columns(
     try:
         from quantpress.kernels.gptq_block import quantize_block, reference_quantize_block
     except ModuleNotFoundError as error:
-        raise OutputError(f"GPTQ on a GPU needs {error.name}: pip install 'quantpress[gpu]'") from error
+        raise OutputError(
+            f"GPTQ on a GPU needs {error.name}: pip install 'quantpress[gpu]', or use --device cpu"
+        ) from error
     on_chip = clean.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
     inner = quantize_block if on_chip else reference_quantize_block
     rows, columns = clean.shape

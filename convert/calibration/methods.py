@@ -42,12 +42,14 @@ class GptqMethod:
         threads: workers; the bytes do not depend on it.
         drift: share of the inputs' drift that weights make up for before they are quantized, see `quant.drift`; with 0
             the source's weights need not be run beside the others.
+        device: where to compute, as torch names it; codes of a GPU may differ from the processor's at near ties.
     """
 
     grid_of: Callable[[str], Grid]
     options: GptqOptions = field(default_factory=GptqOptions)
     threads: int = 1
     drift: float = 0.0
+    device: str = "cpu"
     sequential: bool = field(default=True, init=False)
 
     @property
@@ -81,16 +83,28 @@ class GptqMethod:
             }
         if site.hessian is None:
             raise InputError("GPTQ needs the Hessian of the inputs")
-        factor = factorize(site.hessian, self.options, self.threads)
-        weights = list(site.weights.values())
-        if site.drift is not None:
-            weights = drift.made_up(weights, factor, site.drift, self.drift, self.threads)
-        results = gptq_shared(weights, factor, list(grids.values()), self.threads)
+        results = self._run(list(site.weights.values()), site.hessian, site.drift, list(grids.values()))
         few = {"few_tokens": True} if site.tokens * FEW_TOKENS < len(site.hessian) else {}
         return {
             slot: (tensor, {**_figures(report), "tokens": site.tokens, **few})
             for slot, (tensor, report) in zip(site.weights, results, strict=True)
         }
+
+    def _run(
+        self, weights: Sequence[NDArray[np.float32]], hessian: NDArray[np.float32], moved: NDArray[np.float32] | None,
+        grids: Sequence[Grid],
+    ) -> list[tuple[QuantizedTensor, GptqReport]]:  # fmt: skip
+        if self.device != "cpu":
+            from quantpress.quant import gptq_cuda
+
+            return gptq_cuda.gptq_shared_on_device(
+                weights, hessian, grids, self.options, drift=moved, share=self.drift, device=self.device,
+                threads=self.threads,
+            )  # fmt: skip
+        factor = factorize(hessian, self.options, self.threads)
+        if moved is not None:
+            weights = drift.made_up(weights, factor, moved, self.drift, self.threads)
+        return gptq_shared(weights, factor, grids, self.threads)
 
 
 def _figures(report: GptqReport) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from quantpress.quant.gptq_cuda import (
     full_float32,
     gptq_on_device,
     gptq_shared_on_device,
+    made_up_on_device,
 )
 from quantpress.quant.grid import Grid, round_to_nearest
 from quantpress.quant.qtensor import QuantizedTensor
@@ -101,6 +102,32 @@ def test_matrices_of_a_site_are_each_quantized_as_alone() -> None:
         alone, told = run(part.copy(), hessian, grid, GptqOptions(), "cpu")
         assert (quantized.codes == alone.codes).all()
         assert report == told
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+def test_drift_is_made_up_for_before_the_weights_are_rounded(act_order: bool) -> None:
+    weight, hessian = layer(12, 140)
+    rng = np.random.default_rng(3)
+    drift = (hessian * rng.normal(0, 0.1, hessian.shape)).astype(np.float32)  # as a few per cent of the inputs would be
+    options, grid = GptqOptions(act_order=act_order), Grid(4, 32)
+    factor = factorize_on_device(torch.from_numpy(hessian), options)
+    given = torch.from_numpy(weight.copy())
+    moved = made_up_on_device(given, factor, torch.from_numpy(drift), 0.5)
+    assert (given.numpy() == weight).all()
+    damped = hessian.astype(np.float64) + factor.added * np.eye(140)
+    wanted = weight + 0.5 * weight.astype(np.float64) @ drift @ np.linalg.inv(damped)
+    # float32 sums of K products three times over, each error as large as the condition of H lets it grow
+    allowed = 3 * 140 * 2.0**-24 * np.linalg.cond(damped) * np.abs(wanted - weight).max()
+    assert np.abs(moved.numpy() - wanted).max() < allowed < 0.1 * np.abs(wanted - weight).max()
+    found = gptq_shared_on_device([weight[:5], weight[5:]], hessian, [grid, grid], options, drift=drift, share=0.5,
+                                  device="cpu")  # fmt: skip
+    for (quantized, report), rows in zip(found, (moved[:5], moved[5:]), strict=True):
+        alone, told = gptq_on_device(rows, factor, grid, options)
+        # a product of five rows may be summed in another order than one of twelve
+        assert (quantized.codes == alone.codes).mean() > 0.99
+        assert report.loss == pytest.approx(told.loss, rel=1e-2)
+    with pytest.raises(InputError, match="correction for drift is not finite"):
+        made_up_on_device(given, factor, torch.full((140, 140), torch.inf), 0.5)
 
 
 def test_a_device_that_is_not_there_is_refused() -> None:
