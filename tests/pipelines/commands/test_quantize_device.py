@@ -32,7 +32,7 @@ def test_gptq_runs_on_the_device_and_gives_nearly_the_processors_weights(
                     samples=4, sequence_length=64, calibration_dtype="f32")  # fmt: skip
         opened[device] = open_checkpoint(out).quantized
     assert asked == ["cpu:0"] * 8  # two layers of four steps
-    # only the first layer's attention: a near tie that goes the other way changes the inputs, and so all that comes after
+    # only the first layer's attention: a near tie that goes the other way changes the inputs of all that comes after
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
         one, other = (opened[device][f"model.layers.0.self_attn.{name}.weight"].read() for device in opened)
         assert (one.codes == other.codes).mean() > 0.98
