@@ -53,7 +53,7 @@ class Calibration:
         """
         from quantpress.pipelines.verification import read_text  # brings torch
 
-        text = calibration_text() if stage.calibration is None else read_text(stage.calibration)
+        text = calibration_text() if stage.calibration is None else read_text(stage.calibration, "calibrate")
         tokenizer = Tokenizer(TokenizerFiles(source.tokenizer_files, name=source.name))
         ids = tokenizer.encode(plain_text(text.text), special=False)
         bos = tokenizer.bos_id if tokenizer.add_bos else None

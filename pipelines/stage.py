@@ -25,7 +25,8 @@ class RunContext:
         progress: told how far the work has come.
         threads: worker threads.
         device: "cpu" or "cuda" for stages that compute with torch.
-        max_memory: bytes that weights kept in memory may take, or None for half of what is free.
+        max_memory: bytes that activations may take while quantizing, or None for half of what is free; so many for
+            weights while proving.
         force: replace an existing output.
         allow_nonfinite: write NaN and Inf instead of refusing them.
     """

@@ -47,8 +47,8 @@ _BITSANDBYTES = {"int8": "W8A8", "nf4": "INT4", "fp4": "INT4"}
 MAX_TEXT = 256 << 20  # bytes of a text file; wikitext-103 has 540 MB, and nobody judges a file on all of it
 
 
-def read_text(path: Path | None) -> Text:
-    """Reads a UTF-8 text, or the built-in one.
+def read_text(path: Path | None, purpose: str = "judge") -> Text:
+    """Reads a UTF-8 text to judge or to calibrate on, or the built-in one.
 
     Raises:
         InputError: the file cannot be read, is not UTF-8 or is empty.
@@ -59,9 +59,9 @@ def read_text(path: Path | None) -> Text:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 at byte {error.start}; give a plain text file") from error
+        raise InputError(f"{path}: not UTF-8 at byte {error.start}; give a plain text to {purpose} on") from error
     if not text.strip():
-        raise InputError(f"{path}: the text is empty, there is nothing to judge on")
+        raise InputError(f"{path}: the text is empty, there is nothing to {purpose} on")
     return Text(text, hashlib.sha256(data).hexdigest(), path.name)
 
 

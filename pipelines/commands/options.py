@@ -47,7 +47,11 @@ def writing_options(command: Command) -> Command:
             click.option("--force", is_flag=True, help="Replace an existing output."),
             click.option("--dry-run", is_flag=True, help="Show types, sizes and memory; touch no weight."),
             click.option("--allow-nonfinite", is_flag=True, help="Write NaN and Inf instead of refusing them."),
-            click.option("--max-memory", type=ByteSize(), help="Memory for weights while proving, as in 8G."),
+            click.option(
+                "--max-memory",
+                type=ByteSize(),
+                help="Memory for weights while proving, and for activations while quantizing, as in 8G.",
+            ),
         ],
     )
 

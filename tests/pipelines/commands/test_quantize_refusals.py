@@ -87,6 +87,31 @@ def test_what_cannot_be_done_ends_with_its_code_and_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "the text is empty, there is nothing to {} on"),
+        (b" \n", "the text is empty, there is nothing to {} on"),
+        (b"caf\xe9", "not UTF-8 at byte 3; give a plain text to {} on"),
+    ],
+)
+def test_a_text_that_cannot_be_used_is_told_by_what_it_is_for(
+    quantpress: Run, tiny_model: Path, tmp_path: Path, content: bytes, message: str
+) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_bytes(content)
+    for flag, use in (("--calibration", "calibrate"), ("--text", "judge")):
+        ended = quantpress("quantize", tiny_model, out, "--group-size", 32, *WINDOWS, flag, text)
+        assert ended.code == 3, ended.err
+        assert ended.err.splitlines()[-1] == f"error: {text}: {message.format(use)}"
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_the_help_says_what_memory_is_for(quantpress: Run) -> None:
+    told = " ".join(quantpress("quantize", "--help").out.split())
+    assert "Memory for weights while proving, and for activations while quantizing" in told
+
+
 def test_what_a_format_cannot_hold_stays_as_it_is_and_is_told(
     quantpress: Run, tiny_model: Path, tmp_path: Path
 ) -> None:
