@@ -69,7 +69,7 @@ class QuantizeJob:
         self.format = find_format(self.recipe.format)
         self.checked = checked_or_unknown(source)
         self.weights = plan_weights(source, self.recipe, self.format)
-        self.settings = self.format.settings(self.weights.forms, tuple(self.weights.left), self._details())
+        self.settings = self.format.settings(self.weights.forms, self.weights.unquantized, self._details())
 
     @property
     def plan(self) -> Plan:

@@ -24,6 +24,9 @@ _SCALE_TYPES = {"F16": "F16", "BF16": "BF16", "F8_E4M3": "BF16", "F8_E5M2": "BF1
 # transformers: integrations/awq.py, replace_with_awq_linear; compressed-tensors: quantization/lifecycle/apply.py
 _LINEAR_ONLY = frozenset({"awq", "compressed-tensors"})
 
+# its target is the class "Linear": whatever else has that class must be named, and names too many do no harm
+_BY_CLASS = frozenset({"compressed-tensors"})
+
 
 @dataclass(frozen=True, slots=True)
 class PlannedWeight:
@@ -61,10 +64,18 @@ class QuantizePlan:
     Attributes:
         weights: name -> what is quantized, in the checkpoint's order.
         left: name -> why a linear weight stays as it is; heads too.
+        others: further matrices whose modules may be linear all the same, for a format that goes by the class: routers
+            of families without a table, projections that are called embeddings, ...
     """
 
     weights: Mapping[str, PlannedWeight]
     left: Mapping[str, str]
+    others: tuple[str, ...] = ()
+
+    @property
+    def unquantized(self) -> tuple[str, ...]:
+        """Names that the format's settings must have as not quantized."""
+        return *self.left, *self.others
 
     @property
     def forms(self) -> dict[str, QuantizedForm]:
@@ -121,7 +132,17 @@ def plan_weights(source: Checkpoint, recipe: Recipe, form: PackFormat) -> Quanti
         weights[name] = PlannedWeight(tensor, transposed, wanted, recipe.grid_of(name), form.planned(name, wanted))
     if not weights:
         raise _nothing(source, left)
-    return QuantizePlan(weights, left)
+    others = _others(source, {*weights, *left}) if form.name in _BY_CLASS else ()
+    return QuantizePlan(weights, left, others)
+
+
+def _others(source: Checkpoint, known: set[str]) -> tuple[str, ...]:
+    tensors = source.tensors.items()
+    return tuple(name for name, tensor in tensors if _is_matrix(tensor) and name not in known)
+
+
+def _is_matrix(tensor: LazyTensor) -> bool:
+    return tensor.name.endswith(".weight") and len(tensor.shape) == 2
 
 
 def _refuse_conv1d(form: PackFormat, transposed: bool) -> None:

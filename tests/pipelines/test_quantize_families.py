@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import quantpress as qp
 from quantpress.convert.arch.registry import find_arch
@@ -86,6 +88,40 @@ def test_an_unknown_family_is_rounded_by_its_names_and_not_calibrated(tmp_path: 
     assert len(qp.open_checkpoint(tmp_path / "out").quantized) == 7 * 3
     assert any("Novel" in note for note in pressed.notes)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
+
+
+@pytest.mark.filterwarnings("ignore")  # of the library
+def test_routers_of_an_unknown_family_are_not_taken_for_quantized(tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors", reason="the oracle is not installed")
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+
+    model = tiny_checkpoint(tmp_path / "model", "llama")
+    config = json.loads((model / "config.json").read_text())
+    config |= {"architectures": ["NovelForCausalLM"], "model_type": "novel"}
+    (model / "config.json").write_text(json.dumps(config))
+    tensors = load_file(model / "model.safetensors")
+    plain = [f"model.layers.{layer}.mlp.{name}" for layer in range(3) for name in ("gate", "shared_expert_gate")]
+    plain += ["model.audio_embedder", "score", "lm_head"]  # as they would be called where they are linear layers
+    tensors |= {f"{module}.weight": torch.ones(8, 64) for module in plain}
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    qp.quantize(model, tmp_path / "out", method="rtn", group_size=32, format="compressed-tensors")
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+
+    tree = torch.nn.Module()
+    for name, tensor in tensors.items():
+        *path, module, _ = name.split(".")
+        place = tree
+        for part in path:
+            if not hasattr(place, part):
+                place.add_module(part, torch.nn.Module())
+            place = place.get_submodule(part)
+        if tensor.ndim == 2 and module != "embed_tokens":
+            place.add_module(module, torch.nn.Linear(tensor.shape[1], tensor.shape[0], bias=False))
+    apply_quantization_config(tree, QuantizationConfig.model_validate(settings))
+    taken = {name for name, module in tree.named_modules() if hasattr(module, "quantization_scheme")}
+    assert taken == {name.removesuffix(".weight") for name in qp.open_checkpoint(tmp_path / "out").quantized}
+    assert len(taken) == 7 * 3
+    assert not taken & set(plain)
 
 
 def test_gpt2_is_scaled_and_rounded_in_a_format_that_knows_conv1d(tmp_path: Path) -> None:
