@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -25,3 +27,23 @@ def test_every_sub_package_is_listed_for_the_wheel() -> None:
 def test_data_files_of_packages_are_of_a_kind_that_the_wheel_takes() -> None:
     files = (path for folder in ("convert", "quant", "pipelines") for path in (ROOT / folder).rglob("*.*"))
     assert {path.suffix for path in files if "__pycache__" not in path.parts} <= {".py", ".json"}
+
+
+def _extra(name: str) -> list[Requirement]:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    block = re.search(rf"^{name} = \[(.*?)^\]", text, re.DOTALL | re.MULTILINE)
+    assert block is not None
+    return [Requirement(line) for line in re.findall(r'^  "(.*)",$', block[1], re.MULTILINE)]
+
+
+def test_what_tests_need_is_an_extra_with_versions_that_were_tested() -> None:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = {pin.name.lower().replace("_", "-"): pin for pin in map(Requirement, (x for x in lines if x[0] != "#"))}
+    wanted = {each.name.lower(): each for name in ("test", "dev") for each in _extra(name) if each.name != "quantpress"}
+    assert {"bitsandbytes", "compressed-tensors", "onnx", "onnxruntime", "peft", "transformers", "triton"} <= set(
+        wanted
+    )
+    assert "triton" not in pinned  # torch itself asks for one version where it brings it
+    assert str(wanted.pop("triton").marker) == 'platform_system == "Linux"'
+    for name, each in wanted.items():
+        assert each.specifier.contains(str(pinned[name].specifier).removeprefix("==")), name
