@@ -138,7 +138,8 @@ class Layer:
         index: number of the layer, from 0.
         traits: kind of the layer.
         hyper: sizes and scales.
-        weights: slot -> weight; norms and their biases in float32.
+        weights: slot -> weight; norms and their biases in float32. Linears whose weights are of a narrower type than
+            the hidden states compute in that type.
         observe: told the input of every linear; see `Observe`.
         adapt: changes the output of linears.
         attention_type: type to compute softmax(q k^T) v in, where it is not that of the hidden states.
@@ -221,7 +222,7 @@ class Layer:
         if self.observe is not None and (seen := self.observe(f"{name}.weight", values)) is not None:
             values = seen
         weight, bias = self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias")
-        result = F.linear(values, weight, bias)
+        result = F.linear(values.to(weight.dtype), weight, bias if bias is None else bias.to(weight.dtype))
         if self.adapt is None:
             return result
         return self.adapt.linear((f"{name}.weight", self.index), values, result, weight, bias)

@@ -116,7 +116,7 @@ def _method(job: QuantizeJob, context: RunContext) -> LayerMethod:
     grid_of, threads = job.recipe.grid_of, context.threads
     if job.recipe.method == "gptq":
         options = GptqOptions(act_order=job.stage.act_order, damping=job.stage.damping)
-        return methods.GptqMethod(grid_of, options, threads, drift=job.stage.drift, device=context.device)
+        return methods.GptqMethod(grid_of, options, threads, drift=job.stage.drift or 0.0, device=context.device)
     kind = methods.AwqMethod if job.recipe.method == "awq" else methods.SmoothMethod
     return kind(grid_of, threads=threads, head_dim=job.hyper.head_dim)
 

@@ -19,6 +19,7 @@ from quantpress.quant.errors import UnknownFamilyError, UsageError
 from quantpress.quant.grid import Grid
 
 _DEFAULT_METHOD = "gptq"
+_QUICK = 1e12  # parameters times tokens: a second forward pass of about ten seconds on two cores
 _GRID_OPTIONS = (
     "bits", "group_size", "symmetric", "clip_search", "activation_bits", "skip", "override", "calibration",
 )  # fmt: skip
@@ -44,7 +45,8 @@ class Quantize(BuildingStage):
         calibration: UTF-8 text; None for the built-in one.
         samples, sequence_length, seed: windows of that text.
         act_order, damping: of GPTQ.
-        drift: share of the inputs' drift that GPTQ makes up for; 0 takes half the time.
+        drift: share of the inputs' drift that GPTQ makes up for, 0 takes half the time; None: all of it where that is
+            a matter of seconds, as it is for small models, else nothing.
         calibration_dtype: "f32" or "bf16", how products of the calibration are computed; None: bf16 where the
             processor has units for it.
     """
@@ -69,7 +71,7 @@ class Quantize(BuildingStage):
     seed: int = 0
     act_order: bool = True
     damping: float = 0.01
-    drift: float = SHARE
+    drift: float | None = None
     calibration_dtype: str | None = None
 
     @property
@@ -111,12 +113,25 @@ class Quantize(BuildingStage):
             raise UnknownFamilyError(
                 f"{source.name}: {error}; --method {recipe.method} runs the model, which --method rtn and hqq need not"
             ) from error
-        return dataclasses.replace(filled, sequence_length=length, calibration_dtype=self._precision())
+        drift = self._drift(source) if recipe.method == "gptq" else None
+        return dataclasses.replace(filled, sequence_length=length, drift=drift, calibration_dtype=self._precision())
+
+    def _drift(self, source: Checkpoint) -> float:
+        """Gives the share of drift that GPTQ makes up for."""
+        from quantpress.pipelines.quantize_calibration import sequence_length
+
+        if self.drift is not None:
+            check_share(self.drift)
+            return self.drift
+        try:
+            tokens = self.samples * sequence_length(source, self.sequence_length)
+        except UnknownFamilyError:
+            return 0.0  # GPTQ will be refused
+        return SHARE if source.parameters * tokens < _QUICK else 0.0
 
     def _precision(self) -> str:
         from quantpress.convert.calibration.precision import PRECISIONS, native_precision
 
-        check_share(self.drift)
         chosen = native_precision("cpu") if self.calibration_dtype is None else self.calibration_dtype.lower()
         if chosen not in PRECISIONS:
             raise UsageError(f"--calibration-dtype {chosen}: must be one of {', '.join(PRECISIONS)}")
@@ -135,13 +150,19 @@ class Quantize(BuildingStage):
             group_size=self.group_size,
             symmetric=self.symmetric,
             scale_type=self.scale_type,
-            clip_search=self.clip_search,
+            clip_search=self._clip_search(source),
             form=self.format,
             input_bits=self.activation_bits,
             skip=self.skip,
             overrides=self.override,
         )
         return fill_recipe(self.method or _DEFAULT_METHOD, asked, own_scale_type(source))
+
+    def _clip_search(self, source: Checkpoint) -> bool | None:
+        """GPTQ gains from a clip search where it makes up for drift, and not where it does not."""
+        if self.clip_search is None and (self.method or _DEFAULT_METHOD) == "gptq":
+            return self._drift(source) > 0
+        return self.clip_search
 
     def _repacking(self, source: Checkpoint) -> Recipe:
         found = f"{source.name} is quantized already ({source.format})"

@@ -25,9 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["SHARE", "check_share", "made_up"]
 
-SHARE = 0.5
-"""Share of the correction that is made by default: on small models half of it left a smaller KL divergence than all of
-it (docs/quantization.md), for the estimate is noisy and the layers after take up a part themselves."""
+SHARE = 1.0
+"""Share of the correction that is made by default: all of it."""
 
 _ROWS = 128  # of a chunk
 
@@ -60,10 +59,10 @@ def made_up(
     import torch
 
     results = [np.empty_like(weight) for weight in weights]
-    upper, moved = torch.from_numpy(factor.upper), torch.from_numpy(drift)
+    upper, drifted = torch.from_numpy(factor.upper), torch.empty(drift.shape).copy_(torch.from_numpy(drift))
     with Workers(threads) as workers:
         workers.run(
-            partial(_chunk, weight[rows], factor, upper, moved, share, result[rows])
+            partial(_chunk, weight[rows], factor, upper, drifted, share, result[rows])
             for weight, result in zip(weights, results, strict=True)
             for rows in chunks(len(weight), _ROWS)
         )
@@ -78,6 +77,8 @@ def _chunk(
 ) -> None:  # fmt: skip
     import torch
 
-    products = (torch.from_numpy(weight) @ drift).numpy()[:, factor.order]
-    correction = (torch.from_numpy(products) @ upper.T @ upper).numpy()
+    # all in torch's own memory: a product may differ in the last bit with the alignment of what it reads
+    order = torch.from_numpy(factor.order)
+    moved = torch.empty(weight.shape).copy_(torch.from_numpy(weight)) @ drift
+    correction = (moved[:, order] @ upper.T @ upper).numpy()
     result[:, factor.order] = weight[:, factor.order] + np.float32(share) * correction

@@ -23,16 +23,20 @@ __all__ = ["Gram", "Measured", "Statistics", "finite"]
 Submit = Callable[[Callable[[], None]], "Future[None]"]
 
 _BLOCK = 256  # columns of a block; with smaller ones products get slower, with larger ones more is computed twice
+_WHOLE = 2048  # columns of a block where nothing is left out
 _ALIGN = 16  # floats of a cache line: blocks that begin elsewhere are slower
 
 
 class Gram:
-    """X^T X in float32, of which only the blocks on and above the diagonal are computed; or Y^T X, all of it."""
+    """X^T X in float32, of which only the blocks on and above the diagonal are computed; or Y^T X, all of it.
+
+    Slices of bfloat16 give products that are rounded to bfloat16; they are summed in float32.
+    """
 
     def __init__(self, columns: int, device: torch.device, *, symmetric: bool = True) -> None:
         """Makes (K, K) zeros."""
         self._symmetric = symmetric
-        count = -(-columns // _BLOCK)
+        count = -(-columns // (_BLOCK if symmetric else _WHOLE))
         width = -(-columns // (count * _ALIGN)) * _ALIGN
         self._blocks = [(low, min(low + width, columns)) for low in range(0, columns, width)]
         self._sum = torch.zeros(columns, columns, device=device)
@@ -45,7 +49,10 @@ class Gram:
 
     def _add(self, left: torch.Tensor, right: torch.Tensor, low: int, high: int) -> None:
         first = low if self._symmetric else 0
-        self._sum[low:high, first:].addmm_(left[:, low:high].T, right[:, first:])
+        if left.dtype == torch.float32:
+            self._sum[low:high, first:].addmm_(left[:, low:high].T, right[:, first:])
+        else:
+            self._sum[low:high].add_(left[:, low:high].T.contiguous() @ right)
 
     def wait(self) -> None:
         """Waits until all that was added is summed."""
@@ -84,8 +91,16 @@ class Measured:
 class Statistics:
     """What a method wants to know of the inputs of one step."""
 
-    def __init__(self, wants: frozenset[str], columns: int, device: torch.device) -> None:
-        """Starts from no tokens; `wants` is of "hessian", "drift", "mean_abs", "max_abs"."""
+    def __init__(self, wants: frozenset[str], columns: int, device: torch.device, *, narrow: bool = False) -> None:
+        """Starts from no tokens.
+
+        Args:
+            wants: of "hessian", "drift", "mean_abs", "max_abs".
+            columns: K.
+            device: for the sums.
+            narrow: compute the drift's products in bfloat16: it is a small correction, and nothing inverts it.
+        """
+        self._narrow = narrow
         self._gram = Gram(columns, device) if "hessian" in wants else None
         self._drift = Gram(columns, device, symmetric=False) if "drift" in wants else None
         self._sum = np.zeros(columns) if "mean_abs" in wants else None
@@ -110,7 +125,8 @@ class Statistics:
         if self._gram is not None:
             self._gram.add(slice_.values, slice_.values, submit)
         if self._drift is not None and slice_.drift is not None:
-            self._drift.add(slice_.drift, slice_.values, submit)
+            kind = torch.bfloat16 if self._narrow else torch.float32
+            self._drift.add(slice_.drift.to(kind), slice_.values.to(kind), submit)
         if self._sum is not None and slice_.total is not None:
             self._sum += slice_.total
         if self._greatest is not None and slice_.greatest is not None:

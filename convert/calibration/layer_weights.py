@@ -96,6 +96,11 @@ class LayerWeights:
         """Gives the tensors as they are now; of those that `apply` will overwrite, copies."""
         return {slot: values.clone() if targets(self.name(slot)) else values for slot, values in self.values.items()}
 
+    def narrow(self) -> dict[str, torch.Tensor]:
+        """Gives the tensors as they are now, linear weights in bfloat16."""
+        linear = {slot for slot, row in self._rows.items() if row.role is Role.LINEAR}
+        return {slot: values.to(torch.bfloat16) if slot in linear else values for slot, values in self.values.items()}
+
     def name(self, slot: str) -> str:
         """Gives the name in the checkpoint."""
         return self._tensors[slot].name

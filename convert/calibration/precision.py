@@ -1,8 +1,9 @@
 """How exactly the products of a calibration are computed: float32, or inputs rounded to bfloat16 with float32 sums.
 
-Processors with matrix units multiply bfloat16 several times as fast. A rounded input is off by at most 2^-9 of itself,
-as if the model ran in bfloat16; in a Hessian X^T X these errors are independent of the inputs and add at most
-2^-18 / 3 of its own value to a diagonal element, far below GPTQ's damping. Sums stay in float32.
+Processors with matrix units multiply bfloat16 several times as fast. With "bf16" linears and attention run in bfloat16,
+as the model itself would where it is served, on a residual in float32. In the Hessian X^T X inputs are rounded to
+bfloat16, by at most 2^-9 of themselves: these errors are independent of the inputs and add at most 2^-18 / 3 of its own
+value to a diagonal element, far below GPTQ's damping. Its sums are float32.
 """
 
 from __future__ import annotations

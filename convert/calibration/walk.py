@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -159,14 +159,20 @@ class _Walk:
         return self._result(number, loaded, found)
 
     def _pair(self, number: int, loaded: LayerWeights) -> Pair:
-        """Gives the layer with weights that `loaded.apply` changes, and with the source's if the method wants drift."""
+        """Gives the layer as it is now, and if the method wants drift the same with the source's weights."""
 
         def of(weights: Mapping[str, torch.Tensor]) -> Layer:
             attention = torch.bfloat16 if self.narrow else None
             return Layer(number, self.decoder.traits, self.decoder.hyper, weights, attention_type=attention)
 
-        both = "drift" in self.method.wants
-        return Pair(of(loaded.values), of(loaded.copies(self.targets)) if both else None)
+        layer = of(loaded.narrow() if self.narrow else loaded.values)
+        if "drift" not in self.method.wants:
+            return Pair(layer)
+        return Pair(layer, of(loaded.narrow() if self.narrow else loaded.copies(self.targets)))
+
+    def _again(self, pair: Pair, loaded: LayerWeights) -> Pair:
+        """Gives the layer with what `apply` has changed; that of the source stays."""
+        return replace(pair, layer=replace(pair.layer, weights=loaded.narrow())) if self.narrow else pair
 
     def _site(self, pair: Pair, loaded: LayerWeights, step: int) -> tuple[Site, ...]:
         """Finishes the step before and looks at the inputs of a step; gives nothing where there is no target."""
@@ -175,7 +181,9 @@ class _Walk:
         chosen = [slot for slot in slots if self.targets(names[slot])]
         statistics = None
         if chosen:
-            statistics = Statistics(self.method.wants, self.passes.widths[step], self.decoder.device)
+            statistics = Statistics(
+                self.method.wants, self.passes.widths[step], self.decoder.device, narrow=self.narrow
+            )
         after = step - 1 if step else None
         if chosen or after is not None:
             self.passes.run(pair, after=after, step=step, statistics=statistics)

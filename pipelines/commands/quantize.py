@@ -79,9 +79,7 @@ def _make_stage(out: Path, options: dict[str, Any]) -> BuildingStage:
 @click.option(
     "--drift",
     type=click.FloatRange(0, 1),
-    default=0.5,
-    show_default=True,
-    help="GPTQ: share of changed inputs that weights make up for; 0 takes half the time.",
+    help="GPTQ: share of the inputs' drift that weights make up for.  [default: 1 for small models, else 0: half the time]",
 )
 @click.option(
     "--calibration-dtype",
