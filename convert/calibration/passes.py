@@ -76,7 +76,8 @@ class _Stream:
         state = self.read(after, start, stop)
         if after is not None:
             before = state
-            state = layer.finish(after, before, layer.begin(after, before), turns)
+            finished = layer.finish(after, before, layer.begin(after, before), turns)
+            state = {name: values.float() for name, values in finished.items()}
             for name, values in state.items():
                 if values is not before.get(name):
                     self._fields[name].write(start, values.reshape(stop - start, -1).cpu())

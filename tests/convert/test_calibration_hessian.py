@@ -27,7 +27,7 @@ def test_statistics_are_those_of_float64(columns: int) -> None:
     values = torch.randn(700, columns, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.01, 3, columns)
     statistics = Statistics(ALL, columns, torch.device("cpu"))
     for part in values.split(256):
-        statistics.add(part, statistics.measure(part), now)
+        statistics.add(statistics.measure(part), now)
     found = statistics.finish(now)
     wide = values.double().numpy()
     hessian = found["hessian"]
@@ -41,13 +41,31 @@ def test_statistics_are_those_of_float64(columns: int) -> None:
     assert finite(found)
 
 
+@pytest.mark.parametrize("columns", [1, 64, 300, 2050])
+@pytest.mark.parametrize("narrow", [False, True])
+def test_drift_is_that_of_float64(columns: int, narrow: bool) -> None:
+    generator = torch.Generator().manual_seed(columns)
+    values, source = (torch.randn(300, columns, generator=generator) for _ in range(2))
+    statistics = Statistics(frozenset({"drift"}), columns, torch.device("cpu"), narrow=narrow)
+    for ours, theirs in zip(values.split(128), source.split(128), strict=True):
+        statistics.add(statistics.measure(ours, theirs), now)
+    found = statistics.finish(now)["drift"]
+    difference = (source - values).double().numpy()
+    exact = difference.T @ values.double().numpy() / 300
+    # per product: both factors and the sum of a slice are rounded, by a half step of 8 bits each where narrow
+    size = np.abs(difference).T @ np.abs(values.double().numpy()) / 300
+    bound = (3 * 2.0**-8 if narrow else 0) + 303 * 2.0**-24
+    assert (np.abs(found - exact) <= bound * size).all()
+    assert np.abs(found - exact).max() > 0  # the bound is not met by doing nothing
+
+
 @pytest.mark.parametrize("wants", [{"hessian"}, {"mean_abs"}, {"max_abs"}])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
 def test_inputs_that_are_not_finite_are_seen_in_every_statistic(wants: set[str], bad: float) -> None:
     values = torch.randn(40, 300)
     values[17, 299] = bad
     statistics = Statistics(frozenset(wants), 300, torch.device("cpu"))
-    statistics.add(values, statistics.measure(values), now)
+    statistics.add(statistics.measure(values), now)
     found = statistics.finish(now)
     assert set(found) == wants
     assert finite(found) == (bad == 1e30 and wants != {"hessian"})
@@ -55,23 +73,24 @@ def test_inputs_that_are_not_finite_are_seen_in_every_statistic(wants: set[str],
 
 def test_what_is_not_wanted_is_not_measured() -> None:
     statistics = Statistics(frozenset(), 3, torch.device("cpu"))
-    statistics.add(torch.ones(2, 3), statistics.measure(torch.ones(2, 3)), now)
+    statistics.add(statistics.measure(torch.ones(2, 3)), now)
     assert statistics.finish(now) == {}
 
 
-def test_threads_do_not_change_a_bit() -> None:
+@pytest.mark.parametrize("narrow", [False, True])
+def test_threads_do_not_change_a_bit(narrow: bool) -> None:
     values = torch.randn(2000, 777, generator=torch.Generator().manual_seed(1))
     found = []
     for threads in (1, 2, 3):
         with Workers(threads) as workers:
-            statistics = Statistics(ALL, 777, torch.device("cpu"))
+            statistics = Statistics(ALL | {"drift"}, 777, torch.device("cpu"), narrow=narrow)
             submit = partial(workers.submit, "hessian")
             for part in values.split(300):
-                statistics.add(part, statistics.measure(part), submit)
+                statistics.add(statistics.measure(part, part * 1.01), submit)
             found.append(statistics.finish(submit))
             assert workers.take_seconds()["hessian"] > 0
     for other in found[1:]:
-        for name in ALL:
+        for name in ALL | {"drift"}:
             assert other[name].tobytes() == found[0][name].tobytes()
 
 
