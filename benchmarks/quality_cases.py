@@ -51,12 +51,13 @@ class Method:
 METHODS = (
     Method("rtn", {"method": "rtn", "clip_search": False}),
     Method("rtn + clip", {"method": "rtn", "clip_search": True}),
-    Method("gptq", {"method": "gptq"}),
-    Method("gptq + clip", {"method": "gptq", "clip_search": True}),
+    Method("gptq, no drift", {"method": "gptq", "drift": 0.0}),
+    Method("gptq + clip, no drift", {"method": "gptq", "drift": 0.0, "clip_search": True}),
+    Method("gptq", {"method": "gptq", "drift": 1.0, "clip_search": True}),
     Method("hqq, asym", {"method": "hqq"}),
     Method("awq, asym", {"method": "awq"}),
     Method("rtn, asym", {"method": "rtn", "clip_search": False, "symmetric": False}),
-    Method("gptq, asym", {"method": "gptq", "symmetric": False}),
+    Method("gptq, asym", {"method": "gptq", "symmetric": False, "drift": 1.0, "clip_search": True}),
 )
 _QUICK = METHODS[:-2]
 
