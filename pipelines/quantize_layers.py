@@ -14,6 +14,7 @@ from quantpress.convert.calibration.site import LayerMethod, LayerResult
 from quantpress.convert.calibration.walk import calibrate
 from quantpress.convert.checkpoint import Array, Checkpoint, LazyTensor
 from quantpress.convert.files import shown
+from quantpress.pipelines.machine import save_memory
 from quantpress.pipelines.quantize_calibration import Calibration, activation_budget
 from quantpress.pipelines.quantize_weights import pack
 from quantpress.pipelines.spool import Spool
@@ -42,6 +43,7 @@ def quantize_layers(job: QuantizeJob, calibration: Calibration, spool: Spool, co
     if first is None:
         return
     live.mkdir(exist_ok=True)
+    save_memory()  # the text has been tokenized, and no worker has started
     weights = job.weights.weights
     results = calibrate(
         _with_checks(job.source),
