@@ -31,6 +31,7 @@ from run import RESULTS
 import quantpress as qp
 from quantpress.pipelines.judging import JudgeOptions
 from quantpress.pipelines.parity import Parity
+from quantpress.pipelines.quantize_recipe import CALIBRATED
 from quantpress.pipelines.verification import Reference
 from quantpress.quant.errors import QuantpressError
 
@@ -46,7 +47,7 @@ def options_of(subject: Subject, case: Case) -> dict[str, Any]:
         "group_size": case.group_size,
         "format": "compressed-tensors",  # holds every grid that is tried
         "override": odd,
-        "calibration": subject.calibration,
+        "calibration": subject.calibration if case.method.options["method"] in CALIBRATED else None,
         "samples": subject.samples,
         "sequence_length": subject.length,
         "seed": 0,

@@ -98,7 +98,7 @@ def test_calibrated_weights_come_with_the_text_and_the_loss_of_every_weight(
     assert all(tensor["damping"] == 0.01 and tensor["loss"] > 0 for tensor in losses.values())
     assert set(record["timings"]["quantize"]["parts"]) == {"layer 0", "layer 1"}
     assert record["stages"][-1]["options"]["sequence_length"] == 64
-    rows = [line for line in ended.out.splitlines() if "self_attn.q_proj" in line]
+    rows = [line for line in ended.out.splitlines() if "self_attn.q_proj.weight" in line]
     assert len(rows) == 2
     assert "quantized 14 weights to int4 g32: relative loss" in ended.out
 
