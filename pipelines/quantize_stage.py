@@ -52,7 +52,7 @@ class Quantize(BuildingStage):
     """
 
     name: ClassVar[str] = "quantize"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     output: Path
     method: str | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -96,10 +96,10 @@ class LayerWeights:
         """Gives the tensors as they are now; of those that `apply` will overwrite, copies."""
         return {slot: values.clone() if targets(self.name(slot)) else values for slot, values in self.values.items()}
 
-    def narrow(self) -> dict[str, torch.Tensor]:
-        """Gives the tensors as they are now, linear weights in bfloat16."""
+    def narrow(self, slots: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Gives tensors as they are now, linear weights in bfloat16."""
         linear = {slot for slot, row in self._rows.items() if row.role is Role.LINEAR}
-        return {slot: values.to(torch.bfloat16) if slot in linear else values for slot, values in self.values.items()}
+        return {slot: self.values[slot].to(torch.bfloat16) if slot in linear else self.values[slot] for slot in slots}
 
     def name(self, slot: str) -> str:
         """Gives the name in the checkpoint."""

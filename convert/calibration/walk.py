@@ -150,6 +150,7 @@ class _Walk:
             if sites and self.method.sequential:
                 result = self._quantize(sites, loaded, found)
                 loaded.apply(result.quantized, result.changed)
+                pair = self._again(pair, loaded, result)
         if sites:
             self._quantize(sites, loaded, found)  # not applied: the next layer sees what the source's weights give
         if chain is not None:
@@ -165,14 +166,17 @@ class _Walk:
             attention = torch.bfloat16 if self.narrow else None
             return Layer(number, self.decoder.traits, self.decoder.hyper, weights, attention_type=attention)
 
-        layer = of(loaded.narrow() if self.narrow else loaded.values)
+        layer = of(loaded.narrow(loaded.values) if self.narrow else loaded.values)
         if "drift" not in self.method.wants:
             return Pair(layer)
-        return Pair(layer, of(loaded.narrow() if self.narrow else loaded.copies(self.targets)))
+        return Pair(layer, layer if self.narrow else of(loaded.copies(self.targets)))
 
-    def _again(self, pair: Pair, loaded: LayerWeights) -> Pair:
+    def _again(self, pair: Pair, loaded: LayerWeights, result: SiteResult) -> Pair:
         """Gives the layer with what `apply` has changed; that of the source stays."""
-        return replace(pair, layer=replace(pair.layer, weights=loaded.narrow())) if self.narrow else pair
+        if not self.narrow:
+            return pair  # computes with `loaded.values`, which `apply` overwrites
+        weights = {**pair.layer.weights, **loaded.narrow((*result.quantized, *result.changed))}
+        return replace(pair, layer=replace(pair.layer, weights=weights))
 
     def _site(self, pair: Pair, loaded: LayerWeights, step: int) -> tuple[Site, ...]:
         """Finishes the step before and looks at the inputs of a step; gives nothing where there is no target."""

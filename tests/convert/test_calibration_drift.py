@@ -83,6 +83,17 @@ def test_drift_is_the_difference_to_a_run_of_the_source(family: str, tmp_path: P
         assert np.abs(rest).max() < 0.1 * np.abs(wide).max() + 1e-6 * np.trace(hessian)
 
 
+@pytest.mark.parametrize("family", CASES)
+def test_steps_in_bfloat16_see_what_the_steps_before_have_quantized(family: str, tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path / "model", family)
+    wide, narrow = (walk(source, tmp_path / "work", Watch(3), precision=one) for one in ("f32", "bf16"))
+    first = 3 if family == "gptneox" else 1  # whose MLP reads the layer's input: up has no drift yet
+    assert len(narrow.drifts) == 12
+    for wanted, found in zip(wide.drifts[first:], narrow.drifts[first:], strict=True):
+        # a weight rounded to 3 bits is off by a tenth and more, one rounded to bfloat16 by 2^-9: half leaves room
+        assert np.linalg.norm(found - wanted) < 0.5 * np.linalg.norm(wanted)
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_threads_and_budget_change_no_bit(precision: str, tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path / "model", "gptneox")
