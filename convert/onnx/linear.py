@@ -44,6 +44,12 @@ class LinearWeight:
     held: int = 0
     codes: LazyQuantized | None = field(default=None, repr=False)
 
+    @property
+    def node(self) -> str:
+        """What its nodes are called after: "/layers.0/attn_q", "/output"."""
+        module = self.slot.removesuffix(".weight")
+        return f"/layers.{self.layer}/{module}" if self.layer >= 0 else f"/{module}"
+
 
 class LinearKind(Protocol):
     """A way to store a weight and to multiply with it."""
