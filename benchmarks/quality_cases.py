@@ -108,8 +108,8 @@ def subjects(data: Path, smollm2: Path | None, folder: Path, *, quick: bool) -> 
     few = 4 if quick else 1
     found = [
         Subject(
-            "mix6m", models / "mix6m-hf", **wiki, length=512, samples=64 // few, context=512, chunks=40 // few,
-            groups=(128, 32, -1),
+            "mix6m", models / "mix6m-hf", **wiki, length=512, samples=32 // few, context=512, chunks=24 // few,
+            groups=(128, 32),
         ),
         Subject(
             "stories260k", models / "stories260k-hf", **tales, length=512, samples=64 // few, context=512,
