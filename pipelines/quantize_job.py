@@ -20,9 +20,9 @@ from quantpress.convert.quantized import PackedTensor
 from quantpress.convert.safetensors_writer import planned_tensors, write_checkpoint
 from quantpress.pipelines.machine import peak_memory
 from quantpress.pipelines.merge_stage import merge_records, merged_names
-from quantpress.pipelines.quantize_formats import find_format
 from quantpress.pipelines.quantize_plan import main_type, plan_weights
 from quantpress.pipelines.quantize_recipe import CALIBRATED
+from quantpress.pipelines.quantize_work import WRITTEN, Spooled
 from quantpress.pipelines.safetensors_stage import checked_or_unknown
 from quantpress.pipelines.sidecar import environment
 from quantpress.pipelines.spool import Spool
@@ -45,7 +45,6 @@ __all__ = ["QuantizeJob"]
 log = logging.getLogger(__name__)
 
 _SETTINGS = "quantization_config"  # key of config.json
-_WRITTEN = "written"  # the spool's step after which the folder stands, but is not proved
 _HEAD = 1 << 20  # bytes of an input that its fingerprint hashes beside size and time: configurations, headers
 _QUIET = ("head", "--skip", "not quantized in the source", "not a part that is quantized")
 _WAIT = 1.0  # seconds for another run on the same output; it may take hours
@@ -66,7 +65,7 @@ class QuantizeJob:
         """
         self.stage, self.source = stage, source
         self.recipe = stage.recipe(source)
-        self.format = find_format(self.recipe.format)
+        self.format = stage.pack_format(self.recipe)
         self.checked = checked_or_unknown(source)
         self.weights = plan_weights(source, self.recipe, self.format)
         self.settings = self.format.settings(self.weights.forms, self.weights.unquantized, self._details())
@@ -124,45 +123,59 @@ class QuantizeJob:
         self.check_output(context)
         for note in plan.notes:
             log.warning("%s", note)
-        with held_output(plan.output, wait=_WAIT) as target:
+        with self.spooled(context, plan.output_bytes + plan.work_bytes) as work:
+            files = write_checkpoint(
+                self._view(work.spool.tensors()), plan.output, force=work.force, progress=context.progress,
+                allow_nonfinite=context.allow_nonfinite, threads=context.threads, held=True,
+            )  # fmt: skip
+            outputs = tuple(
+                OutputFile(path.relative_to(plan.output).as_posix(), file.sha256, file.nbytes)
+                for path, file in files.items()
+            )
+            work.mark_written()
+            yield self._artifact(plan, outputs, work)
+
+    @contextlib.contextmanager
+    def spooled(self, context: RunContext, nbytes: int) -> Iterator[Spooled]:
+        """Holds the output, quantizes what is not finished, and gives all of it; the block writes the output.
+
+        What is finished is kept on the disk until the block has ended well.
+
+        Args:
+            context: what the run may use.
+            nbytes: of the output and of all that is kept until then.
+
+        Raises:
+            UsageError: the output exists, and no killed run of this job left it.
+            BusyError: another run is writing it.
+            InputError, LayoutError: what the method says of a weight, or of the text.
+            OutputError: the disk has no room.
+        """
+        with held_output(self.output, wait=_WAIT) as target:
             force = context.force or self._is_unproved(context)
             check_replaceable(target, force=force)
             calibration = self._calibration()
             if calibration is not None and calibration.note:
                 log.warning("%s", calibration.note)
-                plan = replace(plan, notes=(*plan.notes, calibration.note))
-            require_space(target, plan.output_bytes + plan.work_bytes)
+            require_space(target, nbytes)
             spool = Spool(work_folder(target), self._key(context))
-            with _kept(spool):
+            with spool.kept():
                 self._quantize(spool, context, calibration)
-                files = write_checkpoint(
-                    self._view(spool.tensors()), plan.output, force=force, allow_nonfinite=context.allow_nonfinite,
-                    progress=context.progress, threads=context.threads, held=True,
-                )  # fmt: skip
-                outputs = tuple(
-                    OutputFile(path.relative_to(plan.output).as_posix(), file.sha256, file.nbytes)
-                    for path, file in files.items()
-                )
-                if _WRITTEN not in spool.steps:
-                    spool.add(_WRITTEN, {}, {})
-                yield self._artifact(plan, outputs, spool, calibration)
+                yield Spooled(spool, force, calibration)
             spool.remove()
 
-    def _artifact(
-        self, plan: Plan, outputs: tuple[OutputFile, ...], spool: Spool, calibration: Calibration | None
-    ) -> Artifact:
-        records = {step: record for step, record in spool.steps.items() if step != _WRITTEN}
-        reports = {name: report for record in records.values() for name, report in record["reports"].items()}
+    def _artifact(self, plan: Plan, outputs: tuple[OutputFile, ...], work: Spooled) -> Artifact:
+        reports = work.reports
         return Artifact(
             path=plan.output,
             kind="safetensors",
             ftype=self.ftype,
             outputs=outputs,
             tensors=tuple(_result(tensor, reports.get(tensor.name, {})) for tensor in plan.tensors),
-            notes=plan.notes,
+            notes=(*plan.notes, *work.notes),
             judged_as=self._judged_as(),
-            calibration=calibration.record() if calibration is not None else {},
-            timings={step: record["seconds"] for step, record in records.items()},
+            calibration=work.calibrated,
+            timings=work.timings,
         )
 
     def _judged_as(self) -> str:
@@ -240,7 +253,7 @@ class QuantizeJob:
         output = Path(self.output).resolve()
         if not output.is_dir() or (output / "quantpress.json").exists():
             return False
-        return _WRITTEN in Spool.finished_steps(work_folder(output), self._key(context))
+        return WRITTEN in Spool.finished_steps(work_folder(output), self._key(context))
 
     def _key(self, context: RunContext) -> str:
         """Names the job: two with the same key give the same bytes."""
@@ -256,19 +269,6 @@ class QuantizeJob:
             "inputs": [_fingerprint(file.path) for file in self.source.files],
         }
         return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-@contextlib.contextmanager
-def _kept(spool: Spool) -> Iterator[None]:
-    """Says what a run that ends early leaves, and leaves nothing where nothing was finished."""
-    try:
-        yield
-    except BaseException:
-        if spool.steps:
-            log.warning("%s keeps what is finished; the same command goes on from there", spool.folder)
-        else:
-            spool.remove()
-        raise
 
 
 def _fingerprint(path: Path) -> list[str | int]:

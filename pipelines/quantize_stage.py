@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from quantpress.convert.checkpoint import Checkpoint
+from quantpress.convert.quantized import PackFormat
+from quantpress.pipelines.quantize_formats import find_format
 from quantpress.pipelines.quantize_job import QuantizeJob
 from quantpress.pipelines.quantize_plan import own_scale_type
 from quantpress.pipelines.quantize_recipe import CALIBRATED, Asked, Recipe, fill_recipe, scale_type_of
@@ -157,6 +159,10 @@ class Quantize(BuildingStage):
             overrides=self.override,
         )
         return fill_recipe(self.method or _DEFAULT_METHOD, asked, own_scale_type(source))
+
+    def pack_format(self, recipe: Recipe) -> PackFormat:
+        """Gives the format that the weights are packed in."""
+        return find_format(recipe.format)
 
     def _clip_search(self, source: Checkpoint) -> bool | None:
         """GPTQ gains from a clip search where it makes up for drift, and not where it does not."""

@@ -7,10 +7,11 @@ inputs or options, is thrown away whole.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,18 @@ class Spool:
         """Gives all tensors that were kept, by name; nothing is read."""
         files = (self.folder / str(line["file"]) for line in self._steps.values())
         return {name: tensor for path in files for name, tensor in open_shard(path).tensors.items()}
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Says what a run that ends early leaves, and leaves nothing where nothing was finished."""
+        try:
+            yield
+        except BaseException:
+            if self._steps:
+                log.warning("%s keeps what is finished; the same command goes on from there", self.folder)
+            else:
+                self.remove()
+            raise
 
     def clear(self) -> None:
         """Forgets every step."""

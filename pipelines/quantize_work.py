@@ -1,0 +1,61 @@
+"""Weights that a run has quantized, and what is known of how it went, until its output is written and proved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from quantpress.pipelines.spool import Spool
+
+if TYPE_CHECKING:
+    from quantpress.pipelines.quantize_calibration import Calibration
+
+__all__ = ["WRITTEN", "Spooled"]
+
+WRITTEN = "written"
+"""The spool's step after which the output stands, but is not proved."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spooled:
+    """A model whose weights are quantized, but not written yet.
+
+    Attributes:
+        spool: their packed tensors, and plain ones that have changed.
+        force: what stands at the output may be replaced.
+        calibration: the text; None where none was read.
+    """
+
+    spool: Spool
+    force: bool
+    calibration: Calibration | None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the text."""
+        return (self.calibration.note,) if self.calibration is not None and self.calibration.note else ()
+
+    @property
+    def calibrated(self) -> Mapping[str, Any]:
+        """What the sidecar says of the text."""
+        return self.calibration.record() if self.calibration is not None else {}
+
+    @property
+    def reports(self) -> Mapping[str, Mapping[str, Any]]:
+        """Weight -> what the method says of it."""
+        return {name: report for record in self._records.values() for name, report in record["reports"].items()}
+
+    @property
+    def timings(self) -> Mapping[str, Any]:
+        """Step -> seconds."""
+        return {step: record["seconds"] for step, record in self._records.items()}
+
+    @property
+    def _records(self) -> Mapping[str, Mapping[str, Any]]:
+        return {step: record for step, record in self.spool.steps.items() if step != WRITTEN}
+
+    def mark_written(self) -> None:
+        """Notes that the output stands: where a run is killed before it is proved, the same command replaces it."""
+        if WRITTEN not in self.spool.steps:
+            self.spool.add(WRITTEN, {}, {})
