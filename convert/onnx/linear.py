@@ -12,7 +12,7 @@ from quantpress.convert.checkpoint import Array
 from quantpress.convert.onnx.graph import GraphBuilder
 from quantpress.convert.quantized import LazyQuantized
 
-__all__ = ["LinearKind", "LinearWeight"]
+__all__ = ["LinearKind", "LinearWeight", "with_last"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,3 +69,10 @@ class LinearKind(Protocol):
             LayoutError: the weight cannot be stored in this way; the message names the weight and what would do.
         """
         ...
+
+
+def with_last(values: ir.Value, size: int) -> list[int | str] | None:
+    """Gives the shape of a value with another last dimension; None where it is not known."""
+    if values.shape is None:
+        return None
+    return [each if isinstance(each, int) else str(each.value) for each in values.shape[:-1]] + [size]
