@@ -25,7 +25,7 @@ from quantpress.quant.floats import count_nonfinite, to_float32
 from quantpress.quant.grid import SCALE_TYPES, Grid, round_to_nearest
 from quantpress.quant.qtensor import QuantizedTensor
 
-__all__ = ["quantize_weights"]
+__all__ = ["made", "pack", "quantize_weights"]
 
 _CHUNK = 16 << 20  # bytes of float32 values that are quantized at a time; rows do not depend on each other
 _LAYER = re.compile(r"(?:^|\.)(\d{1,9})\.")
@@ -50,9 +50,11 @@ def quantize_weights(
             tensors: dict[str, Array] = {}
             reports: dict[str, Any] = {}
             for weight in weights:
-                quantized, report = _quantize(source, weight, recipe, context.threads)
+                if recipe.method is None:
+                    quantized, reports[weight.name] = _kept(source, weight), {}
+                else:
+                    quantized, reports[weight.name] = made(weight, recipe, context.threads)
                 tensors |= pack(form, weight, quantized)
-                reports[weight.name] = report
                 done += weight.tensor.size
                 context.progress("quantizing", done, total)
             seconds = round(time.perf_counter() - start, 3)
@@ -85,11 +87,16 @@ def _steps(plan: QuantizePlan) -> dict[str, list[PlannedWeight]]:
     return steps
 
 
-def _quantize(
-    source: Checkpoint, weight: PlannedWeight, recipe: Recipe, threads: int
-) -> tuple[QuantizedTensor, Mapping[str, float | None]]:
-    if recipe.method is None:
-        return _kept(source, weight), {}
+def made(weight: PlannedWeight, recipe: Recipe, threads: int) -> tuple[QuantizedTensor, Mapping[str, float | None]]:
+    """Quantizes a weight by a method that needs no text.
+
+    Returns:
+        Codes, (N, K), and figures for the sidecar: "relative_error".
+
+    Raises:
+        InputError: NaN or infinity in it.
+    """
+    assert recipe.method is not None, "codes are to be made"
     rounder = _rounder(recipe.method)
     parts: list[QuantizedTensor] = []
     error = power = 0.0

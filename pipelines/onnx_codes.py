@@ -1,0 +1,216 @@
+"""Codes of HQQ, GPTQ and AWQ on their way into an ONNX model, without a quantized checkpoint between.
+
+GPTQ and AWQ run the model layer by layer, as `quantize` does and with its machinery: finished layers are kept beside
+the output, a run that is stopped goes on with the next one, and what is kept goes when the output is proved. HQQ reads
+nothing but the weight itself, so its codes are found while they are written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from quantpress.convert.checkpoint import Checkpoint, LazyTensor
+from quantpress.convert.kept_codes import FORMAT, kept
+from quantpress.convert.quantized import LazyQuantized, PackFormat, with_quantized
+from quantpress.pipelines.quantize_job import QuantizeJob
+from quantpress.pipelines.quantize_plan import PlannedWeight
+from quantpress.pipelines.quantize_recipe import CALIBRATED, Recipe
+from quantpress.pipelines.quantize_stage import Quantize
+from quantpress.pipelines.quantize_weights import made
+from quantpress.pipelines.quantize_work import Spooled
+from quantpress.pipelines.stage import RunContext
+from quantpress.quant.errors import UsageError
+from quantpress.quant.qtensor import QuantizedTensor
+
+if TYPE_CHECKING:
+    from quantpress.pipelines.onnx_stage import Onnx
+
+__all__ = ["CODE_METHODS", "MadeCodes", "OnnxCodes", "codes_view"]
+
+CODE_METHODS = ("hqq", "gptq", "awq")
+"""Methods whose codes are found here; those of RTN are found where they are written."""
+
+_BITS = {"int4": 4, "int8": 8}
+_PLACES = ("output", "calibration")  # options that say where something lies, not what is written
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Codes(Quantize):
+    """The stage `quantize` as it is asked for codes alone.
+
+    Attributes:
+        onnx: what the codes are for; a finished layer belongs to a run with the same options only.
+    """
+
+    name: ClassVar[str] = "onnx codes"
+    version: ClassVar[int] = 1
+
+    onnx: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, stage: Onnx) -> _Codes:
+        """Gives it for an ONNX model."""
+        described = dict(stage.describe())
+        options = {name: value for name, value in described["options"].items() if name not in _PLACES}
+        return cls(
+            output=stage.output,
+            method=stage.method,
+            bits=_BITS[stage.precision or ""],
+            group_size=stage.block_size,
+            symmetric=stage.symmetric,
+            scale_type="F16" if stage.compute_type == "fp16" else "F32",
+            calibration=stage.calibration,
+            samples=stage.samples,
+            sequence_length=stage.sequence_length,
+            seed=stage.seed,
+            act_order=stage.act_order,
+            damping=stage.damping,
+            drift=stage.drift,
+            calibration_dtype=stage.calibration_dtype,
+            onnx={**described, "options": options},
+        )
+
+    def recipe(self, source: Checkpoint) -> Recipe:
+        """Gives the settings of the weights.
+
+        Raises:
+            UsageError: the model has codes already.
+        """
+        if source.quantized and source.adapted is None:
+            raise UsageError(
+                f"--method {self.method}: {source.name} is quantized already ({source.format}), and its codes are kept"
+                " as they are; to quantize anew give the model it was made from"
+            )
+        return super().recipe(source)
+
+    def pack_format(self, recipe: Recipe) -> PackFormat:
+        """Gives a format that holds all that is made."""
+        del recipe
+        return FORMAT
+
+
+@dataclass(frozen=True, slots=True)
+class MadeCodes:
+    """A model with its codes, while an output is written from it.
+
+    Attributes:
+        checkpoint: the source with codes as its weights, and norms that scales were folded into; good until the output
+            is proved.
+        held: whether the lock of the output is held already, so that `write_onnx` must not take it.
+        force: what stands at the output may be replaced.
+        notes: what a user should know of the text.
+        calibrated: what the sidecar says of the text.
+        reports: weight -> what the method says of it: "loss", "damping", ...
+        timings: step -> seconds.
+        mark_written: to be called when the output stands: where a run is killed before it is proved, the same command
+            replaces it.
+    """
+
+    checkpoint: Checkpoint
+    held: bool
+    force: bool
+    notes: tuple[str, ...] = ()
+    calibrated: Mapping[str, Any] = field(default_factory=dict)
+    reports: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    timings: Mapping[str, Any] = field(default_factory=dict)
+    mark_written: Callable[[], None] = field(default=lambda: None, repr=False)
+
+
+class OnnxCodes:
+    """Codes for one ONNX model.
+
+    Attributes:
+        planned: the source as it will be, its weights' forms known; codes of GPTQ and AWQ cannot be read from it.
+    """
+
+    def __init__(self, stage: Onnx, source: Checkpoint, *, threads: int = 1) -> None:
+        """Plans; reads headers only.
+
+        Args:
+            stage: with every default filled in, its output's name too; its method is one of `CODE_METHODS`.
+            source: the model.
+            threads: for HQQ.
+
+        Raises:
+            QuantpressError: the source cannot be quantized in this way.
+        """
+        self._job = QuantizeJob(_Codes.of(stage).resolved(source), source)
+        self.planned = self._view({}, partial(self._planned_codes, threads=threads))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know beforehand."""
+        return self._job.plan.notes
+
+    @property
+    def peak_memory(self) -> int:
+        """Bytes of memory, estimated."""
+        return self._job.plan.peak_memory
+
+    @property
+    def work_bytes(self) -> int:
+        """Bytes that are kept beside the output until it is proved."""
+        return self._job.plan.work_bytes if self._spooled else 0
+
+    def check_output(self, context: RunContext) -> None:
+        """Checks that the output may be written.
+
+        Raises:
+            UsageError: something is there, and neither --force is given nor did a killed run of this job leave it.
+        """
+        self._job.check_output(context)
+
+    @contextlib.contextmanager
+    def session(self, context: RunContext, nbytes: int) -> Iterator[MadeCodes]:
+        """Finds the codes; what is finished is kept on the disk until the block has ended well.
+
+        Args:
+            context: what the run may use.
+            nbytes: of the output.
+
+        Raises:
+            UsageError, BusyError, InputError, LayoutError, OutputError: see `QuantizeJob.spooled`.
+        """
+        if not self._spooled:
+            yield MadeCodes(self.planned, held=False, force=context.force)
+            return
+        with self._job.spooled(context, nbytes + self.work_bytes) as work:
+            yield self._made(work)
+
+    def _made(self, work: Spooled) -> MadeCodes:
+        parts = work.spool.tensors()
+        view = self._view(parts, lambda weight: kept(weight.name, weight.form, parts))
+        return MadeCodes(
+            view, True, work.force, work.notes, work.calibrated, work.reports, work.timings, work.mark_written
+        )
+
+    @property
+    def _spooled(self) -> bool:
+        return self._job.recipe.method in CALIBRATED
+
+    def _view(self, parts: Mapping[str, LazyTensor], codes: Callable[[PlannedWeight], LazyQuantized]) -> Checkpoint:
+        source, weights = self._job.source, self._job.weights.weights
+        plain = {name: parts.get(name, tensor) for name, tensor in source.tensors.items() if name not in weights}
+        quantized = {name: codes(weight) for name, weight in weights.items()}
+        view = with_quantized(source, plain, quantized, dtype="F32", kind=source.format)
+        return dataclasses.replace(view, tensors={name: view.tensors[name] for name in source.tensors})
+
+    def _planned_codes(self, weight: PlannedWeight, *, threads: int) -> LazyQuantized:
+        def read() -> QuantizedTensor:
+            if self._spooled:
+                raise AssertionError(f"{weight.name} is planned only")
+            return made(weight, self._job.recipe, threads)[0]
+
+        return LazyQuantized(weight.name, weight.form, weight.tensor.source, read)
+
+
+@contextlib.contextmanager
+def codes_view(stage: Onnx, source: Checkpoint, context: RunContext, nbytes: int = 0) -> Iterator[MadeCodes]:
+    """Gives a model with the codes that a stage asks for; see `OnnxCodes`."""
+    with OnnxCodes(stage, source, threads=context.threads).session(context, nbytes) as codes:
+        yield codes
