@@ -1,0 +1,189 @@
+"""What follows from the attention mask, once for all layers: where each token stands, and what it may see.
+
+GroupQueryAttention wants the tokens of each row without gaps from the left. Padding may stand on either side of them
+or, when a padded batch goes on, between old and new ones. So the newest tokens of each row are rolled to the left
+before the embedding and back before the head; behind them, positions go on from the number of earlier tokens. The
+standard's Attention takes a mask instead, and nothing is moved.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from quantpress.convert.onnx.graph import GraphBuilder
+from quantpress.convert.onnx.rotary import RotaryTable
+
+__all__ = ["Places", "masked", "restored", "rolled", "table_rows_of"]
+
+_BATCH, _NEW, _ALL = "batch_size", "sequence_length", "total_sequence_length"
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where the tokens stand.
+
+    Attributes:
+        ids: (B, S) int64, what to embed.
+        valid: (B, 1) int64 tokens of each row that are no padding, old and new.
+        positions: (B, S) int64, None where nothing asks for them.
+        lengths: (B,) int32, `valid` - 1; with `total` what GroupQueryAttention asks for; None where it is not used.
+        total: (1,) int32 width of the attention mask.
+        back: (B, S, 1) int64, where each token went; None where none moved.
+        seen: (B, 1, S, T), 0 where a token may be seen and very low elsewhere; None where GroupQueryAttention knows.
+        seen_near: the same within the sliding window; None where no layer has one.
+    """
+
+    ids: ir.Value
+    valid: ir.Value
+    positions: ir.Value | None
+    lengths: ir.Value | None = None
+    total: ir.Value | None = None
+    back: ir.Value | None = None
+    seen: ir.Value | None = None
+    seen_near: ir.Value | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """Numbers of columns, (1,) int64 each: of the mask, of the new tokens, of the earlier ones."""
+
+    total: ir.Value
+    new: ir.Value
+    before: ir.Value
+
+
+def rolled(builder: GraphBuilder, ids: ir.Value, mask: ir.Value, *, positions: bool) -> Places:
+    """Gives the places of tokens without gaps.
+
+    Args:
+        builder: the graph.
+        ids: (B, S) int64, the newest tokens.
+        mask: (B, T) int64, 0 for padding.
+        positions: whether anything asks for them.
+    """
+    sizes = _sizes(builder, ids, mask)
+    window = _newest(builder, mask, sizes)
+    first = _add(builder, "ArgMax", [window], (_BATCH, 1), axis=1, keepdims=1)
+    columns = _range(builder, sizes.new, _NEW)
+    forward = _modulo(builder, _add(builder, "Add", [columns, first], (_BATCH, _NEW)), sizes.new)
+    backward = _modulo(builder, _add(builder, "Sub", [columns, first], (_BATCH, _NEW)), sizes.new)
+    valid = _sum(builder, mask)
+    less = _add(builder, "Sub", [valid, builder.constant(1)], (_BATCH, 1))
+    less = _add(builder, "Squeeze", [less, builder.constant([1])], (_BATCH,))
+    places = None
+    if positions:
+        earlier = _add(builder, "Sub", [valid, _sum(builder, window)], (_BATCH, 1))
+        places = _add(builder, "Add", [columns, earlier], (_BATCH, _NEW))
+    return Places(
+        ids=_add(builder, "GatherElements", [ids, forward], (_BATCH, _NEW), axis=1),
+        valid=valid,
+        positions=places,
+        lengths=builder.cast(less, "INT32", name="/places/Cast"),
+        total=builder.cast(sizes.total, "INT32", name="/places/Cast"),
+        back=_add(builder, "Unsqueeze", [backward, builder.constant([2])], (_BATCH, _NEW, 1)),
+    )
+
+
+def masked(builder: GraphBuilder, ids: ir.Value, mask: ir.Value, *, window: int | None, every: bool) -> Places:
+    """Gives the places of tokens that stay where they are, and what each may see.
+
+    Args:
+        builder: the graph.
+        ids: (B, S) int64, the newest tokens.
+        mask: (B, T) int64, 0 for padding.
+        window: tokens that a layer with a sliding window sees, None if there is no such layer.
+        every: whether there is a layer that sees all.
+    """
+    sizes = _sizes(builder, ids, mask)
+    counted = _add(builder, "CumSum", [mask, builder.constant(1)], (_BATCH, _ALL))
+    counted = _add(builder, "Sub", [counted, builder.constant(1)], (_BATCH, _ALL))
+    standing = _add(builder, "Max", [counted, builder.constant(0)], (_BATCH, _ALL))
+    positions = _newest(builder, standing, sizes)
+    columns = _range(builder, sizes.total, _ALL)
+    query = _add(builder, "Slice", [columns, sizes.before, sizes.total, builder.constant([0])], (_NEW,))
+    query = _add(builder, "Unsqueeze", [query, builder.constant([1])], (_NEW, 1))
+    causal = _add(builder, "LessOrEqual", [columns, query], (_NEW, _ALL), dtype="BOOL")
+    real = builder.cast(_axis(builder, mask, 1, (_BATCH, 1, _ALL)), "BOOL", name="/places/Cast")
+    visible = _add(builder, "And", [causal, real], (_BATCH, _NEW, _ALL), dtype="BOOL")
+    near = None
+    if window is not None:
+        reach = _add(builder, "Add", [_axis(builder, standing, 1, (_BATCH, 1, _ALL)), builder.constant(window)],
+                     (_BATCH, 1, _ALL))  # fmt: skip
+        inside = _add(builder, "Less", [_axis(builder, positions, 2, (_BATCH, _NEW, 1)), reach], (_BATCH, _NEW, _ALL),
+                      dtype="BOOL")  # fmt: skip
+        both = _add(builder, "And", [visible, inside], (_BATCH, _NEW, _ALL), dtype="BOOL")
+        near = _bias(builder, both)
+    valid = _sum(builder, mask)
+    return Places(ids, valid, positions, seen=_bias(builder, visible) if every else None, seen_near=near)
+
+
+def restored(builder: GraphBuilder, values: ir.Value, places: Places, hidden: int) -> ir.Value:
+    """Puts the tokens' (B, S, hidden) values where the tokens stood."""
+    if places.back is None:
+        return values
+    shape = (_BATCH, _NEW, hidden)
+    return builder.add("GatherND", [values, places.back], name="/places/GatherND", shape=shape, batch_dims=1)
+
+
+def table_rows_of(builder: GraphBuilder, places: Places, table: RotaryTable) -> ir.Value:
+    """Gives the row of a rotary table for each token, (B, S) int64."""
+    assert places.positions is not None, "positions were asked for"
+    if table.switch is None:
+        return places.positions
+    long = _add(builder, "Greater", [places.valid, builder.constant(table.switch)], (_BATCH, 1), dtype="BOOL")
+    offset = _add(builder, "Where", [long, builder.constant(table.switch), builder.constant(0)], (_BATCH, 1))
+    return _add(builder, "Add", [places.positions, offset], (_BATCH, _NEW))
+
+
+def _sizes(builder: GraphBuilder, ids: ir.Value, mask: ir.Value) -> _Sizes:
+    total = _add(builder, "Shape", [mask], (1,), start=1)
+    new = _add(builder, "Shape", [ids], (1,), start=1)
+    return _Sizes(total, new, _add(builder, "Sub", [total, new], (1,)))
+
+
+def _newest(builder: GraphBuilder, values: ir.Value, sizes: _Sizes) -> ir.Value:
+    return _add(builder, "Slice", [values, sizes.before, sizes.total, builder.constant([1])], (_BATCH, _NEW))
+
+
+def _range(builder: GraphBuilder, count: ir.Value, length: str) -> ir.Value:
+    end = _add(builder, "Squeeze", [count], ())
+    return _add(builder, "Range", [builder.constant(0), end, builder.constant(1)], (length,))
+
+
+def _modulo(builder: GraphBuilder, values: ir.Value, count: ir.Value) -> ir.Value:
+    return _add(builder, "Mod", [values, count], (_BATCH, _NEW))  # of whole numbers: the sign is the divisor's
+
+
+def _sum(builder: GraphBuilder, values: ir.Value) -> ir.Value:
+    return _add(builder, "ReduceSum", [values, builder.constant([1])], (_BATCH, 1), keepdims=1)
+
+
+def _axis(builder: GraphBuilder, values: ir.Value, axis: int, shape: tuple[int | str, ...]) -> ir.Value:
+    return _add(builder, "Unsqueeze", [values, builder.constant([axis])], shape)
+
+
+def _bias(builder: GraphBuilder, visible: ir.Value) -> ir.Value:
+    # half of the lowest number: adding a score must not reach -inf, for a row of nothing but that has no softmax
+    low = np.asarray(np.finfo(builder.numpy_type).min / 2, builder.numpy_type)
+    zero = builder.constant(np.zeros((), builder.numpy_type))
+    shape = (_BATCH, _NEW, _ALL)
+    bias = builder.add("Where", [visible, zero, builder.constant(low)], name="/places/Where", shape=shape)
+    return builder.add(
+        "Unsqueeze", [bias, builder.constant([1])], name="/places/Unsqueeze", shape=(_BATCH, 1, _NEW, _ALL)
+    )
+
+
+def _add(
+    builder: GraphBuilder,
+    op: str,
+    inputs: list[ir.Value],
+    shape: tuple[int | str, ...],
+    *,
+    dtype: str = "INT64",
+    **attributes: Any,
+) -> ir.Value:
+    return builder.add(op, inputs, name=f"/places/{op}", dtype=dtype, shape=shape, **attributes)
