@@ -37,7 +37,7 @@ __all__ = [
 
 _BUFFER = 1 << 20  # bytes
 _MAX_STEM = 120  # bytes of the target's name that a temporary name repeats; names may have 255
-_SIGNS_OF_A_MODEL = ("config.json", "quantpress.json", "adapter_config.json")
+_SIGNS_OF_A_MODEL = ("config.json", "quantpress.json", "adapter_config.json", "genai_config.json", "model.onnx")
 
 
 class _FailsOnce(io.FileIO):

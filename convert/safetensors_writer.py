@@ -5,7 +5,6 @@ The byte format is written here because the safetensors library wants whole tens
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,7 +15,8 @@ from typing import Any
 
 from quantpress.convert.atomic import atomic_folder, check_replaceable, new_file, require_space
 from quantpress.convert.checkpoint import DTYPES, Array, Checkpoint, LazyTensor
-from quantpress.convert.files import inside, shown
+from quantpress.convert.files import shown
+from quantpress.convert.folder_files import json_bytes, model_files, write_files
 from quantpress.convert.hashed_output import HashedOutput, Written, hashed_output
 from quantpress.convert.safetensors_reader import Entry
 from quantpress.quant.errors import InputError, LayoutError, UsageError
@@ -100,12 +100,7 @@ def write_checkpoint(
     counter = _Counter(total, progress)
     written: dict[str, Written] = {}
     with atomic_folder(folder, force=force, held=held) as new:
-        for name, data in _small_files(checkpoint, target, shards).items():
-            path = inside(new, name)
-            path.parent.mkdir(exist_ok=True)
-            with new_file(path) as file:
-                file.write(data)
-            written[path.relative_to(new).as_posix()] = Written(hashlib.sha256(data).hexdigest(), len(data))
+        written |= write_files(new, _small_files(checkpoint, target, shards))
         for index, entries in enumerate(shards):
             name = _shard_name(index, len(shards))
             with new_file(new / name) as file, hashed_output(file) as output:
@@ -178,15 +173,13 @@ def _shard_name(index: int, count: int) -> str:
 
 
 def _small_files(checkpoint: Checkpoint, target: str | None, shards: list[list[Entry]]) -> dict[str, bytes]:
-    files = {"config.json": _json(_config(checkpoint.config, target))}
-    if checkpoint.generation_config:
-        files["generation_config.json"] = _json(checkpoint.generation_config)
+    files = model_files(checkpoint, _config(checkpoint.config, target))
     if len(shards) > 1:
         places = {entry.name: _shard_name(index, len(shards)) for index, shard in enumerate(shards) for entry in shard}
         total = sum(entries[-1].end for entries in shards)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-        files["model.safetensors.index.json"] = _json(index)
-    return {**checkpoint.tokenizer_files, **files}
+        files["model.safetensors.index.json"] = json_bytes(index)
+    return files
 
 
 def _config(config: Mapping[str, Any], target: str | None) -> dict[str, Any]:
@@ -202,10 +195,6 @@ def _config(config: Mapping[str, Any], target: str | None) -> dict[str, Any]:
     if "dtype" not in result and "torch_dtype" not in result and "model_type" in result:
         result["torch_dtype"] = _CONFIG_NAMES[target]
     return result
-
-
-def _json(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def encode_header(entries: Iterable[Entry], metadata: Mapping[str, str]) -> bytes:

@@ -28,6 +28,7 @@ from quantpress.pipelines.stage import (
     RunContext,
     TensorResult,
     fill_name,
+    shortened,
 )
 
 log = logging.getLogger(__name__)
@@ -133,7 +134,7 @@ class Gguf(BuildingStage):
             metadata |= read_metadata_file(self.metadata)
         metadata = override(metadata, self.override_kv)
         changed = tuple(f"{tensor.name}: {tensor.note}" for tensor in tensors.tensors if tensor.note)
-        return tensors, metadata, (*spec.gguf_notes(hyper, source.config), *vocab_notes, *_shortened(changed))
+        return tensors, metadata, (*spec.gguf_notes(hyper, source.config), *vocab_notes, *shortened(changed))
 
     def _types(self) -> TypeOptions:
         return TypeOptions(
@@ -160,13 +161,6 @@ class Gguf(BuildingStage):
 
     def _path(self, source: Checkpoint, ftype: str) -> Path:
         return fill_name(self.output, {"ftype": ftype, "name": self.model_name or Path(source.name).name})
-
-
-def _shortened(lines: tuple[str, ...], limit: int = 4) -> tuple[str, ...]:
-    """Keeps the first lines and says how many there are of the others."""
-    if len(lines) <= limit:
-        return lines
-    return (*lines[:limit], f"and {len(lines) - limit} more tensors likewise (--dry-run lists them)")
 
 
 def _kept_codes(plan: TensorPlan, written: WriteResult) -> tuple[str, ...]:

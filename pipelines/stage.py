@@ -105,7 +105,7 @@ class Artifact:
 
     Attributes:
         path: the file or folder.
-        kind: "gguf" or "safetensors".
+        kind: "gguf", "safetensors" or "onnx".
         ftype: name of the file's main type, "Q8_0".
         outputs: every file with its hash.
         tensors: what became of every tensor.
@@ -202,3 +202,10 @@ def fill_name(output: Path, values: Mapping[str, str]) -> Path:
     for key, value in values.items():
         text = text.replace("{" + key + "}", value.replace("/", "-"))
     return Path(text)
+
+
+def shortened(lines: tuple[str, ...], limit: int = 4) -> tuple[str, ...]:
+    """Keeps the first notes on tensors, and says how many there are of the others."""
+    if len(lines) <= limit:
+        return lines
+    return (*lines[:limit], f"and {len(lines) - limit} more tensors likewise (--dry-run lists them)")

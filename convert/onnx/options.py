@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from quantpress.quant.errors import UsageError
 
-__all__ = ["BLOCK_SIZES", "INT8_STYLES", "PRECISIONS", "TENSOR_TYPES", "OnnxOptions"]
+__all__ = ["BLOCK_SIZES", "COMPUTE_TYPES", "INT8_STYLES", "PRECISIONS", "TENSOR_TYPES", "OnnxOptions"]
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 INT8_STYLES = ("weight-only", "dynamic", "static")

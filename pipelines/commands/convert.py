@@ -10,6 +10,7 @@ import click
 from quantpress.convert.gguf.file_types import FILE_TYPES
 from quantpress.pipelines.cli import Session
 from quantpress.pipelines.commands.adapters import adapter_option, parse_adapter, qlora_options, take_qlora
+from quantpress.pipelines.commands.onnx_options import ONNX_FLAGS, onnx_options
 from quantpress.pipelines.commands.options import limit_options, machine_options, text_options, writing_options
 from quantpress.pipelines.commands.writing import write
 from quantpress.quant.errors import UsageError
@@ -24,15 +25,24 @@ Examples:
   quantpress convert org/name '{name}-{ftype}.gguf' --outtype bf16
   quantpress convert ./model model.gguf --outtype q4_0 --tensor-type ffn_down=q8_0
   quantpress convert model.gguf ./model-f16 --to safetensors --dtype f16
+  quantpress convert ./model ./model-onnx --to onnx --precision int4
   quantpress convert ./model tuned-Q8_0.gguf --outtype q8_0 --adapter ./adapter
   quantpress convert ./model mixed.gguf --adapter ./tone=0.7 --adapter ./facts=0.3
   quantpress convert ./model model.gguf --outtype q4_0 --dry-run
 """
 TYPES = ", ".join(name.lower() for name in FILE_TYPES)
-STAGE_FLAGS = (
+GGUF_FLAGS = (
     "outtype", "tensor_type", "output_tensor_type", "token_embedding_type", "leave_output_tensor", "pure",
-    "override_kv", "metadata", "vocab_only", "model_name", "dtype",
+    "override_kv", "metadata", "vocab_only", "model_name",
 )  # fmt: skip
+FLAGS = {
+    "gguf": GGUF_FLAGS,
+    "onnx": (*ONNX_FLAGS, "output_tensor_type", "token_embedding_type"),
+    "safetensors": ("dtype",),
+}
+STAGE_FLAGS = tuple(dict.fromkeys(name for names in FLAGS.values() for name in names))
+TITLES = {"gguf": "GGUF", "onnx": "ONNX", "safetensors": "safetensors"}
+MAIN_FLAG = {"gguf": "--outtype", "onnx": "--precision", "safetensors": "--dtype"}
 
 
 def _pairs(values: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
@@ -49,30 +59,51 @@ def make_stage(out: Path, to: str | None, flags: dict[str, Any]) -> BuildingStag
     """Chooses the stage from --to or from the output's name.
 
     Raises:
-        UsageError: neither says what to write, or flags of the other format are given.
+        UsageError: neither says what to write, or flags of another format are given.
     """
-    from quantpress.pipelines.gguf_stage import Gguf
-    from quantpress.pipelines.safetensors_stage import Safetensors
-
-    target = to or ("gguf" if out.suffix.lower() == ".gguf" else "safetensors" if flags["dtype"] else None)
-    if target is None:
-        raise UsageError(f"{out}: cannot tell what to write; name it *.gguf or give --to gguf or --to safetensors")
+    target = to or _target_of(out, flags)
+    _refuse_others(target, flags)
+    options = {name: flags[name] for name in FLAGS[target]}
     if target == "safetensors":
-        given = [name for name, value in flags.items() if value and name not in ("dtype", "outtype")]
-        if given or flags["outtype"] != "auto":
-            name = (given or ["outtype"])[0].replace("_", "-")
-            raise UsageError(f"--{name} is for GGUF outputs; safetensors takes --dtype")
-        return Safetensors(output=out, dtype=flags["dtype"])
-    if flags["dtype"]:
-        raise UsageError("--dtype is for safetensors outputs; GGUF takes --outtype")
-    options = {name: value for name, value in flags.items() if name not in ("dtype", "tensor_type")}
-    return Gguf(output=out, tensor_types=_pairs(flags["tensor_type"]), **options)
+        from quantpress.pipelines.safetensors_stage import Safetensors
+
+        return Safetensors(output=out, **options)
+    if target == "onnx":
+        from quantpress.pipelines.onnx_stage import Onnx
+
+        for name in ("output_tensor_type", "token_embedding_type"):
+            options[name] = options[name] and options[name].lower()
+        return Onnx(output=out, **{name: value for name, value in options.items() if value is not None})
+    from quantpress.pipelines.gguf_stage import Gguf
+
+    return Gguf(output=out, tensor_types=_pairs(options.pop("tensor_type")), **options)
+
+
+def _target_of(out: Path, flags: dict[str, Any]) -> str:
+    if out.suffix.lower() == ".gguf":
+        return "gguf"
+    for target in ("safetensors", "onnx"):
+        if flags[MAIN_FLAG[target].strip("-")]:
+            return target
+    raise UsageError(
+        f"{out}: cannot tell what to write; name it *.gguf or give --to gguf, --to onnx or --to safetensors"
+    )
+
+
+def _refuse_others(target: str, flags: dict[str, Any]) -> None:
+    """Refuses flags that the format does not have."""
+    for name, value in flags.items():
+        given = value not in (None, (), False, "auto") or (value is False and name in ("symmetric", "act_order"))
+        if given and name not in FLAGS[target]:
+            others = " and ".join(TITLES[each] for each in FLAGS if name in FLAGS[each])
+            flag = name.replace("_", "-")
+            raise UsageError(f"--{flag} is for {others} outputs; {TITLES[target]} takes {MAIN_FLAG[target]}")
 
 
 @click.command(name="convert", epilog=EXAMPLES)
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--to", type=click.Choice(["gguf", "safetensors"]), help="Format; default: from OUT's name.")
+@click.option("--to", type=click.Choice(["gguf", "onnx", "safetensors"]), help="Format; default: from OUT's name.")
 @click.option("--outtype", default="auto", show_default=True, help=f"GGUF type: {TYPES}, or auto (16 bit).")
 @click.option("--tensor-type", multiple=True, metavar="REGEX=TYPE", help="Type of the tensors whose name matches.")
 @click.option("--output-tensor-type", metavar="TYPE", help="Type of the head.")
@@ -86,6 +117,7 @@ def make_stage(out: Path, to: str | None, flags: dict[str, Any]) -> BuildingStag
 @click.option("--dtype", help="safetensors type: f32, f16, bf16; default: as stored.")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Run the file and compare it with MODEL.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@onnx_options
 @adapter_option
 @qlora_options
 @text_options
@@ -99,8 +131,8 @@ def command(
     """Press MODEL into OUT in one pass, run OUT, and compare it with MODEL.
 
     MODEL is a Hugging Face folder, a Hub id (org/name or org/name@revision) or a GGUF file. OUT is a .gguf file or a
-    folder for safetensors, and may hold {ftype} and {name}. With --adapter, OUT is compared with MODEL and the adapter
-    run beside each other, unmerged.
+    folder for ONNX or safetensors, and may hold {ftype} and {name}. With --adapter, OUT is compared with MODEL and
+    the adapter run beside each other, unmerged.
     """
     weighted = tuple(parse_adapter(text) for text in adapters)
     qlora = take_qlora(flags, weighted)

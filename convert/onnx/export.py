@@ -1,0 +1,129 @@
+"""From a checkpoint to the folder of an ONNX model: the whole graph first, and then the weights, in bounded memory.
+
+`plan_onnx` touches no weight: it builds the graph, whose size is then known to the byte, and so is that of the data.
+`write_onnx` reads every weight once while the data file is written in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import onnx_ir as ir
+
+from quantpress.convert.atomic import atomic_folder, check_replaceable, new_file, require_space
+from quantpress.convert.checkpoint import Checkpoint
+from quantpress.convert.folder_files import json_bytes, model_files, write_files
+from quantpress.convert.hashed_output import Written, hashed_output
+from quantpress.convert.onnx.data_file import Groups, write_data
+from quantpress.convert.onnx.decoder import build_graph, check_graph, shares_cache
+from quantpress.convert.onnx.genai import genai_config
+from quantpress.convert.onnx.graph import DATA_FILE, GraphBuilder
+from quantpress.convert.onnx.options import OnnxOptions
+from quantpress.convert.onnx.weights import ModelWeights
+from quantpress.convert.preflight import Preflight
+
+__all__ = ["MODEL_FILE", "InputRanges", "OnnxPlan", "plan_onnx", "write_onnx"]
+
+MODEL_FILE = "model.onnx"
+
+InputRanges = Mapping[tuple[str, int], tuple[float, float]]
+"""Slot and layer of a linear weight -> least and greatest value of its input."""
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxPlan:
+    """A folder as it would be written.
+
+    Attributes:
+        files: small files, the graph among them: name -> contents.
+        groups: what the data file will hold, and where.
+        data_bytes: size of the data file.
+    """
+
+    files: Mapping[str, bytes] = field(repr=False)
+    groups: Groups = field(repr=False)
+    data_bytes: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return self.data_bytes + sum(map(len, self.files.values()))
+
+    @property
+    def held(self) -> int:
+        """Bytes of the source that must be in memory at once, at most."""
+        return max((group.held for group, _ in self.groups), default=0)
+
+
+def plan_onnx(
+    source: Checkpoint,
+    checked: Preflight,
+    options: OnnxOptions,
+    *,
+    version: str = "",
+    ranges: InputRanges | None = None,
+) -> OnnxPlan:
+    """Builds the graph of a checkpoint without reading a weight.
+
+    Args:
+        source: the model.
+        checked: the model bound to its family's table.
+        options: how graph and weights are to be written.
+        version: of the program, for the model's producer.
+        ranges: of the inputs of linear weights, which static int8 needs.
+
+    Raises:
+        UsageError: options that the model cannot have.
+        LayoutError: a weight that cannot be stored as asked; names it.
+    """
+    check_graph(checked.hyper, standard=options.standard_ops, opset=options.opset)
+    builder = GraphBuilder(compute=options.compute, standard=options.standard_ops, opset=options.opset)
+    weights = ModelWeights(builder, source, checked, options, ranges)
+    build_graph(builder, weights, checked.spec, checked.hyper)
+    model = ir.to_proto(builder.model(name=checked.spec.family, producer_version=version))
+    genai = genai_config(source, checked.hyper, filename=MODEL_FILE, share_buffer=shares_cache(checked.hyper, options))
+    files = model_files(source) | {
+        MODEL_FILE: model.SerializeToString(deterministic=True),
+        "genai_config.json": json_bytes(genai),
+    }
+    return OnnxPlan(files, builder.groups, builder.data_bytes)
+
+
+def write_onnx(
+    folder: Path | str,
+    plan: OnnxPlan,
+    *,
+    threads: int,
+    force: bool = False,
+    held: bool = False,
+    progress: Progress = lambda _phase, _done, _total: None,
+) -> dict[Path, Written]:
+    """Writes the folder atomically.
+
+    Args:
+        folder: the output.
+        plan: what `plan_onnx` gave.
+        threads: that read and encode; the bytes do not depend on it.
+        force: replace an existing model folder.
+        held: the caller has the output's lock already, see `held_output`.
+        progress: told the bytes that are written.
+
+    Returns:
+        The files that were written, in the order of their names, each with its hash and its bytes.
+
+    Raises:
+        InputError: a tensor holds NaN or infinities, or values its type cannot hold; or it cannot be read.
+        UsageError, BusyError, OutputError: see `atomic_folder`.
+    """
+    check_replaceable(folder, force=force)
+    require_space(folder, plan.nbytes)
+    with atomic_folder(folder, force=force, held=held) as new:
+        written = write_files(new, plan.files)
+        with new_file(new / DATA_FILE) as file, hashed_output(file) as output:
+            write_data(output, plan.groups, threads=threads, progress=progress)
+            written[DATA_FILE] = output.finish()
+    return {Path(folder) / name: written[name] for name in sorted(written)}

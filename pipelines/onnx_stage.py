@@ -1,0 +1,146 @@
+"""Writes a checkpoint as an ONNX model: a folder that onnxruntime and onnxruntime-genai run."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from quantpress.convert.checkpoint import Checkpoint
+from quantpress.convert.onnx.options import OnnxOptions
+from quantpress.pipelines.onnx_job import QUANTIZED, OnnxJob, keeps_codes, type_of_codes
+from quantpress.pipelines.stage import Artifact, BuildingStage, Plan, RunContext
+from quantpress.quant.errors import UsageError
+
+__all__ = ["METHODS", "Onnx"]
+
+METHODS = ("rtn", "hqq", "gptq", "awq")
+_CALIBRATED = ("gptq", "awq")  # they run the model on a text
+_ZEROS = ("awq", "hqq")  # they gain from zero points
+_COMPUTE = {"fp16": "fp16"}
+_BLOCK_SIZE = 32  # as onnxruntime-genai's model builder has it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Onnx(BuildingStage):
+    """Options of the stage; None where it depends on others or on the source, see `resolved`.
+
+    Attributes:
+        output: the folder; may hold `{ftype}` and `{name}`.
+        precision, compute_type, int8, block_size, symmetric, accuracy_level, standard_ops, opset, output_tensor_type,
+            token_embedding_type: as `OnnxOptions`. Without `precision` a quantized model keeps its codes, any other is
+            written in fp32.
+        method: "rtn", "hqq", "gptq" or "awq": how the codes of int4 and weight-only int8 are found.
+        calibration: UTF-8 text for GPTQ, AWQ and static int8; None for the built-in one.
+        samples, sequence_length, seed: windows of that text.
+        act_order, damping, drift, calibration_dtype: as `Quantize`.
+    """
+
+    name: ClassVar[str] = "onnx"
+    version: ClassVar[int] = 1
+
+    output: Path
+    precision: str | None = None
+    compute_type: str | None = None
+    int8: str = "weight-only"
+    block_size: int | None = None
+    symmetric: bool | None = None
+    accuracy_level: int = 0
+    standard_ops: bool = False
+    opset: int = 23
+    output_tensor_type: str | None = None
+    token_embedding_type: str | None = None
+    method: str | None = None
+    calibration: Path | None = None
+    samples: int = 128
+    sequence_length: int | None = None
+    seed: int = 0
+    act_order: bool = True
+    damping: float = 0.01
+    drift: float | None = None
+    calibration_dtype: str | None = None
+
+    @property
+    def runs_model(self) -> bool:
+        """Whether the model is run on a device before anything can be written."""
+        return self.method in _CALIBRATED or self.int8 == "static"
+
+    def resolved(self, source: Checkpoint) -> Onnx:
+        """Fills in what depends on the source and on other options; what has no meaning then is None.
+
+        Raises:
+            UsageError: options that do not exist or do not go together.
+        """
+        kept = keeps_codes(source)
+        precision = self.precision or ("fp32" if not kept else "int8" if type_of_codes(source) == "INT8" else "int4")
+        filled = {"precision": precision, "compute_type": self.compute_type or _COMPUTE.get(precision, "fp32")}
+        if precision not in QUANTIZED or self.int8 != "weight-only":
+            self._refuse_method("is for --precision int4 and weight-only int8")
+        elif kept:
+            self._refuse_method(
+                f"{source.name} is quantized already ({source.format}), and its codes are kept as they are; to quantize"
+                " anew give the model it was made from"
+            )
+        else:
+            filled |= self._filled_method()
+        stage = dataclasses.replace(self, **filled)
+        stage.options()
+        if stage.runs_model:
+            from quantpress.pipelines.quantize_calibration import sequence_length
+
+            return dataclasses.replace(stage, sequence_length=sequence_length(source, self.sequence_length))
+        if self.calibration is not None:
+            raise UsageError(
+                f"--calibration {self.calibration}: only --method gptq and awq and --int8 static read a text"
+            )
+        return stage
+
+    def _filled_method(self) -> dict[str, Any]:
+        """How codes are found."""
+        method = self.method or METHODS[0]
+        if method not in METHODS:
+            raise UsageError(f"--method {method}: must be one of {', '.join(METHODS)}")
+        symmetric = method not in _ZEROS if self.symmetric is None else self.symmetric
+        return {"method": method, "block_size": self.block_size or _BLOCK_SIZE, "symmetric": symmetric}
+
+    def _refuse_method(self, reason: str) -> None:
+        """Refuses to be told how codes are found where none are."""
+        for name in ("method", "block_size", "symmetric"):
+            value = getattr(self, name)
+            if value is not None:
+                raise UsageError(f"--{name.replace('_', '-')} {value}: {reason}")
+
+    def options(self) -> OnnxOptions:
+        """Gives what the graph's builders take; of a stage that is `resolved`.
+
+        Raises:
+            UsageError: options that do not exist or do not go together.
+        """
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(OnnxOptions)}
+        return OnnxOptions(**{name: value for name, value in values.items() if value is not None})
+
+    def plan(self, source: Checkpoint) -> Plan:
+        """Says what would be written, without reading a weight."""
+        return OnnxJob(self.resolved(source), source).plan
+
+    def target(self, source: Checkpoint) -> Path:
+        """Gives the output with its name filled in."""
+        return OnnxJob(self.resolved(source), source).output
+
+    def check_output(self, source: Checkpoint, context: RunContext) -> None:
+        """Checks that the target may be written; what this very run has left there may be replaced."""
+        OnnxJob(self.resolved(source), source).check_output(context)
+
+    def run(self, source: Checkpoint, context: RunContext) -> Artifact:
+        """Writes the folder."""
+        with self.session(source, context) as artifact:
+            return artifact
+
+    @contextlib.contextmanager
+    def session(self, source: Checkpoint, context: RunContext) -> Iterator[Artifact]:
+        """Writes the folder; codes that took long are kept beside it until the block has ended well."""
+        with OnnxJob(self.resolved(source), source).session(context) as artifact:
+            yield artifact
