@@ -41,16 +41,18 @@ def _farthest(block: Array, high: np.float32, low: np.float32) -> np.float32:
     """Gives the number farthest from 0; the first one of two that are equally far."""
     if high != -low:
         return high if high > -low else low
-    for column in range(block.size):
+    found = np.float32(0.0)
+    for column in range(block.size - 1, -1, -1):
         if abs(block[column]) == high:
-            return block[column]
-    return np.float32(0.0)
+            found = block[column]
+    return found
 
 
 @compiled()
 def _stored(value: float, precision: int, least: int) -> np.float32:
     """Rounds to the type that scales are stored in; float32 (24 digits) is what processors round to themselves."""
-    return np.float32(value if precision == _FLOAT32_DIGITS else round_scale(value, precision, least))
+    stored: np.float32 = np.float32(value if precision == _FLOAT32_DIGITS else round_scale(value, precision, least))
+    return stored
 
 
 @compiled()

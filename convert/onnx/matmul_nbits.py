@@ -28,8 +28,8 @@ def matmul_nbits(
 ) -> tuple[NDArray[np.uint8], NDArray[Any], NDArray[np.uint8] | None, dict[str, int]]:
     """Gives the inputs and attributes of the operator; nothing is rounded.
 
-    Groups that are no power of two, or larger than `greatest_block`, become several blocks with the same scale. Codes of 3 bits are
-    stored in 4; those without zeros are moved up by 4, so that their zero is the operator's own.
+    Groups that are no power of two, or larger than `greatest_block`, become several blocks with the same scale. Codes
+    of 3 bits are stored in 4; those without zeros are moved up by 4, so that their zero is the operator's own.
 
     Args:
         tensor: N rows of K columns; the last group may be shorter.
