@@ -121,10 +121,10 @@ class OnnxJob:
         self.check_output(context)
         check_tied_head(self._checked)
         if self._codes is None:
-            yield self._write(self._planned, context, MadeCodes(self.source, held=False, force=context.force))
+            yield self._write(context, MadeCodes(self.source, held=False, force=context.force))
             return
         with self._codes.session(context, self._planned.nbytes) as made:
-            artifact = self._write(self._prepare(made.checkpoint), context, made)
+            artifact = self._write(context, made)
             made.mark_written()
             yield artifact
 
@@ -143,9 +143,11 @@ class OnnxJob:
     def _planned(self) -> OnnxPlan:
         return self._prepare(self.source if self._codes is None else self._codes.planned)
 
-    def _write(self, plan: OnnxPlan, context: RunContext, made: MadeCodes) -> Artifact:
+    def _write(self, context: RunContext, made: MadeCodes) -> Artifact:
         from quantpress.convert.onnx.export import write_onnx
 
+        known = made.checkpoint is self.source and not context.allow_nonfinite
+        plan = self._planned if known else self._prepare(made.checkpoint, allow_nonfinite=context.allow_nonfinite)
         notes = (*_notes(plan, self._codes), *made.notes)
         for note in notes:
             log.warning("%s: %s", self.output.name, note)
@@ -168,7 +170,7 @@ class OnnxJob:
             timings=made.timings,
         )
 
-    def _prepare(self, source: Checkpoint) -> OnnxPlan:
+    def _prepare(self, source: Checkpoint, *, allow_nonfinite: bool = False) -> OnnxPlan:
         """Builds the graph.
 
         Raises:
@@ -184,7 +186,13 @@ class OnnxJob:
                 " pip install 'quantpress[onnx]'"
             ) from error
         checked = self._checked if source is self.source else preflight(source)
-        return plan_onnx(source, checked, self.stage.options(), version=version_of("quantpress") or "")
+        return plan_onnx(
+            source,
+            checked,
+            self.stage.options(),
+            version=version_of("quantpress") or "",
+            allow_nonfinite=allow_nonfinite,
+        )
 
 
 def _tensors(source: Checkpoint, plan: OnnxPlan) -> tuple[PlannedTensor, ...]:

@@ -20,16 +20,14 @@ from quantpress.convert.onnx.data_file import Groups, write_data
 from quantpress.convert.onnx.decoder import build_graph, check_graph, shares_cache
 from quantpress.convert.onnx.genai import genai_config
 from quantpress.convert.onnx.graph import DATA_FILE, GraphBuilder
+from quantpress.convert.onnx.kinds import Ranges
 from quantpress.convert.onnx.options import OnnxOptions
 from quantpress.convert.onnx.weights import ModelWeights
 from quantpress.convert.preflight import Preflight
 
-__all__ = ["MODEL_FILE", "InputRanges", "OnnxPlan", "plan_onnx", "write_onnx"]
+__all__ = ["MODEL_FILE", "OnnxPlan", "plan_onnx", "write_onnx"]
 
 MODEL_FILE = "model.onnx"
-
-InputRanges = Mapping[tuple[str, int], tuple[float, float]]
-"""Slot and layer of a linear weight -> least and greatest value of its input."""
 
 Progress = Callable[[str, int, int], None]
 
@@ -65,7 +63,8 @@ def plan_onnx(
     options: OnnxOptions,
     *,
     version: str = "",
-    ranges: InputRanges | None = None,
+    ranges: Ranges | None = None,
+    allow_nonfinite: bool = False,
 ) -> OnnxPlan:
     """Builds the graph of a checkpoint without reading a weight.
 
@@ -75,6 +74,7 @@ def plan_onnx(
         options: how graph and weights are to be written.
         version: of the program, for the model's producer.
         ranges: of the inputs of linear weights, which static int8 needs.
+        allow_nonfinite: write NaN and infinities where floats are stored instead of refusing them.
 
     Raises:
         UsageError: options that the model cannot have.
@@ -82,7 +82,7 @@ def plan_onnx(
     """
     check_graph(checked.hyper, standard=options.standard_ops, opset=options.opset)
     builder = GraphBuilder(compute=options.compute, standard=options.standard_ops, opset=options.opset)
-    weights = ModelWeights(builder, source, checked, options, ranges)
+    weights = ModelWeights(builder, source, checked, options, ranges, allow_nonfinite=allow_nonfinite)
     build_graph(builder, weights, checked.spec, checked.hyper)
     model = ir.to_proto(builder.model(name=checked.spec.family, producer_version=version))
     genai = genai_config(source, checked.hyper, filename=MODEL_FILE, share_buffer=shares_cache(checked.hyper, options))
