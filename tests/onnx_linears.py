@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime
@@ -59,7 +58,7 @@ class _Plain:
 
 
 class Graph:
-    """A model with one input and the outputs that a function adds, saved in a folder and checked by the ONNX project."""
+    """A model with one input and the outputs that a function adds, saved in a folder; ONNX's checker has accepted it."""
 
     def __init__(
         self, folder: Path, add: Callable[[GraphBuilder, ir.Value], Sequence[ir.Value]], *, columns: int | None,

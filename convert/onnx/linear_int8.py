@@ -20,17 +20,16 @@ from numpy.typing import NDArray
 from quantpress.convert.files import shown
 from quantpress.convert.onnx.graph import GraphBuilder
 from quantpress.convert.onnx.linear import LinearWeight, with_last
+from quantpress.convert.onnx.nbits_rows import round_rows
 from quantpress.convert.onnx.stored import Piece, StoredGroup, StoredTensor
 from quantpress.quant.errors import InputError, LayoutError
 from quantpress.quant.floats import to_float32
-from quantpress.quant.grid import Grid, round_to_nearest
-from quantpress.quant.qtensor import QuantizedTensor
 
 __all__ = ["DynamicInt8", "StaticInt8", "static_grid"]
 
 _ZERO = 128  # of symmetric codes
 _STEPS = 255  # of an input's range
-_GRID = Grid(8, -1, symmetric=True, scale_type="F32")
+_MULTIPLE = 4  # of a block's columns, for `round_rows`
 
 
 class DynamicInt8:
@@ -52,7 +51,7 @@ class DynamicInt8:
         Raises:
             LayoutError: codes in groups, or more columns than sums of 32 bits can take.
         """
-        name = _path(weight)
+        name = weight.node
         stored = _store(builder, weight)
         rounded, scale, zero = self._round(builder, values, weight.shape[1], name)
         dims = with_last(values, weight.shape[0])
@@ -98,7 +97,7 @@ class StaticInt8:
             InputError: no range is known, or it is not finite.
             LayoutError: codes in groups, or more columns than sums of 32 bits can take.
         """
-        name = _path(weight)
+        name = weight.node
         stored = _store(builder, weight)
         rounded = self._round(builder, weight, values, name)
         matrix = builder.add(
@@ -137,14 +136,14 @@ class StaticInt8:
 def static_grid(low: float, high: float) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
     """Gives scale and zero, scalars, of 8-bit codes for a range, which is widened to include 0.
 
-    As DynamicQuantizeLinear computes them (ONNX operators, version 11), in float32.
+    As DynamicQuantizeLinear is defined (ONNX operators, version 11), in float64, where no range is too wide.
     """
-    least, greatest = np.float32(min(low, 0.0)), np.float32(max(high, 0.0))
-    scale = np.float32((greatest - least) / np.float32(_STEPS))
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = np.asarray((high - low) / _STEPS, np.float32)
     if not scale > 0:  # nothing but zeros was seen
         return np.asarray(1, np.float32), np.asarray(0, np.uint8)
-    zero = np.clip(np.rint(-least / scale), 0, _STEPS)
-    return np.asarray(scale, np.float32), np.asarray(zero, np.uint8)
+    zero = np.clip(np.rint(-low / float(scale)), 0, _STEPS)
+    return scale, np.asarray(zero, np.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,13 +177,14 @@ def _store(builder: GraphBuilder, weight: LinearWeight) -> _Stored:
             f"{weight.source}: {shown(weight.name)}: sums over {columns} columns outgrow 32 bits; use"
             " --int8 weight-only"
         )
+    name = weight.name.removesuffix(".weight")
     tensors = [
-        StoredTensor(f"{weight.name}_codes", "UINT8", (columns, rows)),
-        StoredTensor(f"{weight.name}_scale", "FLOAT", (rows,)),
+        StoredTensor(f"{name}.qweight", "UINT8", (columns, rows)),
+        StoredTensor(f"{name}.scales", "FLOAT", (rows,)),
     ]
     zeros = form is not None and (not form.symmetric or form.bits != 8)
     if zeros:
-        tensors.append(StoredTensor(f"{weight.name}_zero", "UINT8", (rows,)))
+        tensors.append(StoredTensor(f"{name}.qzeros", "UINT8", (rows,)))
     tasks = partial(_rounded, weight) if form is None else partial(_exact, weight, zeros)
     group = StoredGroup(
         tuple(tensors), tasks, f"INT{8 if form is None else form.bits}", weight.name, weight.held + rows * columns
@@ -213,14 +213,17 @@ def _rounded(weight: LinearWeight) -> Iterator[Callable[[], Piece]]:
 
 
 def _round_rows(weight: LinearWeight, whole: _Transpose, start: int, stop: int) -> Piece:
-    tensor: QuantizedTensor | None = None
+    rows, columns = weight.shape
+    codes: NDArray[np.uint8] | None = None
     try:
-        tensor = round_to_nearest(to_float32(weight.read_rows(start, stop)), _GRID)
+        size = columns + -columns % _MULTIPLE
+        packed, scale = round_rows(weight.read_rows(start, stop), 8, size, symmetric=True, compute="FLOAT")
+        codes = packed[:, 0, :columns]
     except LayoutError as error:
-        raise LayoutError(f"{weight.source}: {shown(weight.name)}: {error}") from error
+        raise InputError(f"{weight.source}: tensor {shown(weight.name)}: {error}") from error
     finally:
-        whole.put(start, stop, None if tensor is None else tensor.codes)
-    return np.empty((0, weight.shape[0]), np.uint8), tensor.scale.reshape(-1)
+        whole.put(start, stop, codes)
+    return np.empty((0, rows), np.uint8), scale.reshape(-1)
 
 
 @dataclass
@@ -250,8 +253,3 @@ class _Transpose:
             self._changed.wait_for(lambda: self.parts == 0)
             columns, self._columns = self._columns, None
         return np.empty(self.shape[::-1], np.uint8) if columns is None else columns
-
-
-def _path(weight: LinearWeight) -> str:
-    stem = weight.slot.removesuffix(".weight")
-    return f"/{stem}" if weight.layer < 0 else f"/layers.{weight.layer}/{stem}"

@@ -9,7 +9,7 @@ weight on every run, which is slow and exact.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -21,12 +21,11 @@ from quantpress.convert.files import shown
 from quantpress.convert.onnx.exact_codes import column_order, exact_scale, with_columns
 from quantpress.convert.onnx.graph import GraphBuilder
 from quantpress.convert.onnx.linear import LinearWeight, with_last
+from quantpress.convert.onnx.matmul_nbits import pack_bits
+from quantpress.convert.onnx.nbits_rows import round_rows
 from quantpress.convert.onnx.stored import Piece, StoredGroup, StoredTensor
-from quantpress.convert.quantized import LazyQuantized
-from quantpress.quant.errors import LayoutError
-from quantpress.quant.floats import to_float32
-from quantpress.quant.grid import Grid, round_to_nearest
-from quantpress.quant.qtensor import QuantizedTensor, group_count
+from quantpress.quant.errors import InputError, LayoutError
+from quantpress.quant.qtensor import QuantizedForm, group_count
 
 __all__ = ["DequantizeLinear", "StoredCodes"]
 
@@ -40,7 +39,7 @@ class StoredCodes:
         scale: (N, blocks) in the activations' type; the last block may be shorter.
         zero: (N, blocks) in the type of the codes; None if symmetric.
         block_size: columns of a block.
-        order: (K,) int64 column of the weight that each stored column is; None where they are in place.
+        order: (K,) INT32 column of the weight that each stored column is; None where they are in place.
     """
 
     codes: ir.Value
@@ -58,53 +57,69 @@ class DequantizeLinear:
         bits: 4 or 8, of weights that are rounded here; those of a quantized source keep their codes, 2 and 3 bits in 4.
         block_size: columns that share a scale, of weights that are rounded here.
         symmetric: no zeros, of weights that are rounded here.
+        note: for `StoredGroup`.
     """
 
     bits: int
     block_size: int
     symmetric: bool
+    note: str = ""
+    _stored: dict[str, StoredCodes] = field(default_factory=dict, repr=False)
 
     def __call__(self, builder: GraphBuilder, weight: LinearWeight, values: ir.Value) -> ir.Value:
         """Stores a weight and multiplies with it; see `LinearKind`."""
         return self.multiply(builder, weight, values, self.store(builder, weight))
 
     def store(self, builder: GraphBuilder, weight: LinearWeight) -> StoredCodes:
-        """Stores a weight: its codes where it has them, else what it is rounded to.
+        """Gives the weight in codes, stored when it is asked for first; a kind serves one graph."""
+        if weight.name not in self._stored:
+            form = QuantizedForm(weight.shape, self.bits, min(self.block_size, weight.shape[1]), self.symmetric)
+            self._stored[weight.name] = self._store(builder, weight, weight.codes.form if weight.codes else form)
+        return self._stored[weight.name]
 
-        Raises:
-            LayoutError: columns in an order that blocks cannot follow.
-        """
-        rows, columns = weight.shape
-        order = None
-        if weight.codes is None:
-            scale_type = "F16" if builder.compute == "FLOAT16" else "F32"
-            grid = Grid(self.bits, self.block_size, self.symmetric, scale_type)
-            bits, size, symmetric = self.bits, grid.group(columns), self.symmetric
-            tasks = partial(_rounded, weight, grid)
-            held = weight.held
-        else:
-            form = weight.codes.form
-            bits, size, symmetric = form.bits, min(form.group_size, columns), form.symmetric
-            order = _named(weight, lambda codes: column_order(codes.read())) if form.ordered else None
-            tasks = partial(_exact, weight, order, builder.numpy_type)
-            held = weight.held + rows * columns * 2
-        kind = f"{'' if symmetric else 'U'}INT{8 if bits == 8 else 4}"
+    def _store(self, builder: GraphBuilder, weight: LinearWeight, form: QuantizedForm) -> StoredCodes:
+        (rows, columns), name = weight.shape, weight.name.removesuffix(".weight")
+        size = min(form.group_size, columns)
+        kind = f"{'' if form.symmetric else 'U'}INT{8 if form.bits == 8 else 4}"
         blocks = (rows, group_count(columns, size))
-        tensors = [
-            StoredTensor(f"{weight.name}_codes", kind, (rows, columns)),
-            StoredTensor(f"{weight.name}_scale", builder.compute, blocks),
-        ]
-        if not symmetric:
-            tensors.append(StoredTensor(f"{weight.name}_zero", kind, blocks))
-        group = StoredGroup(tuple(tensors), tasks, f"INT{bits}{_group_name(size, columns)}", weight.name, held)
-        codes, scale, *zero = builder.store(group)
-        placed = None if order is None else builder.constant(order, f"{weight.name}_order")
-        return StoredCodes(codes, scale, zero[0] if zero else None, size, placed)
+        parts = {
+            "codes": StoredTensor(f"{name}.qweight", kind, (rows, columns)),
+            "scale": StoredTensor(f"{name}.scales", builder.compute, blocks),
+        }
+        if not form.symmetric:
+            parts["zero"] = StoredTensor(f"{name}.qzeros", kind, blocks)
+        ordered = form.ordered and not form.per_row
+        if ordered:
+            parts["order"] = StoredTensor(f"{name}.order", "INT32", (columns,))
+        if weight.codes is None:
+            tasks, held = partial(self._rounded, weight, builder.compute), weight.held
+        else:
+            tasks, held = partial(_exact, weight, builder.numpy_type, ordered), weight.held + rows * columns * 2
+        label = f"INT{form.bits} g{size}{'' if form.symmetric else ' asym'}"
+        group = StoredGroup(tuple(parts.values()), tasks, label, weight.name, held, self.note)
+        found = dict(zip(parts, builder.store(group), strict=True))
+        return StoredCodes(found["codes"], found["scale"], found.get("zero"), size, found.get("order"))
+
+    def _rounded(self, weight: LinearWeight, compute: str) -> Iterator[Callable[[], Piece]]:
+        for start, stop in _even(weight.row_ranges()):
+            yield partial(self._round_rows, weight, compute, start, stop)
+
+    def _round_rows(self, weight: LinearWeight, compute: str, start: int, stop: int) -> Piece:
+        rows, columns = weight.read_rows(start, stop), weight.shape[1]
+        try:
+            packed, scale, *zeros = round_rows(
+                rows, self.bits, self.block_size, symmetric=self.symmetric, compute=compute
+            )
+        except LayoutError as error:
+            raise InputError(f"{weight.source}: tensor {shown(weight.name)}: {error}") from error
+        codes = _unpacked(packed.reshape(len(rows), -1), self.bits)[:, :columns]
+        zero = _unpacked(zeros[0], self.bits)[:, : scale.shape[1]] if zeros else None
+        return _piece(codes, scale, zero, self.bits)
 
     def multiply(self, builder: GraphBuilder, weight: LinearWeight, values: ir.Value, stored: StoredCodes) -> ir.Value:
         """Multiplies `values` (B, S, K) with a stored weight; gives (B, S, N)."""
         rows, columns = weight.shape
-        name = _path(weight)
+        name = weight.node
         if stored.order is not None:
             dims = with_last(values, columns)
             values = builder.add("Gather", [values, stored.order], name=f"{name}/Gather", shape=dims, axis=-1)
@@ -128,9 +143,9 @@ class DequantizeLinear:
             if part is None or part.dtype is None or part.shape is None:
                 continue
             dims, dtype = _looked_up(ids, int(part.shape[1])), part.dtype.name  # type: ignore[arg-type]
-            name = f"/embed_tokens/Gather_{label}"
+            name = f"{weight.node}/Gather_{label}"
             parts.append(builder.add("Gather", [part, ids], name=name, dtype=dtype, shape=dims, axis=0))
-        return _dequantize(builder, stored, parts, 2, "/embed_tokens", _looked_up(ids, weight.shape[1]))
+        return _dequantize(builder, stored, parts, 2, weight.node, _looked_up(ids, weight.shape[1]))
 
 
 def _dequantize(
@@ -147,11 +162,6 @@ def _looked_up(ids: ir.Value, last: int) -> list[int | str] | None:
     return [*(size if isinstance(size, int) else str(size.value) for size in ids.shape), last]
 
 
-def _rounded(weight: LinearWeight, grid: Grid) -> Iterator[Callable[[], Piece]]:
-    for start, stop in _even(weight.row_ranges()):
-        yield partial(_round_rows, weight, grid, start, stop)
-
-
 def _even(ranges: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     """Moves ends to even rows: two values of 4 bits share a byte, and in rows of odd length also across their ends."""
     begun, last = 0, ranges[-1][1] if ranges else 0
@@ -162,50 +172,40 @@ def _even(ranges: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
         begun = end
 
 
-def _round_rows(weight: LinearWeight, grid: Grid, start: int, stop: int) -> Piece:
-    rows = to_float32(weight.read_rows(start, stop))
-    return _piece(_named(weight, lambda _: round_to_nearest(rows, grid)))
-
-
-def _exact(
-    weight: LinearWeight, order: NDArray[np.int64] | None, dtype: np.dtype[Any]
-) -> Iterator[Callable[[], Piece]]:
+def _exact(weight: LinearWeight, dtype: np.dtype[Any], ordered: bool) -> Iterator[Callable[[], Piece]]:
     def read() -> Piece:
-        tensor = with_columns(_named(weight, lambda codes: codes.read()), order)
-        return _piece(tensor, _named(weight, lambda _: exact_scale(tensor.scale, dtype)))
+        if weight.codes is None:
+            raise TypeError(f"{weight.name} has no codes")
+        try:
+            tensor = weight.codes.read()
+            order = column_order(tensor)
+            scale = exact_scale(tensor.scale, dtype)
+        except LayoutError as error:
+            raise LayoutError(f"{weight.source}: {shown(weight.name)}: {error}") from error
+        piece = _piece(with_columns(tensor, order).codes, scale, tensor.zero, tensor.bits)
+        if not ordered:
+            return piece
+        return (*piece, np.asarray(np.arange(tensor.columns) if order is None else order, np.int32))
 
     yield read
 
 
-def _piece(tensor: QuantizedTensor, scale: NDArray[Any] | None = None) -> Piece:
-    bits = 8 if tensor.bits == 8 else 4
-    codes = tensor.codes - np.uint8(1 << (tensor.bits - 1)) if tensor.symmetric else tensor.codes
-    zero = () if tensor.zero is None else (_packed(tensor.zero, bits),)
-    return (_packed(codes, bits), tensor.scale if scale is None else scale, *zero)
+def _piece(codes: NDArray[np.uint8], scale: NDArray[Any], zero: NDArray[np.uint8] | None, bits: int) -> Piece:
+    """Gives rows as they are stored; where there are no zeros, codes are signed and their zero is 0."""
+    width = 8 if bits == 8 else 4
+    if zero is None:
+        return _packed(codes - np.uint8(1 << (bits - 1)), width), scale
+    return _packed(codes, width), scale, _packed(zero, width)
 
 
 def _packed(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """Puts values of 4 bits, signed or not, two to a byte, the first in the low bits (onnx: TensorProto.raw_data)."""
+    """Puts values of 4 bits two to a byte, low bits first, across the ends of rows (onnx: TensorProto.raw_data)."""
     flat = np.ascontiguousarray(values).reshape(-1)
+    return flat if bits == 8 else pack_bits(flat & np.uint8(15), bits)
+
+
+def _unpacked(packed: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Undoes `pack_bits` for 4 and 8 bits."""
     if bits == 8:
-        return flat
-    if flat.size % 2:
-        flat = np.append(flat, np.uint8(0))
-    return (flat[0::2] & np.uint8(15)) | flat[1::2] << np.uint8(4)
-
-
-def _named(weight: LinearWeight, make: Callable[[LazyQuantized], Any]) -> Any:
-    """Adds the weight's name to what is wrong with its layout."""
-    try:
-        return make(weight.codes)  # type: ignore[arg-type]
-    except LayoutError as error:
-        raise LayoutError(f"{weight.source}: {shown(weight.name)}: {error}") from error
-
-
-def _group_name(size: int, columns: int) -> str:
-    return "" if size >= columns else f" g{size}"
-
-
-def _path(weight: LinearWeight) -> str:
-    stem = weight.slot.removesuffix(".weight")
-    return f"/{stem}" if weight.layer < 0 else f"/layers.{weight.layer}/{stem}"
+        return packed
+    return np.stack([packed & np.uint8(15), packed >> np.uint8(4)], -1).reshape(*packed.shape[:-1], -1)
