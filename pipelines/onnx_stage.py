@@ -76,7 +76,10 @@ class Onnx(BuildingStage):
         """
         kept = keeps_codes(source)
         precision = self.precision or ("fp32" if not kept else "int8" if type_of_codes(source) == "INT8" else "int4")
-        filled = {"precision": precision, "compute_type": self.compute_type or _COMPUTE.get(precision, "fp32")}
+        filled: dict[str, Any] = {
+            "precision": precision,
+            "compute_type": self.compute_type or _COMPUTE.get(precision, "fp32"),
+        }
         if precision not in QUANTIZED or self.int8 != "weight-only":
             self._refuse_method("is for --precision int4 and weight-only int8")
         elif kept:

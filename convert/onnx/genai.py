@@ -7,7 +7,7 @@ Keys and their meaning: onnxruntime-genai 0.18, src/config.cpp; values as its mo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from quantpress.convert.arch.spec import Hyperparameters
 from quantpress.convert.checkpoint import Checkpoint
@@ -16,16 +16,15 @@ from quantpress.convert.tokenizer_files import TokenizerFiles
 __all__ = ["MODEL_TYPE", "genai_config"]
 
 MODEL_TYPE = "decoder"  # genai's type of every decoder whose inputs and outputs are named in the file itself
-_DEFAULT_BOS = 1  # genai cannot do without one; only a generation from nothing uses it
-# search option -> (default, greatest value); generation_config.json has the same names
-_SEARCH: Mapping[str, tuple[float, float]] = {
-    "diversity_penalty": (0.0, 1e6),
-    "length_penalty": (1.0, 1e6),
-    "repetition_penalty": (1.0, 1e6),
-    "temperature": (1.0, 1e6),
-    "top_p": (1.0, 1.0),
+# search option of generation_config.json -> (default, least, greatest)
+_SEARCH: Mapping[str, tuple[float, float, float]] = {
+    "diversity_penalty": (0.0, 0.0, 1e6),
+    "length_penalty": (1.0, 0.0, 1e6),
+    "repetition_penalty": (1.0, 1e-3, 1e6),
+    "temperature": (1.0, 0.0, 1e6),
+    "top_p": (1.0, 0.0, 1.0),
 }
-_COUNTS: Mapping[str, int] = {"no_repeat_ngram_size": 0, "num_beams": 1, "num_return_sequences": 1, "top_k": 50}
+_TOP_K = 50  # transformers' default, GenerationConfig
 
 
 def genai_config(
@@ -49,7 +48,7 @@ def genai_config(
     layers = {"key": "%d.key", "value": "%d.value"}
     return {
         "model": {
-            "bos_token_id": (begin or [min(_DEFAULT_BOS, hyper.vocab - 1)])[0],
+            **({"bos_token_id": begin[0]} if begin else {}),
             "context_length": hyper.context,
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
@@ -69,29 +68,34 @@ def genai_config(
             "type": MODEL_TYPE,
             "vocab_size": hyper.vocab,
         },
-        "search": _search(checkpoint.generation_config, hyper.context, share_buffer),
+        "search": _search(checkpoint.generation_config, hyper, share_buffer),
     }
 
 
-def _search(settings: Mapping[str, Any], context: int, share_buffer: bool) -> dict[str, Any]:
-    """The model's own way of sampling where generation_config.json says one."""
+def _search(settings: Mapping[str, Any], hyper: Hyperparameters, share_buffer: bool) -> dict[str, Any]:
+    """The model's own way of sampling where generation_config.json says one; genai refuses what is out of its range."""
+    beams = _count(settings, "num_beams", 1, least=1)
     search: dict[str, Any] = {
         "do_sample": settings.get("do_sample") is True,
         "early_stopping": True,
-        "max_length": context,
+        "max_length": hyper.context,
         "min_length": 0,
+        "no_repeat_ngram_size": _count(settings, "no_repeat_ngram_size", 0),
+        "num_beams": beams,
+        "num_return_sequences": _count(settings, "num_return_sequences", 1, least=1, greatest=beams),
         "past_present_share_buffer": share_buffer,
+        "top_k": _count(settings, "top_k", min(_TOP_K, hyper.vocab), greatest=hyper.vocab),
     }
-    for name, (default, greatest) in _SEARCH.items():
+    for name, (default, least, greatest) in _SEARCH.items():
         value = settings.get(name)
-        known = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= greatest
-        search[name] = float(value) if known else default
-    for name, count in _COUNTS.items():
-        value = settings.get(name)
-        search[name] = (
-            value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 31 else count
-        )
+        number = float(value) if isinstance(value, float) or _is_count(value) else default
+        search[name] = number if least <= number <= greatest else default
     return dict(sorted(search.items()))
+
+
+def _count(settings: Mapping[str, Any], name: str, default: int, *, least: int = 0, greatest: int = 1 << 16) -> int:
+    value = settings.get(name)
+    return value if _is_count(value) and least <= value <= greatest else default
 
 
 class _Tokens:
@@ -108,15 +112,14 @@ class _Tokens:
         """Gives the ids, of which there may be several; those that the model does not know are passed over."""
         for place in self._places:
             value = place.get(f"{kind}_token_id")
-            found = [each for each in (value if isinstance(value, list) else [value]) if self._known(each)]
-            if found:
-                return list(dict.fromkeys(found))
+            if found := self._known(value if isinstance(value, list) else [value]):
+                return found
         return self.of_tokenizer(kind)
 
     def of_tokenizer(self, kind: str) -> list[int]:
         """Gives the id of the token that the tokenizer's files name."""
         text = self._files.special_token(kind)
-        return [each["id"] for each in self._files.added_tokens if each["content"] == text and self._known(each["id"])]
+        return self._known([each["id"] for each in self._files.added_tokens if each["content"] == text])
 
     def ends(self) -> list[int]:
         """Gives the ids that end a text.
@@ -129,5 +132,9 @@ class _Tokens:
             found = list(dict.fromkeys([*self.of_tokenizer("eos"), *found]))
         return found
 
-    def _known(self, value: object) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < self._vocab
+    def _known(self, values: list[Any]) -> list[int]:
+        return list(dict.fromkeys(each for each in values if _is_count(each) and each < self._vocab))
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
