@@ -62,10 +62,10 @@ class Graph:
 
     def __init__(
         self, folder: Path, add: Callable[[GraphBuilder, ir.Value], Sequence[ir.Value]], *, columns: int | None,
-        compute: str = "FLOAT", opset: int = 23, threads: int = 1,
+        compute: str = "FLOAT", opset: int = 23, threads: int = 1, standard: bool = True,
     ) -> None:  # fmt: skip
         """Builds it; `columns` None for an input of ids."""
-        builder = GraphBuilder(compute=compute, standard=True, opset=opset)
+        builder = GraphBuilder(compute=compute, standard=standard, opset=opset)
         dims: list[int | str] = ["batch_size", "sequence_length"]
         if columns is None:
             values = builder.input("values", "INT64", dims)
