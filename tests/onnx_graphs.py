@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime as ort
+import torch
 from numpy.typing import NDArray
 
-from quantpress.convert.arch.spec import ArchSpec, Hyperparameters
+from quantpress.convert.arch.registry import find_arch
+from quantpress.convert.arch.spec import Hyperparameters
 from quantpress.convert.onnx.decoder import build_graph
 from quantpress.convert.onnx.graph import DATA_FILE, GraphBuilder
+from quantpress.convert.open import open_checkpoint
 from quantpress.convert.weights import CheckpointWeights
+from tests.tiny import tiny_checkpoint
 
 _SHAPE = ("batch_size", "sequence_length")
 
@@ -73,7 +76,7 @@ def write_model(
     """Writes model.onnx and its data file.
 
     Returns:
-        Path of model.onnx.
+        The folder.
     """
     builder = GraphBuilder(compute=compute, standard=standard, opset=opset)
     build_graph(builder, InlineWeights(builder, weights), weights.spec, weights.hyper)
@@ -81,7 +84,7 @@ def write_model(
 
 
 def write_graph(folder: Path, builder: GraphBuilder) -> Path:
-    """Writes what a builder holds."""
+    """Writes what a builder holds; gives the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     data = np.zeros(builder.data_bytes, np.uint8)
     for group, places in builder.groups:
@@ -93,58 +96,53 @@ def write_graph(folder: Path, builder: GraphBuilder) -> Path:
                 ends[number] += len(raw)
         assert ends == [place.offset + place.tensor.nbytes for place in places]
     data.tofile(folder / DATA_FILE)
-    path = folder / "model.onnx"
     model = builder.model(name="decoder", producer_version="0")
-    path.write_bytes(ir.serde.serialize_model(model).SerializeToString())
-    return path
+    (folder / "model.onnx").write_bytes(ir.serde.serialize_model(model).SerializeToString())
+    return folder
 
 
-class Session:
-    """A model in onnxruntime, single-threaded."""
-
-    def __init__(self, path: Path, hyper: Hyperparameters) -> None:
-        """Loads it."""
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = 1
-        options.log_severity_level = 3
-        self.session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        self.hyper = hyper
-        kinds = {each.name: each.type for each in self.session.get_inputs()}
-        self.dtype = np.float16 if kinds["past_key_values.0.key"] == "tensor(float16)" else np.float32
-
-    def empty(self, batch: int) -> list[NDArray[Any]]:
-        """Gives the cache before the first token."""
-        shape = (batch, self.hyper.kv_heads, 0, self.hyper.head_dim)
-        return [np.zeros(shape, self.dtype) for _ in range(2 * self.hyper.layers)]
-
-    def run(
-        self, ids: NDArray[Any], mask: NDArray[Any] | None = None, cache: Sequence[NDArray[Any]] | None = None
-    ) -> tuple[NDArray[np.float32], list[NDArray[Any]]]:
-        """Runs tokens (B, S) that stand at the end of the mask (B, T).
-
-        Returns:
-            Logits (B, S, vocab), and the cache with these tokens.
-        """
-        cache = self.empty(len(ids)) if cache is None else cache
-        if mask is None:
-            mask = np.ones((len(ids), cache[0].shape[2] + ids.shape[1]))
-        feeds = {"input_ids": ids.astype(np.int64), "attention_mask": mask.astype(np.int64)}
-        for number, values in enumerate(cache):
-            feeds[f"past_key_values.{number // 2}.{('key', 'value')[number % 2]}"] = values
-        logits, *present = self.session.run(None, feeds)
-        return logits.astype(np.float32), present
-
-
-def checked(path: Path) -> onnx.ModelProto:
+def checked(folder: Path) -> onnx.ModelProto:
     """Gives the model after onnx's own checker and its shape inference have passed it."""
+    path = folder / "model.onnx"
     onnx.checker.check_model(path, full_check=True)
     return onnx.load(path, load_external_data=False)
 
 
-def operators(path: Path) -> list[str]:
-    """Gives the operators of a model in order, those of onnxruntime with their domain."""
-    nodes = onnx.load(path, load_external_data=False).graph.node
-    return [f"{node.domain}.{node.op_type}" if node.domain else node.op_type for node in nodes]
+def operators(model: onnx.ModelProto, *, under: str = "/") -> list[str]:
+    """Gives the operators of nodes whose names begin like this, in order; those of onnxruntime with a star."""
+    nodes = [node for node in model.graph.node if node.name.startswith(under)]
+    return [f"{node.op_type}*" if node.domain else node.op_type for node in nodes]
 
 
-__all__ = ["ArchSpec", "InlineWeights", "Session", "checked", "operators", "write_graph", "write_model"]
+@dataclass(frozen=True)
+class Source:
+    """A tiny checkpoint: its weights, sizes and what transformers makes of it."""
+
+    folder: Path
+    weights: CheckpointWeights
+    model: Any
+
+    @property
+    def hyper(self) -> Hyperparameters:
+        """Its sizes."""
+        return self.weights.hyper
+
+    def logits(self, tokens: NDArray[Any]) -> NDArray[np.float32]:
+        """Gives transformers' logits of one text, (S, vocab)."""
+        with torch.no_grad():
+            found: NDArray[np.float32] = self.model(torch.from_numpy(tokens[None]), use_cache=False).logits[0].numpy()
+        return found
+
+
+def tiny_source(folder: Path, family: str, **options: Any) -> Source:
+    """Makes a checkpoint of `tests.tiny` and loads it."""
+    from transformers import AutoModelForCausalLM, logging
+
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    tiny_checkpoint(folder, family, **options)
+    checkpoint = open_checkpoint(folder)
+    spec = find_arch(checkpoint.config)
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+    return Source(folder, CheckpointWeights(checkpoint, spec, spec.read_config(checkpoint.config)), model)
