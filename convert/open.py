@@ -7,9 +7,15 @@ from pathlib import Path
 from quantpress.convert.checkpoint import Checkpoint
 from quantpress.convert.files import shown
 from quantpress.convert.hf_folder import open_folder
+from quantpress.convert.onnx.read_folder import is_onnx
 from quantpress.quant.errors import InputError
 
 __all__ = ["open_checkpoint"]
+
+_ONNX = (
+    "an ONNX model is a target, not a source; give the model it was made from (inspect, perplexity and verify take ONNX"
+    " models)"
+)
 
 
 def open_checkpoint(model: Path | str) -> Checkpoint:
@@ -27,6 +33,8 @@ def open_checkpoint(model: Path | str) -> Checkpoint:
     if not str(model):
         raise InputError("the name of the model is empty; give a model folder, a .gguf file, or a Hub id like org/name")
     if path.is_dir():
+        if is_onnx(path):
+            raise InputError(f"{path}: {_ONNX}")
         return open_folder(path)
     if path.exists() or path.is_symlink():
         return _open_file(path)
@@ -48,5 +56,5 @@ def _open_file(path: Path) -> Checkpoint:
     if path.name.endswith((".safetensors", ".bin", ".json")):
         raise InputError(f"{path}: a single file of a model; give the folder that holds it and its config.json")
     if path.suffix == ".onnx":
-        raise InputError(f"{path}: ONNX files are not a source; give the model they were made from")
+        raise InputError(f"{path}: {_ONNX}")
     raise InputError(f"{path}: not a model; give a model folder, a .gguf file, or a Hub id like org/name")

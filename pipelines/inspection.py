@@ -14,6 +14,7 @@ from quantpress.convert.gguf.export import plan_tensors
 from quantpress.convert.gguf.file_types import FILE_TYPES
 from quantpress.convert.gguf.mixture import TypeOptions
 from quantpress.convert.hub import download, is_hub_id
+from quantpress.convert.onnx.read_folder import is_onnx
 from quantpress.convert.open import open_checkpoint
 from quantpress.convert.preflight import Preflight, preflight
 from quantpress.convert.tokenizer_files import TokenizerFiles
@@ -27,7 +28,7 @@ def inspect(model: Checkpoint | Path | str) -> dict[str, Any]:
     """Describes a model (INTERFACE: inspect).
 
     Args:
-        model: folder, GGUF file, Hub id, open checkpoint, or the folder or Hub id of an adapter.
+        model: folder, GGUF file, ONNX folder or file, Hub id, open checkpoint, or the folder or Hub id of an adapter.
 
     Returns:
         Plain values for JSON. `problem` says why a model could not be converted; None if nothing speaks against it.
@@ -39,6 +40,10 @@ def inspect(model: Checkpoint | Path | str) -> dict[str, Any]:
         from quantpress.pipelines.adapter_inspection import inspect_adapter
 
         return inspect_adapter(model)
+    if not isinstance(model, Checkpoint) and is_onnx(model):
+        from quantpress.pipelines.onnx_inspection import inspect_onnx
+
+        return inspect_onnx(model)
     source = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     report = {
         "model": source.name,
@@ -48,7 +53,7 @@ def inspect(model: Checkpoint | Path | str) -> dict[str, Any]:
         "bytes": sum(file.nbytes for file in source.files),
         "tensors": len(source.tensors),
         "tensor_types": tensor_types(source.tensors.values(), source.storage_types),
-        "tokenizer": _tokenizer(source),
+        "tokenizer": tokenizer_of(TokenizerFiles(source.tokenizer_files, name=source.name)),
         "quantization": _quantization(source),
     }
     try:
@@ -80,8 +85,8 @@ def _is_adapter(model: Path | str) -> bool:
     return (folder / ADAPTER_CONFIG).is_file()
 
 
-def _tokenizer(source: Checkpoint) -> dict[str, Any] | None:
-    files = TokenizerFiles(source.tokenizer_files, name=source.name)
+def tokenizer_of(files: TokenizerFiles) -> dict[str, Any] | None:
+    """Says what kind of tokenizer the files are; None without one."""
     if files.tokenizer_json is not None:
         return {"kind": files.tokenizer_json["model"].get("type"), "file": "tokenizer.json"}
     if "tokenizer.model" in files:

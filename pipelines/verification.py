@@ -1,8 +1,9 @@
 """Proves a file: runs it in its real runtime on the same tokens as its source and compares what both say.
 
 The source runs in the torch decoder, in float32; where adapters were merged, the base runs with them beside it,
-unmerged, so that a wrong merge has nothing to agree with. The file runs in llama.cpp; where that is not installed, it
-is read back by the `gguf` package into the torch decoder, and the report says so by its runtime.
+unmerged, so that a wrong merge has nothing to agree with. A GGUF file runs in llama.cpp; where that is not installed,
+it is read back by the `gguf` package into the torch decoder, and the report says so by its runtime. An ONNX model runs
+in onnxruntime, whole chunks at once, and the end of the first one also token by token with the cache.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -21,29 +22,26 @@ from quantpress.convert.arch.registry import find_arch
 from quantpress.convert.checkpoint import Checkpoint
 from quantpress.convert.files import read_bounded
 from quantpress.convert.lora.merge import merge_lora
+from quantpress.convert.onnx.read_folder import is_onnx
 from quantpress.convert.open import open_checkpoint
 from quantpress.convert.tokenizer import Tokenizer, TokenizerFiles
 from quantpress.pipelines.adapter_share import ShareTally
+from quantpress.pipelines.candidate import check_runtime, ftype_of, open_runtime
 from quantpress.pipelines.default_text import Text, default_text
 from quantpress.pipelines.judging import JudgeOptions
 from quantpress.pipelines.llama_cpp import LlamaCppRuntime
-from quantpress.pipelines.llama_cpp_find import HOW_TO_INSTALL, find_llama_cpp
-from quantpress.pipelines.machine import available_threads
 from quantpress.pipelines.parity import Parity, compare, unjudged
 from quantpress.pipelines.perplexity import Perplexity, cut_windows, plain_text
 from quantpress.pipelines.perplexity import perplexity as score_windows
 from quantpress.pipelines.progress import Progress, no_progress
-from quantpress.pipelines.quantize_plan import main_type
 from quantpress.pipelines.runtime import Runtime
 from quantpress.pipelines.tokenizer_proof import prove_tokenizer
 from quantpress.pipelines.torch_runtime import TorchRuntime
-from quantpress.quant.errors import InputError, OutputError, QuantpressError, UsageError
+from quantpress.quant.errors import InputError, QuantpressError, UsageError
 
 log = logging.getLogger(__name__)
 
 DEFAULT_CONTEXT = 512
-# storage types of bitsandbytes -> type whose limits hold: LLM.int8() rounds inputs too
-_BITSANDBYTES = {"int8": "W8A8", "nf4": "INT4", "fp4": "INT4"}
 MAX_TEXT = 256 << 20  # bytes of a text file; wikitext-103 has 540 MB, and nobody judges a file on all of it
 
 
@@ -132,7 +130,7 @@ class Reference:
                 )
                 if tally is not None:
                     parity = _with_share(parity, tally)
-                return self._with_tokenizer(parity, artifact, candidate)
+                return self._with_proofs(parity, artifact, candidate)
         except QuantpressError as error:
             reason = f"could not be judged: {error}"
             return unjudged(reason, limits, text_sha256=self.text.sha256, context=self.context)
@@ -151,8 +149,15 @@ class Reference:
         known = max(int(window.max()) for window in self.windows) < self._without.vocab_size
         return ShareTally(self._without) if known else None
 
-    def _with_tokenizer(self, parity: Parity, artifact: Path, candidate: Runtime) -> Parity:
-        """Turns a verdict into a failure where llama.cpp does not cut text as the source's tokenizer does."""
+    def _with_proofs(self, parity: Parity, artifact: Path, candidate: Runtime) -> Parity:
+        """Turns a verdict into a failure where the cache of an ONNX model is wrong, or llama.cpp's tokenizer."""
+        if candidate.name == "onnxruntime" and parity.tokens:
+            from quantpress.pipelines.cache_proof import with_cache_proof
+            from quantpress.pipelines.onnx_runtime import OnnxRuntime
+
+            return (
+                with_cache_proof(parity, candidate, self.windows[0]) if isinstance(candidate, OnnxRuntime) else parity
+            )
         if not isinstance(candidate, LlamaCppRuntime):
             return parity
         rows = self.runtime.vocab_size
@@ -187,52 +192,6 @@ def _with_share(parity: Parity, tally: ShareTally) -> Parity:
     )
 
 
-def open_runtime(model: Checkpoint | Path, options: JudgeOptions, *, context: int) -> Runtime:
-    """Loads a model into the runtime that was asked for, or into the one it is made for.
-
-    Raises:
-        UsageError: the runtime cannot run files of this kind.
-        OutputError: the runtime is not installed.
-        InputError: the file is refused by the runtime.
-    """
-    if options.runtime == "onnxruntime":
-        raise UsageError("--runtime onnxruntime: runs ONNX models only")
-    if isinstance(model, Path) and model.suffix.lower() != ".gguf":
-        model = open_checkpoint(model)
-    if isinstance(model, Checkpoint):
-        if options.runtime == "llama.cpp":
-            raise UsageError(f"--runtime llama.cpp: runs GGUF files only, {model.name} is none; use --runtime torch")
-        device, memory = options.device, options.max_memory
-        return TorchRuntime.of_checkpoint(model, device=device, max_memory=memory, as_served=True)
-    if options.runtime != "torch":
-        if find_llama_cpp() is not None:
-            return LlamaCppRuntime(model, context=context, threads=options.threads or available_threads())
-        if options.runtime == "llama.cpp":
-            raise OutputError(f"--runtime llama.cpp: not found; {HOW_TO_INSTALL}")
-        log.warning("llama.cpp is not installed: reading %s back with the gguf package instead", model.name)
-    return TorchRuntime.of_gguf(model, device=options.device, max_memory=options.max_memory)
-
-
-def ftype_of(artifact: Path) -> str:
-    """Gives the type that an artifact is named after, for its default limits.
-
-    Raises:
-        InputError: it cannot be opened.
-    """
-    from quantpress.convert.gguf.file_types import FILE_TYPES
-
-    checkpoint = open_checkpoint(artifact)
-    if checkpoint.quantized:
-        return main_type(lazy.form for lazy in checkpoint.quantized.values())
-    if "general.file_type" in checkpoint.metadata:
-        number = checkpoint.metadata["general.file_type"][1]
-        return next((name for name, value in FILE_TYPES.items() if value == number), "F32")
-    kinds = set(checkpoint.storage_types.values())
-    if kinds & _BITSANDBYTES.keys():
-        return next(name for kind, name in _BITSANDBYTES.items() if kind in kinds)
-    return max(checkpoint.tensors.values(), key=lambda tensor: tensor.nbytes).dtype
-
-
 def verify(
     artifact: Path | str,
     against: Checkpoint | Path | str,
@@ -245,7 +204,7 @@ def verify(
     """Compares a file with the model it was made from (INTERFACE: verify).
 
     Args:
-        artifact: GGUF file or checkpoint folder.
+        artifact: GGUF file, ONNX folder or file, or checkpoint folder.
         against: the source, opened or not; merged or not.
         adapters: adapters with their weights that the artifact is to hold besides, in the order they were merged.
         text: UTF-8 file, or None for the built-in text; stands before `options.text`.
@@ -257,6 +216,7 @@ def verify(
 
     Raises:
         InputError: the source, the text or the artifact cannot be opened.
+        UsageError: the runtime that was asked for does not run such files.
     """
     chosen = options or JudgeOptions()
     if text is not None:
@@ -264,6 +224,7 @@ def verify(
     source = against if isinstance(against, Checkpoint) else open_checkpoint(against)
     for adapter, weight in adapters:
         source = merge_lora(source, adapter, weight)
+    check_runtime(Path(artifact), chosen.runtime)
     ftype = ftype_of(Path(artifact))
     return Reference(source, chosen, progress).judge(Path(artifact), ftype)
 
@@ -274,7 +235,7 @@ def perplexity(
     """Scores a text by llama.cpp's method (INTERFACE: perplexity).
 
     Args:
-        model: an open checkpoint, a folder, a GGUF file or a Hub id.
+        model: an open checkpoint, a folder, a GGUF file, an ONNX folder or file, or a Hub id.
         options: text, context, chunks, runtime and device; limits are not used.
         progress: told how far the work has come.
 
@@ -283,13 +244,25 @@ def perplexity(
         ParityError: the model gives values that are not finite.
     """
     chosen = options or JudgeOptions()
-    source = model if isinstance(model, Checkpoint) else open_checkpoint(model)
-    tokenizer = Tokenizer(TokenizerFiles(source.tokenizer_files, name=source.name))
+    place, name, files, made_for = _to_score(model)
+    check_runtime(place, chosen.runtime)
+    tokenizer = Tokenizer(TokenizerFiles(files, name=name))
     text = read_text(chosen.text)
-    made_for = find_arch(source.config).read_config(source.config).context
     context = chosen.context or min(DEFAULT_CONTEXT, made_for)
     windows = text_windows(tokenizer, text.text, context=context, chunks=chosen.chunks)
-    place: Checkpoint | Path = source.files[0].path if source.format == "gguf" else source
     with open_runtime(place, chosen, context=context) as runtime:
-        result = score_windows(runtime, windows, model=source.name, progress=partial(progress, "perplexity"))
+        result = score_windows(runtime, windows, model=name, progress=partial(progress, "perplexity"))
     return dataclasses.replace(result, seconds=round(result.seconds, 3))
+
+
+def _to_score(model: Checkpoint | Path | str) -> tuple[Checkpoint | Path, str, Mapping[str, bytes], int]:
+    """Opens a model: what is to be run, its name, the tokenizer's files and the tokens that it was made for."""
+    if not isinstance(model, Checkpoint) and is_onnx(model):
+        from quantpress.convert.onnx.read import open_onnx
+
+        onnx = open_onnx(model)
+        return Path(model), onnx.name, onnx.folder.tokenizer_files, onnx.folder.context or DEFAULT_CONTEXT
+    source = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+    place: Checkpoint | Path = source.files[0].path if source.format == "gguf" else source
+    made_for = find_arch(source.config).read_config(source.config).context
+    return place, source.name, source.tokenizer_files, made_for

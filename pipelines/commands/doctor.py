@@ -13,7 +13,18 @@ import click
 from quantpress.pipelines.llama_cpp_find import HOW_TO_INSTALL, find_llama_cpp
 from quantpress.pipelines.sidecar import NUMERIC_PACKAGES, version_of
 
-OPTIONAL = ("xllamacpp", "llama_cpp_python", "onnxruntime", "transformers", "peft", "triton", "ray", "matplotlib")
+OPTIONAL = (
+    "xllamacpp",
+    "llama_cpp_python",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-genai",
+    "transformers",
+    "peft",
+    "triton",
+    "ray",
+    "matplotlib",
+)
 
 
 def _torch_device() -> dict[str, Any]:
@@ -39,7 +50,15 @@ def _llama_cpp() -> dict[str, Any]:
 def _onnxruntime() -> dict[str, Any]:
     if importlib.util.find_spec("onnxruntime") is None:
         return {"name": "onnxruntime", "usable": False, "hint": "pip install 'quantpress[onnx]'"}
-    return {"name": "onnxruntime", "usable": True, "version": version_of("onnxruntime")}
+    import onnxruntime
+
+    providers = onnxruntime.get_available_providers()
+    return {
+        "name": "onnxruntime",
+        "usable": True,
+        "version": version_of("onnxruntime"),
+        "providers": [name.removesuffix("ExecutionProvider") for name in providers],
+    }
 
 
 def examine() -> dict[str, Any]:
@@ -63,6 +82,8 @@ def _show(found: Mapping[str, Any]) -> None:
     table = Table("runtime", "usable", "what")
     for runtime in found["runtimes"]:
         what = runtime.get("hint") or f"{runtime['version']} {runtime.get('path', '')}".strip()
+        if "providers" in runtime:
+            what += f" on {', '.join(runtime['providers'])}"
         if "cuda" in runtime:
             what += f", CUDA devices: {', '.join(runtime['cuda']) or 'none'}"
         table.add_row(runtime["name"], "yes" if runtime["usable"] else "no", what)

@@ -17,6 +17,7 @@ EXAMPLES = """
 Examples:
   quantpress inspect ./model
   quantpress inspect model-Q8_0.gguf --json
+  quantpress inspect ./model-onnx
   quantpress inspect ./adapter
 """
 
@@ -52,6 +53,8 @@ def _show(report: Mapping[str, Any]) -> None:
 @click.pass_obj
 def command(session: Session, /, model: str, verbose: bool, as_json: bool) -> None:
     """Describe MODEL from its headers: family, sizes, types, tokenizer, and how big each target type would be.
+
+    Of an ONNX model: also its operators, inputs and outputs.
 
     Of an adapter: its settings, and for each kind of module the rank, the scale and the norm of what it adds.
     """

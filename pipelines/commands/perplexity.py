@@ -18,6 +18,7 @@ EXAMPLES = """
 Examples:
   quantpress perplexity model-Q8_0.gguf --text wiki.test.raw
   quantpress perplexity ./model --text wiki.test.raw --chunks 20 --json
+  quantpress perplexity ./model-onnx --text wiki.test.raw --runtime onnxruntime
 """
 
 

@@ -26,6 +26,7 @@ EXAMPLES = """
 \b
 Examples:
   quantpress verify model-Q8_0.gguf --against ./model
+  quantpress verify ./model-onnx --against ./model
   quantpress verify tuned-Q8_0.gguf --against ./model --adapter ./adapter
   quantpress verify mixed.gguf --against ./model --adapter ./tone=0.7 --adapter ./facts=0.3
   quantpress verify model-Q4_0.gguf --against org/name --text wiki.test.raw --chunks 20 --max-kld 0.1
@@ -74,6 +75,8 @@ def command(
     **flags: Any,
 ) -> None:  # fmt: skip
     """Run ARTIFACT and compare it with the model it was made from; exit code 4 if it fails or cannot be judged.
+
+    ARTIFACT is a GGUF file, an ONNX folder or .onnx file, or a checkpoint folder.
 
     With --adapter the model is run with the adapters beside it, unmerged, by code that shares nothing with the merge.
     """

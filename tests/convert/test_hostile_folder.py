@@ -401,7 +401,9 @@ def test_a_folder_that_is_no_model_is_told_what_it_is(model: Path) -> None:
     (model / "adapter_model.safetensors").rename(model / "weights.safetensors")
     _refused(model, "1 safetensors files, first 'weights.safetensors', but neither")
     (model / "weights.safetensors").rename(model / "model.onnx")
-    _refused(model, r"no weights that can be read; 'model\.onnx'")
+    _refused(model, "an ONNX model is a target, not a source; give the model it was made from")
+    (model / "model.onnx").rename(model / "model.h5")
+    _refused(model, r"no weights that can be read; 'model\.h5'")
     (model / "config.json").unlink()
     _refused(model, "no config.json")
     (model / "x.gguf").write_bytes(b"")
@@ -422,7 +424,7 @@ def test_a_folder_that_is_no_model_is_told_what_it_is(model: Path) -> None:
         ("", "the name of the model is empty"),
         ("a\nb", "no such file or folder"),
         ("model/model.safetensors", "give the folder that holds it"),
-        ("model/model.onnx", "ONNX files are not a source"),
+        ("model/model.onnx", "an ONNX model is a target, not a source"),
         ("model/notes.txt", "not a model"),
     ],
 )
