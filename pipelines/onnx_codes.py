@@ -30,7 +30,7 @@ from quantpress.quant.qtensor import QuantizedTensor
 if TYPE_CHECKING:
     from quantpress.pipelines.onnx_stage import Onnx
 
-__all__ = ["CODE_METHODS", "MadeCodes", "OnnxCodes", "codes_view"]
+__all__ = ["CODE_METHODS", "MadeCodes", "OnnxCodes", "codes_view", "filled"]
 
 CODE_METHODS = ("hqq", "gptq", "awq")
 """Methods whose codes are found here; those of RTN are found where they are written."""
@@ -94,6 +94,19 @@ class _Codes(Quantize):
         return FORMAT
 
 
+def filled(stage: Onnx, source: Checkpoint) -> Onnx:
+    """Gives a stage with every default of a calibrated method filled in, as `quantize` has them.
+
+    Raises:
+        UsageError: options that do not exist.
+        UnknownFamilyError: there is no table for the model.
+    """
+    made = _Codes.of(stage).resolved(source)
+    return dataclasses.replace(
+        stage, sequence_length=made.sequence_length, drift=made.drift, calibration_dtype=made.calibration_dtype
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class MadeCodes:
     """A model with its codes, while an output is written from it.
@@ -128,24 +141,28 @@ class OnnxCodes:
         planned: the source as it will be, its weights' forms known; codes of GPTQ and AWQ cannot be read from it.
     """
 
-    def __init__(self, stage: Onnx, source: Checkpoint, *, threads: int = 1) -> None:
+    def __init__(self, stage: Onnx, source: Checkpoint) -> None:
         """Plans; reads headers only.
 
         Args:
             stage: with every default filled in, its output's name too; its method is one of `CODE_METHODS`.
             source: the model.
-            threads: for HQQ.
 
         Raises:
             QuantpressError: the source cannot be quantized in this way.
         """
         self._job = QuantizeJob(_Codes.of(stage).resolved(source), source)
-        self.planned = self._view({}, partial(self._planned_codes, threads=threads))
+        self._head = stage.output_tensor_type
+        self.planned = self._view({}, partial(self._found_when_read, threads=1))
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What a user should know beforehand."""
-        return self._job.plan.notes
+        notes = self._job.plan.notes
+        if self._head in _BITS:
+            rounded = f"the head is rounded to {self._head} as rtn does, for no method chooses its codes"
+            notes += (f"{rounded}; --output-tensor-type bf16 is more exact",)
+        return notes
 
     @property
     def peak_memory(self) -> int:
@@ -177,7 +194,8 @@ class OnnxCodes:
             UsageError, BusyError, InputError, LayoutError, OutputError: see `QuantizeJob.spooled`.
         """
         if not self._spooled:
-            yield MadeCodes(self.planned, held=False, force=context.force)
+            view = self._view({}, partial(self._found_when_read, threads=context.threads))
+            yield MadeCodes(view, held=False, force=context.force)
             return
         with self._job.spooled(context, nbytes + self.work_bytes) as work:
             yield self._made(work)
@@ -200,7 +218,7 @@ class OnnxCodes:
         view = with_quantized(source, plain, quantized, dtype="F32", kind=source.format)
         return dataclasses.replace(view, tensors={name: view.tensors[name] for name in source.tensors})
 
-    def _planned_codes(self, weight: PlannedWeight, *, threads: int) -> LazyQuantized:
+    def _found_when_read(self, weight: PlannedWeight, *, threads: int) -> LazyQuantized:
         def read() -> QuantizedTensor:
             if self._spooled:
                 raise AssertionError(f"{weight.name} is planned only")
@@ -212,5 +230,5 @@ class OnnxCodes:
 @contextlib.contextmanager
 def codes_view(stage: Onnx, source: Checkpoint, context: RunContext, nbytes: int = 0) -> Iterator[MadeCodes]:
     """Gives a model with the codes that a stage asks for; see `OnnxCodes`."""
-    with OnnxCodes(stage, source, threads=context.threads).session(context, nbytes) as codes:
+    with OnnxCodes(stage, source).session(context, nbytes) as codes:
         yield codes

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from quantpress.convert.checkpoint import Checkpoint
 from quantpress.convert.onnx.options import OnnxOptions
+from quantpress.pipelines.onnx_codes import CODE_METHODS, filled
 from quantpress.pipelines.onnx_job import QUANTIZED, OnnxJob, keeps_codes, type_of_codes
 from quantpress.pipelines.stage import Artifact, BuildingStage, Plan, RunContext
 from quantpress.quant.errors import UsageError
@@ -76,7 +77,7 @@ class Onnx(BuildingStage):
         """
         kept = keeps_codes(source)
         precision = self.precision or ("fp32" if not kept else "int8" if type_of_codes(source) == "INT8" else "int4")
-        filled: dict[str, Any] = {
+        found: dict[str, Any] = {
             "precision": precision,
             "compute_type": self.compute_type or _COMPUTE.get(precision, "fp32"),
         }
@@ -88,26 +89,29 @@ class Onnx(BuildingStage):
                 " anew give the model it was made from"
             )
         else:
-            filled |= self._filled_method()
-        stage = dataclasses.replace(self, **filled)
+            found |= self._filled_method(precision)
+        stage = dataclasses.replace(self, **found)
         stage.options()
         if stage.runs_model:
             from quantpress.pipelines.quantize_calibration import sequence_length
 
-            return dataclasses.replace(stage, sequence_length=sequence_length(source, self.sequence_length))
+            stage = dataclasses.replace(stage, sequence_length=sequence_length(source, self.sequence_length))
+            return filled(stage, source) if stage.method in _CALIBRATED else stage
         if self.calibration is not None:
             raise UsageError(
                 f"--calibration {self.calibration}: only --method gptq and awq and --int8 static read a text"
             )
         return stage
 
-    def _filled_method(self) -> dict[str, Any]:
-        """How codes are found."""
+    def _filled_method(self, precision: str) -> dict[str, Any]:
+        """How codes are found; where methods give a view with codes, the head is told to be rounded like the rest."""
         method = self.method or METHODS[0]
         if method not in METHODS:
             raise UsageError(f"--method {method}: must be one of {', '.join(METHODS)}")
         symmetric = method not in _ZEROS if self.symmetric is None else self.symmetric
-        return {"method": method, "block_size": self.block_size or _BLOCK_SIZE, "symmetric": symmetric}
+        head = self.output_tensor_type or (precision if method in CODE_METHODS else None)
+        block_size = self.block_size or _BLOCK_SIZE
+        return {"method": method, "block_size": block_size, "symmetric": symmetric, "output_tensor_type": head}
 
     def _refuse_method(self, reason: str) -> None:
         """Refuses to be told how codes are found where none are."""

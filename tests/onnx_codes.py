@@ -1,4 +1,4 @@
-"""Reads the quantized matrices of an ONNX model as onnxruntime's documentation says they lie there (ContribOperators.md).
+"""Reads the quantized matrices of an ONNX model as onnxruntime's ContribOperators.md says they lie there.
 
 Shares nothing with what writes them: protobuf is read by the `onnx` package, and the data file by offsets with numpy.
 """

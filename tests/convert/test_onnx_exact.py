@@ -7,12 +7,10 @@ Folders hold random codes, written in each format; what the graph's MatMulNBits 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -25,9 +23,8 @@ from quantpress.convert.gptq.pack import GPTQ_V1, GPTQ_V2
 from quantpress.convert.open import open_checkpoint
 from quantpress.convert.preflight import preflight
 from quantpress.convert.quantized import PackFormat
-from quantpress.quant.errors import LayoutError
 from quantpress.quant.qtensor import QuantizedTensor
-from tests.packed_folder import Quantize, rounded, write_packed
+from tests.packed_folder import Quantize, write_packed
 from tests.quantized_tensors import random_tensor
 from tests.tiny import tiny_checkpoint
 
