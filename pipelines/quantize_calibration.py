@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,11 +22,35 @@ from quantpress.quant.errors import UsageError
 if TYPE_CHECKING:
     from quantpress.pipelines.quantize_stage import Quantize
 
-__all__ = ["Calibration", "activation_budget", "needs", "sequence_length"]
+__all__ = ["Calibration", "TextChoice", "activation_budget", "needs", "sequence_length"]
 
 _LONGEST = 2048  # tokens of a window unless the user says more: what GPTQ's authors took
 _FLOAT = 4  # bytes
 _BASE_BYTES = 500 << 20  # torch, and what the slices under way take
+
+
+class TextChoice(Protocol):
+    """Which text, and which windows of it: options of a stage."""
+
+    @property
+    def calibration(self) -> Path | None:
+        """UTF-8 text; None for the built-in one."""
+        ...
+
+    @property
+    def samples(self) -> int:
+        """Number of windows."""
+        ...
+
+    @property
+    def sequence_length(self) -> int | None:
+        """Tokens of a window; None for what the model was made for, up to 2048."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """Chooses their places."""
+        ...
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -45,7 +70,7 @@ class Calibration:
     note: str = ""
 
     @classmethod
-    def of(cls, source: Checkpoint, stage: Quantize) -> Calibration:
+    def of(cls, source: Checkpoint, stage: TextChoice) -> Calibration:
         """Reads, tokenizes and cuts the text.
 
         Raises:

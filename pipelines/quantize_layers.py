@@ -25,7 +25,7 @@ from quantpress.quant.floats import count_nonfinite
 if TYPE_CHECKING:
     from quantpress.pipelines.quantize_job import QuantizeJob
 
-__all__ = ["quantize_layers"]
+__all__ = ["quantize_layers", "with_checks"]
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def quantize_layers(job: QuantizeJob, calibration: Calibration, spool: Spool, co
     save_memory()  # the text has been tokenized, and no worker has started
     weights = job.weights.weights
     results = calibrate(
-        _with_checks(job.source),
+        with_checks(job.source),
         calibration.windows,
         _method(job, context),
         targets=weights.__contains__,
@@ -67,7 +67,7 @@ def quantize_layers(job: QuantizeJob, calibration: Calibration, spool: Spool, co
         _tell(result)
 
 
-def _with_checks(source: Checkpoint) -> Checkpoint:
+def with_checks(source: Checkpoint) -> Checkpoint:
     """Gives a model whose tensors are refused, by their names, where they hold what no model can compute with."""
     tensors = {
         name: replace(

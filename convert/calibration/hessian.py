@@ -1,4 +1,4 @@
-"""Statistics of a linear's inputs: Hessian, drift, mean and greatest absolute value per column.
+"""Statistics of a linear's inputs: Hessian, drift, mean and greatest absolute value per column, range of all values.
 
 The Hessian is GPTQ's X^T X; the drift says how the inputs differ from those that the source's weights give.
 
@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+from quantpress.convert.calibration.ranges import BINS, binned
 
 __all__ = ["Gram", "Measured", "Statistics", "finite"]
 
@@ -80,12 +82,17 @@ class Gram:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Measured:
-    """What one slice of tokens adds to statistics: its inputs and their drift, (n, K), sums and maxima, (K,)."""
+    """What one slice of tokens adds to statistics.
+
+    Its inputs and their drift, (n, K); sums and maxima, (K,); least and greatest value, (2,); counts, (BINS,).
+    """
 
     values: torch.Tensor
     drift: torch.Tensor | None
     total: NDArray[Any] | None
     greatest: NDArray[Any] | None
+    ends: NDArray[Any] | None = None
+    counts: NDArray[Any] | None = None
 
 
 class Statistics:
@@ -95,7 +102,7 @@ class Statistics:
         """Starts from no tokens.
 
         Args:
-            wants: of "hessian", "drift", "mean_abs", "max_abs".
+            wants: of "hessian", "drift", "mean_abs", "max_abs", "ends", "counts".
             columns: K.
             device: for the sums.
             narrow: compute the drift's products in bfloat16: it is a small correction, and nothing inverts it.
@@ -105,6 +112,8 @@ class Statistics:
         self._drift = Gram(columns, device, symmetric=False) if "drift" in wants else None
         self._sum = np.zeros(columns) if "mean_abs" in wants else None
         self._greatest = np.zeros(columns, np.float32) if "max_abs" in wants else None
+        self._ends = np.array([np.inf, -np.inf], np.float32) if "ends" in wants else None
+        self._counts = np.zeros(BINS, np.int64) if "counts" in wants else None
         self.tokens = 0
 
     def measure(self, values: torch.Tensor, source: torch.Tensor | None = None) -> Measured:
@@ -117,7 +126,9 @@ class Statistics:
         drift = None if self._drift is None or source is None else source - values
         sizes = values.abs() if self._sum is not None or self._greatest is not None else values
         total = None if self._sum is None else sizes.sum(0).cpu().numpy()
-        return Measured(values, drift, total, None if self._greatest is None else sizes.amax(0).cpu().numpy())
+        greatest = None if self._greatest is None else sizes.amax(0).cpu().numpy()
+        ends = None if self._ends is None else torch.stack(values.aminmax()).cpu().numpy()
+        return Measured(values, drift, total, greatest, ends, None if self._counts is None else binned(values))
 
     def add(self, slice_: Measured, submit: Submit) -> None:
         """Adds the next slice."""
@@ -131,6 +142,11 @@ class Statistics:
             self._sum += slice_.total
         if self._greatest is not None and slice_.greatest is not None:
             self._greatest = np.maximum(self._greatest, slice_.greatest)  # keeps NaN
+        if self._ends is not None and slice_.ends is not None:
+            least, greatest = slice_.ends
+            self._ends = np.array([np.minimum(self._ends[0], least), np.maximum(self._ends[1], greatest)], np.float32)
+        if self._counts is not None and slice_.counts is not None:
+            self._counts += slice_.counts
 
     def wait(self) -> None:
         """Waits until all that was added is summed."""
@@ -138,9 +154,9 @@ class Statistics:
             if gram is not None:
                 gram.wait()
 
-    def finish(self, submit: Submit) -> dict[str, NDArray[np.float32]]:
-        """Gives the fields of a `Site` that were wanted, as float32."""
-        found: dict[str, NDArray[np.float32]] = {}
+    def finish(self, submit: Submit) -> dict[str, NDArray[Any]]:
+        """Gives the fields of a `Site` that were wanted, counts as int64 and all others as float32."""
+        found: dict[str, NDArray[Any]] = {}
         if self._gram is not None:
             found["hessian"] = self._gram.finish(self.tokens, submit)
         if self._drift is not None:
@@ -149,9 +165,13 @@ class Statistics:
             found["mean_abs"] = (self._sum / self.tokens).astype(np.float32)
         if self._greatest is not None:
             found["max_abs"] = self._greatest
+        if self._ends is not None:
+            found["ends"] = self._ends
+        if self._counts is not None:
+            found["counts"] = self._counts
         return found
 
 
-def finite(found: dict[str, NDArray[np.float32]]) -> bool:
+def finite(found: dict[str, NDArray[Any]]) -> bool:
     """Whether the inputs behind statistics were finite: a NaN or an infinity in a column reaches the column's own."""
     return all(bool(np.isfinite(part.diagonal() if part.ndim == 2 else part).all()) for part in found.values())

@@ -31,6 +31,8 @@ class Site:
             all layers and steps before; None where not wanted.
         mean_abs: (K,) float32 mean of |x| per input column; None where not wanted.
         max_abs: (K,) float32 greatest |x| per input column; None where not wanted.
+        ends: (2,) float32 least and greatest x; None where not wanted.
+        counts: (65536,) int64 values x in each bin of `ranges.binned`; None where not wanted.
         left: slot -> (N, K) float32 weight of every linear that reads the same input and is not to be quantized: a
             scale on the input would have to be taken out of it too.
         read_back: (slot of a plain tensor, its values in the decoder's form) -> the values that will be read when it
@@ -45,6 +47,8 @@ class Site:
     drift: NDArray[np.float32] | None = None
     mean_abs: NDArray[np.float32] | None = None
     max_abs: NDArray[np.float32] | None = None
+    ends: NDArray[np.float32] | None = None
+    counts: NDArray[np.int64] | None = None
     left: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     read_back: Callable[[str, Array], NDArray[np.float32]] = field(default=lambda _slot, values: values, repr=False)
 
@@ -92,7 +96,8 @@ class LayerMethod(Protocol):
         sequential: called for one site after the other, each seeing the inputs that the quantized weights before it
             give (GPTQ); else once per layer with all sites, and the next layer sees what the source's weights give
             (AWQ, SmoothQuant).
-        wants: of "hessian", "drift", "mean_abs", "max_abs"; "drift" runs the source's weights beside the others.
+        wants: of "hessian", "drift", "mean_abs", "max_abs", "ends", "counts"; "drift" runs the source's weights beside
+            the others.
     """
 
     sequential: bool

@@ -187,7 +187,7 @@ def _store(builder: GraphBuilder, weight: LinearWeight) -> _Stored:
         tensors.append(StoredTensor(f"{name}.qzeros", "UINT8", (rows,)))
     tasks = partial(_rounded, weight) if form is None else partial(_exact, weight, zeros)
     group = StoredGroup(
-        tuple(tensors), tasks, f"INT{8 if form is None else form.bits}", weight.name, weight.held + rows * columns
+        tuple(tensors), tasks, f"INT{8 if form is None else form.bits}", weight.name, weight.held + 2 * rows * columns
     )
     codes, scale, *zero = builder.store(group)
     return _Stored(codes, scale, zero[0] if zero else None)
