@@ -51,7 +51,9 @@ def _farthest(block: Array, high: np.float32, low: np.float32) -> np.float32:
 @compiled()
 def _stored(value: float, precision: int, least: int) -> np.float32:
     """Rounds to the type that scales are stored in; float32 (24 digits) is what processors round to themselves."""
-    stored: np.float32 = np.float32(value if precision == _FLOAT32_DIGITS else round_scale(value, precision, least))
+    if precision == _FLOAT32_DIGITS:
+        return np.float32(value + 0.0)  # -0 becomes 0, as in `round_scale`
+    stored: np.float32 = np.float32(round_scale(value, precision, least))
     return stored
 
 

@@ -44,8 +44,8 @@ class Kinds:
 
     def layer(self, weight: LinearWeight) -> LinearKind:
         """Gives the way of storing a weight of a layer."""
-        dynamic = self._options.precision == "int8" and self._options.int8 != "weight-only"
-        if dynamic and not self._quantized:
+        rounds_inputs = self._options.precision == "int8" and self._options.int8 != "weight-only"
+        if rounds_inputs and (weight.codes is not None or not self._quantized):
             return self._int8()
         return self.stored(self.default(weight), weight)
 

@@ -21,7 +21,7 @@ from quantpress.quant.qtensor import QuantizedTensor, group_count
 __all__ = ["CodePieces", "round_rows"]
 
 _SCALE_TYPES = {"FLOAT": "F32", "FLOAT16": "F16"}
-_FLOAT32_MAX = np.finfo(np.float32).max
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 def round_rows(rows: Array, bits: int, size: int, *, symmetric: bool, compute: str) -> Piece:
@@ -54,8 +54,9 @@ def round_rows(rows: Array, bits: int, size: int, *, symmetric: bool, compute: s
         stored = scale.astype(SCALE_TYPES[kind])
     if not np.isfinite(stored).all():
         raise LayoutError(f"scales up to {float(np.abs(scale).max()):.3g} are too large for {kind}")
-    if float(np.abs(scale).max(initial=0)) * (1 << bits) > _FLOAT32_MAX:
-        raise LayoutError(f"values of codes of scales up to {float(np.abs(scale).max()):.3g} are too large for float32")
+    farthest = np.abs(scale, dtype=np.float64) * np.maximum(zero, (1 << bits) - 1 - zero)
+    if farthest.max(initial=0) > _FLOAT32_MAX:
+        raise LayoutError(f"values of codes up to {float(farthest.max()):.3g} are too large for float32")
     codes = packed.reshape(count, blocks, size * bits // 8)
     return (codes, stored) if symmetric else (codes, stored, pack_bits(zero, bits))
 
