@@ -12,10 +12,13 @@ from dataclasses import dataclass
 
 from quantpress.quant.errors import OutputError
 
-__all__ = ["Text", "calibration_text", "default_text"]
+__all__ = ["BUILT_IN_NOTE", "Text", "calibration_text", "default_text"]
 
 _MODULE = "pydoc_data.topics"
 _CHARS = 160_000  # 40,000 tokens and more: 78 chunks of 512 with the largest vocabularies, some hundred with small ones
+BUILT_IN_NOTE = (
+    "calibrated on the built-in text, Python's help topics: give --calibration with text like what the model will read"
+)
 
 
 @dataclass(frozen=True, slots=True)

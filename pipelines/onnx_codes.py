@@ -28,6 +28,7 @@ from quantpress.quant.errors import UsageError
 from quantpress.quant.qtensor import QuantizedTensor
 
 if TYPE_CHECKING:
+    from quantpress.convert.onnx.kinds import Ranges
     from quantpress.pipelines.onnx_stage import Onnx
 
 __all__ = ["CODE_METHODS", "MadeCodes", "OnnxCodes", "codes_view", "filled"]
@@ -120,6 +121,7 @@ class MadeCodes:
         calibrated: what the sidecar says of the text.
         reports: weight -> what the method says of it: "loss", "damping", ...
         timings: step -> seconds.
+        ranges: of the inputs of linears, where static int8 rounds them.
         mark_written: to be called when the output stands: where a run is killed before it is proved, the same command
             replaces it.
     """
@@ -131,6 +133,7 @@ class MadeCodes:
     calibrated: Mapping[str, Any] = field(default_factory=dict)
     reports: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     timings: Mapping[str, Any] = field(default_factory=dict)
+    ranges: Ranges | None = field(default=None, repr=False)
     mark_written: Callable[[], None] = field(default=lambda: None, repr=False)
 
 
@@ -204,8 +207,9 @@ class OnnxCodes:
         parts = work.spool.tensors()
         view = self._view(parts, lambda weight: kept(weight.name, weight.form, parts))
         return MadeCodes(
-            view, True, work.force, work.notes, work.calibrated, work.reports, work.timings, work.mark_written
-        )
+            view, held=True, force=work.force, notes=work.notes, calibrated=work.calibrated, reports=work.reports,
+            timings=work.timings, mark_written=work.mark_written,
+        )  # fmt: skip
 
     @property
     def _spooled(self) -> bool:

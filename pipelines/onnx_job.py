@@ -33,8 +33,10 @@ from quantpress.quant.errors import OutputError
 
 if TYPE_CHECKING:
     from quantpress.convert.onnx.export import OnnxPlan
+    from quantpress.convert.onnx.kinds import Ranges
     from quantpress.convert.onnx.stored import StoredGroup
     from quantpress.pipelines.onnx_stage import Onnx
+    from quantpress.pipelines.onnx_static import StaticRanges
 
 __all__ = ["QUANTIZED", "OnnxJob", "keeps_codes", "type_of_codes"]
 
@@ -44,6 +46,7 @@ QUANTIZED = ("int8", "int4")
 """Precisions whose weights are codes."""
 
 _EXTRA = ("onnx", "onnx_ir")
+_ONNX_BYTES = 110 << 20  # onnx and onnx-ir, and what rounding takes beside GGUF's: measured, 260 MB in all for int4
 _JUDGED_AS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "int8": "INT8", "int4": "INT4"}
 
 
@@ -79,15 +82,15 @@ class OnnxJob:
     @property
     def plan(self) -> Plan:
         """What would be written."""
-        found, codes = self._planned, self._codes
-        memory = peak_memory(found.held)
+        found, finder = self._planned, self._finder
+        memory = peak_memory(found.held) + _ONNX_BYTES
         return Plan(
             output=self.output,
             tensors=_tensors(self.source, found),
             output_bytes=found.nbytes,
-            peak_memory=memory if codes is None else max(memory, codes.peak_memory),
-            notes=_notes(found, codes),
-            work_bytes=0 if codes is None else codes.work_bytes,
+            peak_memory=memory if finder is None else max(memory, finder.peak_memory),
+            notes=self._notes(found),
+            work_bytes=0 if finder is None else finder.work_bytes,
         )
 
     def check_output(self, context: RunContext) -> None:
@@ -97,10 +100,10 @@ class OnnxJob:
             UsageError: something is there that may not be replaced.
         """
         self._planned  # noqa: B018 - what cannot be written is refused before anything is read
-        if self._codes is None:
+        if self._finder is None:
             check_replaceable(self.output, force=context.force)
         else:
-            self._codes.check_output(context)
+            self._finder.check_output(context)
 
     @property
     def judged_as(self) -> str:
@@ -120,10 +123,10 @@ class OnnxJob:
         """Does the work; codes that took long are kept on the disk until the block has ended well."""
         self.check_output(context)
         check_tied_head(self._checked)
-        if self._codes is None:
+        if self._finder is None:
             yield self._write(context, MadeCodes(self.source, held=False, force=context.force))
             return
-        with self._codes.session(context, self._planned.nbytes) as made:
+        with self._finder.session(context, self._planned.nbytes) as made:
             artifact = self._write(context, made)
             made.mark_written()
             yield artifact
@@ -133,22 +136,30 @@ class OnnxJob:
         return preflight(self.source)
 
     @cached_property
-    def _codes(self) -> OnnxCodes | None:
-        """What finds the codes, for methods that do so before the first byte is written."""
-        if self.stage.method not in CODE_METHODS:
-            return None
-        return OnnxCodes(replace(self.stage, output=self.output), self.source)
+    def _finder(self) -> OnnxCodes | StaticRanges | None:
+        """What finds codes, or ranges of inputs, before the first byte is written."""
+        stage = replace(self.stage, output=self.output)
+        if stage.method in CODE_METHODS:
+            return OnnxCodes(stage, self.source)
+        if stage.int8 == "static":
+            from quantpress.pipelines.onnx_static import StaticRanges
+
+            return StaticRanges(stage, self.source)
+        return None
 
     @cached_property
     def _planned(self) -> OnnxPlan:
-        return self._prepare(self.source if self._codes is None else self._codes.planned)
+        if isinstance(self._finder, OnnxCodes):
+            return self._prepare(self._finder.planned)
+        return self._prepare(self.source, ranges=None if self._finder is None else self._finder.planned_ranges)
 
     def _write(self, context: RunContext, made: MadeCodes) -> Artifact:
         from quantpress.convert.onnx.export import write_onnx
 
-        known = made.checkpoint is self.source and not context.allow_nonfinite
-        plan = self._planned if known else self._prepare(made.checkpoint, allow_nonfinite=context.allow_nonfinite)
-        notes = (*_notes(plan, self._codes), *made.notes)
+        plan = self._planned
+        if self._finder is not None or context.allow_nonfinite:
+            plan = self._prepare(made.checkpoint, ranges=made.ranges, allow_nonfinite=context.allow_nonfinite)
+        notes = (*self._notes(plan), *made.notes)
         for note in notes:
             log.warning("%s: %s", self.output.name, note)
         files = write_onnx(
@@ -170,7 +181,7 @@ class OnnxJob:
             timings=made.timings,
         )
 
-    def _prepare(self, source: Checkpoint, *, allow_nonfinite: bool = False) -> OnnxPlan:
+    def _prepare(self, source: Checkpoint, *, ranges: Ranges | None = None, allow_nonfinite: bool = False) -> OnnxPlan:
         """Builds the graph.
 
         Raises:
@@ -191,8 +202,13 @@ class OnnxJob:
             checked,
             self.stage.options(),
             version=version_of("quantpress") or "",
+            ranges=ranges,
             allow_nonfinite=allow_nonfinite,
         )
+
+    def _notes(self, plan: OnnxPlan) -> tuple[str, ...]:
+        notes = (f"{group.source or group.tensors[0].name}: {group.note}" for group, _ in plan.groups if group.note)
+        return (*(() if self._finder is None else self._finder.notes), *shortened(tuple(notes)))
 
 
 def _tensors(source: Checkpoint, plan: OnnxPlan) -> tuple[PlannedTensor, ...]:
@@ -212,11 +228,6 @@ def _tensors(source: Checkpoint, plan: OnnxPlan) -> tuple[PlannedTensor, ...]:
 
 def _shape(source: Checkpoint, group: StoredGroup) -> tuple[int, ...]:
     return source.tensors[group.source].shape if group.source in source.tensors else group.tensors[0].shape
-
-
-def _notes(plan: OnnxPlan, codes: OnnxCodes | None) -> tuple[str, ...]:
-    notes = (f"{group.source or group.tensors[0].name}: {group.note}" for group, _ in plan.groups if group.note)
-    return (*(codes.notes if codes is not None else ()), *shortened(tuple(notes)))
 
 
 def _result(tensor: PlannedTensor, report: Mapping[str, Any]) -> TensorResult:

@@ -76,11 +76,13 @@ class Onnx(BuildingStage):
             UsageError: options that do not exist or do not go together.
         """
         kept = keeps_codes(source)
-        precision = self.precision or ("fp32" if not kept else "int8" if type_of_codes(source) == "INT8" else "int4")
+        precision = self.precision or (_precision_of(source) if kept else "fp32")
         found: dict[str, Any] = {
             "precision": precision,
             "compute_type": self.compute_type or _COMPUTE.get(precision, "fp32"),
         }
+        if kept and precision in QUANTIZED and self.int8 != "weight-only":
+            raise UsageError(f"--int8 {self.int8}: {source.name} is quantized already; its codes are kept weight-only")
         if precision not in QUANTIZED or self.int8 != "weight-only":
             self._refuse_method("is for --precision int4 and weight-only int8")
         elif kept:
@@ -151,3 +153,8 @@ class Onnx(BuildingStage):
         """Writes the folder; codes that took long are kept beside it until the block has ended well."""
         with OnnxJob(self.resolved(source), source).session(context) as artifact:
             yield artifact
+
+
+def _precision_of(source: Checkpoint) -> str:
+    """Names the codes of a quantized model; "int4" stands for those of 2 and 3 bits too."""
+    return "int4" if type_of_codes(source) in ("INT2", "INT3", "INT4") else "int8"

@@ -18,6 +18,7 @@ from quantpress.convert.files import open_regular
 from quantpress.convert.preflight import Preflight, check_tied_head
 from quantpress.convert.quantized import PackedTensor
 from quantpress.convert.safetensors_writer import planned_tensors, write_checkpoint
+from quantpress.pipelines.default_text import BUILT_IN_NOTE
 from quantpress.pipelines.machine import peak_memory
 from quantpress.pipelines.merge_stage import merge_records, merged_names
 from quantpress.pipelines.quantize_plan import main_type, plan_weights
@@ -225,10 +226,7 @@ class QuantizeJob:
             many = f"{len(names)} weights stay as they are, first {names[0]}"
             notes.append(f"{many if len(names) > 1 else f'{names[0]} stays as it is'}: {reason}")
         if self.recipe.method in CALIBRATED and self.stage.calibration is None:
-            notes.append(
-                "calibrated on the built-in text, Python's help topics: give --calibration with text like what the"
-                " model will read"
-            )
+            notes.append(BUILT_IN_NOTE)
         return tuple(notes)
 
     def _calibration(self) -> Calibration | None:
