@@ -10,6 +10,7 @@ from quantpress.convert.checkpoint import Checkpoint
 from quantpress.pipelines.gguf_stage import Gguf
 from quantpress.pipelines.judging import JudgeOptions
 from quantpress.pipelines.machine import available_threads
+from quantpress.pipelines.onnx_stage import Onnx
 from quantpress.pipelines.progress import Progress, no_progress
 from quantpress.pipelines.quantize_stage import Quantize
 from quantpress.pipelines.runner import Pressed, press
@@ -56,6 +57,58 @@ def export_gguf(
     context = RunContext(
         progress=progress, threads=threads or available_threads(), force=force, allow_nonfinite=allow_nonfinite
     )
+    pressed = press(model, stage, context, judge=(judge or JudgeOptions()) if verify else None)
+    pressed.require_parity()
+    return pressed
+
+
+def export_onnx(
+    model: Checkpoint | Path | str,
+    output: Path | str,
+    *,
+    precision: str | None = None,
+    method: str | None = None,
+    calibration: Path | str | None = None,
+    verify: bool = False,
+    judge: JudgeOptions | None = None,
+    force: bool = False,
+    allow_nonfinite: bool = False,
+    device: str = "cpu",
+    max_memory: int | None = None,
+    threads: int | None = None,
+    progress: Progress = no_progress,
+    **options: Any,
+) -> Pressed:
+    """Writes a model as an ONNX folder that onnxruntime and onnxruntime-genai run, and a sidecar in it.
+
+    Args:
+        model: an open checkpoint, merged or not, a folder, a GGUF file or a Hub id.
+        output: the folder; may hold `{ftype}` and `{name}`.
+        precision: "fp32", "fp16", "bf16", "int8" or "int4"; None for fp32, or of a quantized model for its codes as
+            they are.
+        method: "rtn", "hqq", "gptq" or "awq", how codes are found; None for "rtn".
+        calibration: UTF-8 text for what runs the model; None for a built-in one.
+        verify: run the folder in onnxruntime and compare it with the model.
+        judge: how to judge, where `verify` is set.
+        force: replace an existing folder.
+        allow_nonfinite: write NaN and infinities where floats are stored instead of refusing them.
+        device: where the model runs for a calibration, "cpu" or "cuda".
+        max_memory: bytes that activations may take before they go to the disk; None for half of what is free.
+        threads: worker threads; the bytes do not depend on it.
+        progress: told how far the work has come.
+        options: further fields of `Onnx`: block_size, symmetric, int8, compute_type, standard_ops, opset and so on.
+
+    Raises:
+        QuantpressError: an input, an option or the output cannot be used; `ParityError` if the verdict is not passed.
+    """
+    stage = Onnx(
+        output=Path(output), precision=precision, method=method,
+        calibration=None if calibration is None else Path(calibration), **options,
+    )  # fmt: skip
+    context = RunContext(
+        progress=progress, threads=threads or available_threads(), device=device, max_memory=max_memory, force=force,
+        allow_nonfinite=allow_nonfinite,
+    )  # fmt: skip
     pressed = press(model, stage, context, judge=(judge or JudgeOptions()) if verify else None)
     pressed.require_parity()
     return pressed

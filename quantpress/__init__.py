@@ -6,6 +6,8 @@
     qp.export_gguf(model, "my-model-Q8_0.gguf", outtype="Q8_0")
     report = qp.verify("my-model-Q8_0.gguf", against=model)
 
+    qp.export_onnx(model, "my-model-onnx/", precision="int4", verify=True)
+
     merged = qp.merge_lora(model, "my-adapter/")
     qp.export_safetensors(merged, "my-merged-model/", verify=True)
     qp.quantize(merged, "my-int4-model/", method="gptq", bits=4, calibration="calib.txt")
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from quantpress.convert.open import open_checkpoint
     from quantpress.pipelines.inspection import inspect
     from quantpress.pipelines.judging import JudgeOptions
-    from quantpress.pipelines.library import export_gguf, export_safetensors, quantize
+    from quantpress.pipelines.library import export_gguf, export_onnx, export_safetensors, quantize
     from quantpress.pipelines.parity import Parity
     from quantpress.pipelines.parity_limits import Limits
     from quantpress.pipelines.perplexity import Perplexity
@@ -62,6 +64,7 @@ __all__ = [
     "UnknownFamilyError",
     "UsageError",
     "export_gguf",
+    "export_onnx",
     "export_safetensors",
     "inspect",
     "merge_lora",
@@ -83,6 +86,7 @@ _HOMES = {
     "Perplexity": "pipelines.perplexity",
     "Pressed": "pipelines.runner",
     "export_gguf": "pipelines.library",
+    "export_onnx": "pipelines.library",
     "export_safetensors": "pipelines.library",
     "inspect": "pipelines.inspection",
     "merge_lora": "convert.lora.merge",
