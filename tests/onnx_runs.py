@@ -105,11 +105,14 @@ class OnnxRun:
                 rows.append(row)
         return [np.concatenate(rows).astype(np.float32) for rows in found]
 
-    def greedy(self, tokens: Sequence[int], count: int) -> list[int]:
-        """Continues a text with the most likely token each time."""
+    def greedy(self, tokens: Sequence[int], count: int, *, never: int | None = None) -> list[int]:
+        """Continues a text with the most likely token each time, but for one that may be excluded."""
         done, added = self.step(np.array([tokens])), list[int]()
         for _ in range(count):
-            added.append(int(done.logits[0, -1].argmax()))
+            last = np.array(done.logits[0, -1], np.float32)
+            if never is not None:
+                last[never] = -np.inf
+            added.append(int(last.argmax()))
             done = self.step(np.array([added[-1:]]), cache=done.cache)
         return added
 
