@@ -67,10 +67,16 @@ def fields(packed: Array, bits: int, count: int) -> Array:
     return found
 
 
+def initializers(folder: Path) -> dict[str, onnx.TensorProto]:
+    """Gives every constant of a model by its name."""
+    model = onnx.load(str(folder / "model.onnx"), load_external_data=False)
+    return {tensor.name: tensor for tensor in model.graph.initializer}
+
+
 def matrices(folder: Path) -> dict[str, Matrix]:
     """Gives every matrix of codes by the name of its weight in the checkpoint."""
     model = onnx.load(str(folder / "model.onnx"), load_external_data=False)
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    constants = initializers(folder)
     made_by = {output: node for node in model.graph.node for output in node.output}
     found = {}
     for node in model.graph.node:
