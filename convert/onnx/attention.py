@@ -107,7 +107,7 @@ def _grouped(
         attributes["local_window_size"] = hyper.sliding_window
     result, key, value = frame.builder.add_many(
         "GroupQueryAttention",
-        [*inputs, past.key, past.value, places.lengths, places.total, *tables],
+        [*inputs, past.key, past.value, places.last, places.total, *tables],
         _outputs(frame),
         domain=MICROSOFT,
         name=f"/layers.{layer}/attn/GroupQueryAttention",

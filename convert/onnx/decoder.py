@@ -12,7 +12,7 @@ from quantpress.convert.onnx.layer import add_layer
 from quantpress.convert.onnx.norms import Stream, normalize_sum
 from quantpress.convert.onnx.options import OnnxOptions
 from quantpress.convert.onnx.places import masked, restored, rolled, table_rows_of
-from quantpress.convert.onnx.rotary import store_rotary
+from quantpress.convert.onnx.rotary import store_rotary, switch_of
 from quantpress.convert.traits import traits_of
 from quantpress.quant.errors import UsageError
 
@@ -91,16 +91,17 @@ def _frame(
     ids: ir.Value,
     mask: ir.Value,
 ) -> Frame:
+    ropes, traits = ropes_of(hyper), traits_of(spec, hyper)
     grouped = is_grouped(hyper, standard=builder.standard)
-    ropes = ropes_of(hyper)
     inside = {key: grouped and rope is not None and turns_itself(hyper, rope) for key, rope in ropes.items()}
+    counts = any(rope is not None and switch_of(rope, hyper.context) is not None for rope in ropes.values())
     if grouped:
         outside = any(rope is not None and not inside[key] for key, rope in ropes.items())
-        places = rolled(builder, ids, mask, positions=outside or spec.positions == "learned")
+        places = rolled(builder, ids, mask, positions=outside or spec.positions == "learned", counts=counts)
     else:
         slides = hyper.sliding_layers or (False,) * hyper.layers
         window = hyper.sliding_window if any(slides) else None
-        places = masked(builder, ids, mask, window=window, every=not all(slides))
+        places = masked(builder, ids, mask, window=window, every=not all(slides), counts=counts)
     turns: dict[bool, Turn | None] = {}
     for key, rope in ropes.items():
         if rope is None:
@@ -108,7 +109,7 @@ def _frame(
             continue
         table = store_rotary(builder, rope, hyper.context, name="local" if key else "cache")
         turns[key] = Turn(table, None if inside[key] else table_rows_of(builder, places, table))
-    return Frame(builder, weights, traits_of(spec, hyper), hyper, places, turns)
+    return Frame(builder, weights, traits, hyper, places, turns)
 
 
 def _embedded(frame: Frame, spec: ArchSpec) -> ir.Value:

@@ -28,9 +28,10 @@ class Places:
 
     Attributes:
         ids: (B, S) int64, what to embed.
-        valid: (B, 1) int64 tokens of each row that are no padding, old and new.
         positions: (B, S) int64, None where nothing asks for them.
-        lengths: (B,) int32, `valid` - 1; with `total` what GroupQueryAttention asks for; None where it is not used.
+        valid: (B, 1) int64 tokens of each row that are no padding, old and new; None where nothing asks for them.
+        last: (B,) int32 where the last of the S new tokens stands in the cache; with `total` what GroupQueryAttention
+            asks for; None where it is not used.
         total: (1,) int32 width of the attention mask.
         back: (B, S, 1) int64, where each token went; None where none moved.
         seen: (B, 1, S, T), 0 where a token may be seen and very low elsewhere; None where GroupQueryAttention knows.
@@ -38,9 +39,9 @@ class Places:
     """
 
     ids: ir.Value
-    valid: ir.Value
-    positions: ir.Value | None
-    lengths: ir.Value | None = None
+    positions: ir.Value | None = None
+    valid: ir.Value | None = None
+    last: ir.Value | None = None
     total: ir.Value | None = None
     back: ir.Value | None = None
     seen: ir.Value | None = None
@@ -56,39 +57,41 @@ class _Sizes:
     before: ir.Value
 
 
-def rolled(builder: GraphBuilder, ids: ir.Value, mask: ir.Value, *, positions: bool) -> Places:
-    """Gives the places of tokens without gaps.
+def rolled(builder: GraphBuilder, ids: ir.Value, mask: ir.Value, *, positions: bool, counts: bool) -> Places:
+    """Gives the places of tokens without gaps between the new ones of a row.
 
     Args:
         builder: the graph.
         ids: (B, S) int64, the newest tokens.
         mask: (B, T) int64, 0 for padding.
-        positions: whether anything asks for them.
+        positions: whether anything asks for `Places.positions`.
+        counts: whether anything asks for `Places.valid`.
     """
     sizes = _sizes(builder, ids, mask)
-    window = _newest(builder, mask, sizes)
-    first = _add(builder, "ArgMax", [window], (_BATCH, 1), axis=1, keepdims=1)
+    first = _add(builder, "ArgMax", [_newest(builder, mask, sizes)], (_BATCH, 1), axis=1, keepdims=1)
     columns = _range(builder, sizes.new, _NEW)
     forward = _modulo(builder, _add(builder, "Add", [columns, first], (_BATCH, _NEW)), sizes.new)
     backward = _modulo(builder, _add(builder, "Sub", [columns, first], (_BATCH, _NEW)), sizes.new)
-    valid = _sum(builder, mask)
-    less = _add(builder, "Sub", [valid, builder.constant(1)], (_BATCH, 1))
-    less = _add(builder, "Squeeze", [less, builder.constant([1])], (_BATCH,))
-    places = None
-    if positions:
-        earlier = _add(builder, "Sub", [valid, _sum(builder, window)], (_BATCH, 1))
-        places = _add(builder, "Add", [columns, earlier], (_BATCH, _NEW))
+    start = [mask, builder.constant([0]), sizes.before, builder.constant([1])]
+    earlier = _sum(builder, _add(builder, "Slice", start, (_BATCH, "earlier_sequence_length")))
+    # new tokens that are padding count too: they come after the others, which do not see them, and the next step
+    # writes over them
+    last = _add(builder, "Sub", [sizes.new, builder.constant([1])], (1,))
+    last = _add(builder, "Add", [earlier, last], (_BATCH, 1))
+    last = _add(builder, "Squeeze", [last, builder.constant([1])], (_BATCH,))
     return Places(
         ids=_add(builder, "GatherElements", [ids, forward], (_BATCH, _NEW), axis=1),
-        valid=valid,
-        positions=places,
-        lengths=builder.cast(less, "INT32", name="/places/Cast"),
+        positions=_add(builder, "Add", [columns, earlier], (_BATCH, _NEW)) if positions else None,
+        valid=_sum(builder, mask) if counts else None,
+        last=builder.cast(last, "INT32", name="/places/Cast"),
         total=builder.cast(sizes.total, "INT32", name="/places/Cast"),
         back=_add(builder, "Unsqueeze", [backward, builder.constant([2])], (_BATCH, _NEW, 1)),
     )
 
 
-def masked(builder: GraphBuilder, ids: ir.Value, mask: ir.Value, *, window: int | None, every: bool) -> Places:
+def masked(
+    builder: GraphBuilder, ids: ir.Value, mask: ir.Value, *, window: int | None, every: bool, counts: bool
+) -> Places:
     """Gives the places of tokens that stay where they are, and what each may see.
 
     Args:
@@ -97,6 +100,7 @@ def masked(builder: GraphBuilder, ids: ir.Value, mask: ir.Value, *, window: int 
         mask: (B, T) int64, 0 for padding.
         window: tokens that a layer with a sliding window sees, None if there is no such layer.
         every: whether there is a layer that sees all.
+        counts: whether anything asks for `Places.valid`.
     """
     sizes = _sizes(builder, ids, mask)
     counted = _add(builder, "CumSum", [mask, builder.constant(1)], (_BATCH, _ALL))
@@ -117,8 +121,8 @@ def masked(builder: GraphBuilder, ids: ir.Value, mask: ir.Value, *, window: int 
                       dtype="BOOL")  # fmt: skip
         both = _add(builder, "And", [visible, inside], (_BATCH, _NEW, _ALL), dtype="BOOL")
         near = _bias(builder, both)
-    valid = _sum(builder, mask)
-    return Places(ids, valid, positions, seen=_bias(builder, visible) if every else None, seen_near=near)
+    seen = _bias(builder, visible) if every else None
+    return Places(ids, positions, _sum(builder, mask) if counts else None, seen=seen, seen_near=near)
 
 
 def restored(builder: GraphBuilder, values: ir.Value, places: Places, hidden: int) -> ir.Value:
@@ -131,9 +135,10 @@ def restored(builder: GraphBuilder, values: ir.Value, places: Places, hidden: in
 
 def table_rows_of(builder: GraphBuilder, places: Places, table: RotaryTable) -> ir.Value:
     """Gives the row of a rotary table for each token, (B, S) int64."""
-    assert places.positions is not None, "positions were asked for"
+    assert places.positions is not None, "they were asked for"
     if table.switch is None:
         return places.positions
+    assert places.valid is not None, "they were asked for"
     long = _add(builder, "Greater", [places.valid, builder.constant(table.switch)], (_BATCH, 1), dtype="BOOL")
     offset = _add(builder, "Where", [long, builder.constant(table.switch), builder.constant(0)], (_BATCH, 1))
     return _add(builder, "Add", [places.positions, offset], (_BATCH, _NEW))

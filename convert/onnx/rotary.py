@@ -22,7 +22,7 @@ from quantpress.convert.arch.spec import Rope
 from quantpress.convert.onnx.graph import MICROSOFT, GraphBuilder
 from quantpress.convert.onnx.stored import Piece, StoredGroup, StoredTensor
 
-__all__ = ["RotaryTable", "frequencies", "store_rotary", "table_rows", "turn"]
+__all__ = ["RotaryTable", "frequencies", "store_rotary", "switch_of", "table_rows", "turn"]
 
 _CHUNK = 1 << 20  # values of a table that are made at once
 

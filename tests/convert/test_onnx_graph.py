@@ -144,7 +144,12 @@ def test_every_value_has_the_type_and_shape_that_the_file_says(
                  run.inputs.items() if key.startswith("past")}  # fmt: skip
         mask = np.ones((batch, new + past), np.int64)
         values = run.session.run(None, {"input_ids": np.full((batch, new), 9), "attention_mask": mask, **cache})
-        sizes = {"batch_size": batch, "sequence_length": new, "total_sequence_length": new + past}
+        sizes = {
+            "batch_size": batch,
+            "sequence_length": new,
+            "total_sequence_length": new + past,
+            "earlier_sequence_length": past,
+        }
         for output, value in zip(run.session.get_outputs(), values, strict=True):
             shape = known[output.name].type.tensor_type.shape.dim
             assert value.shape == tuple(sizes.get(dim.dim_param, dim.dim_value) for dim in shape), output.name

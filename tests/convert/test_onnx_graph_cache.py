@@ -93,6 +93,40 @@ def test_padding_does_not_matter_where_it_stands_or_what_it_is(make: Make, name:
             close(done.logits[row][mask[row] == 1], source.logits(tokens))
 
 
+@pytest.mark.parametrize(("name", "standard"), KINDS)
+def test_a_row_may_wait_while_another_goes_on(make: Make, name: str, standard: bool) -> None:
+    """One row has no token at first and pauses again later: masked columns that another row's tokens fill."""
+    source, run = make(name, standard)
+    first, second = texts(20, 10)
+    goes = np.ones((2, 20), np.int64)
+    goes[1, :4] = goes[1, 9:14] = goes[1, 19] = 0
+    ids = np.full((2, 20), 11)
+    ids[0], ids[1, goes[1] == 1] = first, second
+    found, cache, start = list[np.ndarray[Any, Any]](), None, 0
+    for stop in (3, *range(4, 21)):
+        done = run.step(ids[:, start:stop], goes[:, :stop], cache)
+        cache, start = done.cache, stop
+        found.append(done.logits)
+    logits = np.concatenate(found, axis=1)
+    close(logits[0], source.logits(first))
+    close(logits[1][goes[1] == 1], source.logits(second))
+
+
+@pytest.mark.parametrize(("name", "standard"), KINDS)
+def test_pieces_of_a_text_may_be_padded(make: Make, name: str, standard: bool) -> None:
+    source, run = make(name, standard)
+    (tokens,) = texts(22)
+    mask = np.array([[0, 0, *[1] * 7], [*[1] * 6, 0, 0, 0], [0, *[1] * 7, 0], [1, 1, *[0] * 7]])
+    ids = np.full(mask.shape, 13)
+    ids[mask == 1] = tokens
+    found, cache = list[np.ndarray[Any, Any]](), None
+    for piece in range(len(mask)):
+        done = run.step(ids[piece : piece + 1], mask[: piece + 1].reshape(1, -1), cache)
+        cache = done.cache
+        found.append(done.logits[0][mask[piece] == 1])
+    close(np.concatenate(found), source.logits(tokens))
+
+
 @pytest.mark.parametrize("standard", [False, True], ids=["contrib", "standard"])
 @pytest.mark.parametrize("length", [15, 16, 17, 25])
 def test_longrope_turns_by_the_length_of_each_text(make: Make, standard: bool, length: int) -> None:
