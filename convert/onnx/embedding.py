@@ -60,7 +60,7 @@ def look_up_blocks(builder: GraphBuilder, stored: NBits, weight: LinearWeight, i
             f"{weight.source}: {shown(weight.name)}: rows whose columns have an order of their own (g_idx) cannot be"
             " looked up; use --token-embedding-type fp16 or fp32"
         )
-    placed, node = builder.placed(stored.codes), weight.node
+    placed, node, columns = builder.placed(stored.codes), weight.node, weight.shape[1]
     rows, blocks, width = placed.tensor.shape
     table = StoredTensor(f"{placed.tensor.name}_rows", "UINT8", (rows, blocks * width))
     padded = blocks * stored.block_size
@@ -75,10 +75,13 @@ def look_up_blocks(builder: GraphBuilder, stored: NBits, weight: LinearWeight, i
         gather_axis=0,
         quantize_axis=1,
     )
-    if padded == weight.shape[1]:
-        return values
-    ends = [builder.constant(np.asarray([each], np.int64)) for each in (0, weight.shape[1], -1)]
-    return builder.add("Slice", [values, *ends], name=f"{node}/Slice", shape=with_last(values, weight.shape[1]))
+    return values if padded == columns else _first(builder, values, columns, f"{node}/Slice")
+
+
+def _first(builder: GraphBuilder, values: ir.Value, columns: int, name: str) -> ir.Value:
+    """Gives the first columns of (B, S, K)."""
+    ends = [builder.constant(np.asarray([each], np.int64)) for each in (0, columns, -1)]
+    return builder.add("Slice", [values, *ends], name=name, shape=with_last(values, columns))
 
 
 def _looked_up(index: ir.Value, columns: int) -> list[int | str] | None:

@@ -47,7 +47,7 @@ class Kinds:
         rounds_inputs = self._options.precision == "int8" and self._options.int8 != "weight-only"
         if rounds_inputs and (weight.codes is not None or not self._quantized):
             return self._int8()
-        return self.stored(self.default(weight), weight)
+        return self.stored(self.default(weight), weight, self._note(weight))
 
     def default(self, weight: LinearWeight) -> str:
         """Gives the type of a weight that no option is about: a key of `TENSOR_TYPES`, or "own" for the source's."""
@@ -92,6 +92,16 @@ class Kinds:
             self._made[dtype, note] = self._make(dtype, note)
         return self._made[dtype, note]
 
+    def _note(self, weight: LinearWeight) -> str:
+        """Says why a weight of a quantized source is not in the type that was asked for."""
+        asked = _BITS.get(self._options.precision)
+        if asked is None or not self._quantized:
+            return ""
+        if weight.codes is None:
+            return "the source has not quantized it"
+        bits = weight.codes.form.bits
+        return "" if bits == asked else f"the source's codes of {bits} bits, as they are"
+
     def _make(self, dtype: str, note: str) -> RowKind:
         if dtype not in _BITS:
             return FloatLinear(dtype, note)
@@ -99,7 +109,7 @@ class Kinds:
         if options.standard_ops:
             from quantpress.convert.onnx.linear_qdq import DequantizeLinear
 
-            return DequantizeLinear(bits, options.block_size, options.symmetric)
+            return DequantizeLinear(bits, options.block_size, options.symmetric, note)
         return MatMulNBits(bits, options.block_size, options.symmetric, options.accuracy_level, note)
 
     def _int8(self) -> LinearKind:

@@ -186,6 +186,18 @@ def test_what_a_quantized_source_leaves_alone_stays_as_it_is(tmp_path: Path) -> 
     assert labels["lm_head.weight"] == labels["model.embed_tokens.weight"] == "BF16"
     assert {labels[name] for name in source.quantized} == {"INT4 g32 asym"}
     assert len(source.quantized) == 3 * 7 - 1
+    notes = {group.source: group.note for group, _ in builder.groups if group.note}
+    assert notes == {"model.layers.1.self_attn.o_proj.weight": "the source has not quantized it"}
+
+
+def test_codes_of_other_bits_than_were_asked_for_say_so(tmp_path: Path) -> None:
+    source, _ = packed(tmp_path, "llama", 32)
+    checked = preflight(source)
+    builder = GraphBuilder(compute="FLOAT", standard=False, opset=23)
+    weights = ModelWeights(builder, source, checked, OnnxOptions(precision="int8"))
+    build_graph(builder, weights, checked.spec, checked.hyper)
+    notes = {group.note for group, _ in builder.groups if group.source in source.quantized}
+    assert notes == {"the source's codes of 4 bits, as they are"}
 
 
 def test_codes_in_groups_have_no_dynamic_int8(tmp_path: Path) -> None:
