@@ -11,11 +11,10 @@ import onnx
 import onnxruntime
 import pytest
 
-from quantpress.convert.onnx.decoder import build_graph, check_graph, shares_cache
-from quantpress.convert.onnx.graph import GraphBuilder
+from quantpress.convert.onnx.decoder import check_graph, shares_cache
 from quantpress.convert.onnx.options import OnnxOptions
 from quantpress.quant.errors import UsageError
-from tests.onnx_graphs import InlineWeights, Source, checked, operators, tiny_source, write_model
+from tests.onnx_graphs import Source, checked, operators, tiny_source, write_model
 from tests.onnx_runs import OnnxRun
 from tests.tiny import tiny_case
 
@@ -68,7 +67,7 @@ def test_a_text_gets_the_logits_of_transformers_and_the_checker_passes(
     make: Make, tmp_path: Path, name: str, standard: bool
 ) -> None:
     source, tokens = make(name), some_tokens()
-    folder = write_model(tmp_path, source.weights, standard=standard)
+    folder = write_model(tmp_path / "onnx", source, standard=standard)
     model = checked(folder)
     found, wanted = OnnxRun(folder).logits(tokens), source.logits(tokens)
     assert np.abs(wanted).max() > 1
@@ -91,7 +90,7 @@ def test_a_text_gets_the_logits_of_transformers_and_the_checker_passes(
 )
 def test_every_opset_computes_the_same(make: Make, tmp_path: Path, name: str, standard: bool, opset: int) -> None:
     source, tokens = make(name), some_tokens()
-    folder = write_model(tmp_path, source.weights, standard=standard, opset=opset)
+    folder = write_model(tmp_path / "onnx", source, standard=standard, opset=opset)
     assert {each.domain: each.version for each in checked(folder).opset_import}[""] == opset
     np.testing.assert_allclose(OnnxRun(folder).logits(tokens), source.logits(tokens), rtol=0, atol=TOLERANCE)
 
@@ -102,24 +101,24 @@ def test_float16_differs_by_its_rounding_only(make: Make, tmp_path: Path, name: 
     """About 15 roundings a layer of 2^-11 each, half of them of values that end up in the logits; they add up as
     errors of random sign do: 2^-11 * sqrt(15 * 4) = 0.4 % of the largest logits. Twice that is allowed."""
     source, tokens = make(name), some_tokens()
-    folder = write_model(tmp_path, source.weights, standard=standard, compute="FLOAT16")
+    folder = write_model(tmp_path / "onnx", source, standard=standard, half=True)
     checked(folder)
     found, wanted = OnnxRun(folder).logits(tokens), source.logits(tokens)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=0.008 * np.abs(wanted).max())
 
 
 def test_a_layer_of_a_plain_family_is_twelve_nodes(make: Make, tmp_path: Path) -> None:
-    model = checked(write_model(tmp_path, make("llama").weights))
+    model = checked(write_model(tmp_path / "onnx", make("llama")))
     assert operators(model, under="/layers.1/") == [
-        "SkipSimplifiedLayerNormalization*", "MatMul", "MatMul", "MatMul", "GroupQueryAttention*", "MatMul",
-        "SkipSimplifiedLayerNormalization*", "MatMul", "MatMul", "QuickGelu*", "Mul", "MatMul",
+        "SkipSimplifiedLayerNormalization*", *["FusedMatMul*"] * 3, "GroupQueryAttention*", "FusedMatMul*",
+        "SkipSimplifiedLayerNormalization*", *["FusedMatMul*"] * 2, "QuickGelu*", "Mul", "FusedMatMul*",
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize("standard", [False, True], ids=["contrib", "standard"])
 @pytest.mark.parametrize("name", ["gemma3-linear", "phi3-mini4", "gpt2-inverse"])
 def test_no_layer_looks_at_the_mask_again(make: Make, tmp_path: Path, name: str, standard: bool) -> None:
-    model = checked(write_model(tmp_path, make(name).weights, standard=standard))
+    model = checked(write_model(tmp_path / "onnx", make(name), standard=standard))
     once = {"ArgMax", "Cast", "CumSum", "GatherElements", "Range", "ReduceSum", "Shape", "Slice", "Unsqueeze", "Where"}
     assert once & set(operators(model))
     assert not once & set(operators(model, under="/layers."))
@@ -130,7 +129,7 @@ def test_no_layer_looks_at_the_mask_again(make: Make, tmp_path: Path, name: str,
 def test_every_value_has_the_type_and_shape_that_the_file_says(
     make: Make, tmp_path: Path, name: str, standard: bool
 ) -> None:
-    folder = write_model(tmp_path, make(name).weights, standard=standard)
+    folder = write_model(tmp_path / "onnx", make(name), standard=standard)
     model = checked(folder)
     known = {each.name: each for each in (*model.graph.value_info, *model.graph.output)}
     names = [value for node in model.graph.node for value in node.output if value]
@@ -158,18 +157,17 @@ def test_every_value_has_the_type_and_shape_that_the_file_says(
 
 
 def test_onnxruntime_has_nothing_to_warn_of(make: Make, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    folder = write_model(tmp_path, make("gemma3-linear").weights)
+    folder = write_model(tmp_path / "onnx", make("gemma3-linear"))
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 2
     onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
     assert capfd.readouterr().err == ""
 
 
-def test_heads_that_need_the_standards_attention_want_its_opset(make: Make) -> None:
+def test_heads_that_need_the_standards_attention_want_its_opset(make: Make, tmp_path: Path) -> None:
     source = make("llama-12")
-    builder = GraphBuilder(compute="FLOAT", standard=False, opset=22)
     with pytest.raises(UsageError, match=r"--opset 22: heads of 12 values .* use --opset 23"):
-        build_graph(builder, InlineWeights(builder, source.weights), source.weights.spec, source.hyper)
+        write_model(tmp_path / "onnx", source, opset=22)
     check_graph(source.hyper, standard=False, opset=23)
     check_graph(make("llama-8").hyper, standard=False, opset=21)
 

@@ -41,7 +41,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
             family, options = CASES[name]
             sources[name] = tiny_source(folder / "source", family, **options)
         if (name, standard) not in runs:
-            runs[name, standard] = OnnxRun(write_model(folder / "onnx", sources[name].weights, standard=standard))
+            runs[name, standard] = OnnxRun(write_model(folder / "onnx", sources[name], standard=standard))
         return sources[name], runs[name, standard]
 
     return one
