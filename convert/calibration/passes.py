@@ -19,10 +19,10 @@ from quantpress.convert.model import Decoder
 
 __all__ = ["Pair", "Passes"]
 
-# Tokens that a thread takes at once: enough for fast products; with 1024 what is computed between two products leaves
-# the cache and takes three times as long (SmolLM2-135M).
-_SLICE_TOKENS = 1024
-_SLICE_VALUES = 4 << 20  # of the widest activation of a slice: 16 MiB, of which a thread has up to four
+# Tokens that a thread takes at once: enough for fast products. With twice as many a calibration takes as long, and each
+# thread holds twice the memory; with 2048 what is computed between two products leaves the cache.
+_SLICE_TOKENS = 512
+_SLICE_VALUES = 2 << 20  # of the widest activation of a slice: 8 MiB, of which a thread has up to four
 
 
 @dataclass(frozen=True, slots=True)

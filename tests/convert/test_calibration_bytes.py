@@ -222,12 +222,14 @@ import numpy as np
 from quantpress.convert.calibration.site import SiteResult
 from quantpress.convert.calibration.walk import calibrate
 from quantpress.convert.open import open_checkpoint
+from quantpress.pipelines.machine import save_memory
 
 class Nothing:
     sequential, wants = True, frozenset({"hessian"})
     def quantize(self, sites, plain):
         return SiteResult({})
 
+save_memory()  # as the command begins
 windows = list(np.random.default_rng(0).integers(0, 320, (int(sys.argv[3]), 64)).astype(np.int32))
 for result in calibrate(open_checkpoint(sys.argv[1]), windows, Nothing(), targets=lambda name: True, threads=2,
                         folder=Path(sys.argv[2]), max_memory=int(sys.argv[4])):
@@ -242,11 +244,7 @@ def peak(folder: Path, spill: Path, samples: int, budget: int) -> int:
     spill.mkdir(exist_ok=True)
     command = [sys.executable, "-c", PEAK, str(folder), str(spill), str(samples), str(budget)]
     done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"},  # as the command has it: save_memory
+        command, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     return int(done.stdout)
 
@@ -260,5 +258,5 @@ def test_peak_memory_depends_on_the_layer_and_the_budget_alone(tmp_path: Path) -
     activations = 4 * 128 * 64 * (512 + 2048)  # 84 MB
     held = peak(few, tmp_path / "spill", 128, activations)
     assert held < 2 * layer + activations + (500 << 20)
-    # ten more layers would be 168 MB and twice the tokens 84 MB; threads that meet otherwise were worth up to 93
-    assert abs(peak(many, tmp_path / "spill", 256, activations) - held) < 120 << 20
+    # ten more layers would be 168 MB and twice the tokens 84 MB; threads that meet otherwise are worth up to 30
+    assert abs(peak(many, tmp_path / "spill", 256, activations) - held) < 60 << 20
