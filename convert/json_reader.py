@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,11 +16,12 @@ import numpy as np
 from quantpress.convert.files import MAX_SMALL_FILE, read_bounded, shown
 from quantpress.quant.errors import InputError
 
-__all__ = ["MAX_DEPTH", "MAX_VALUES", "parse_json", "read_json"]
+__all__ = ["MAX_DEPTH", "MAX_VALUES", "many_objects", "parse_json", "read_json"]
 
 MAX_DEPTH = 64  # brackets inside brackets; config.json of real models needs 6
 MAX_VALUES = 4_000_000  # commas and brackets, and strings; the largest tokenizer.json in use (Gemma 3) has 2,100,000
 _MAX_DIGITS = 20  # digits of an integer, enough for 64 bits
+_SAFE_DIGITS = 18  # digits of an integer that fits 64 bits whatever they are
 # int(1e30), which transformers writes as `model_max_length` of tokenizers without a limit (VERY_LARGE_INTEGER)
 _NO_LIMIT = "1000000000000000019884624838656"
 _MAX_FLOAT = 400  # characters of a number with a point or exponent
@@ -32,6 +36,8 @@ _QUOTE, _COMMA = _STRUCTURE[0], _STRUCTURE[5]
 _STEP = np.zeros(256, np.int32)
 _STEP[[0x5B, 0x7B]] = 1
 _STEP[[0x5D, 0x7D]] = -1
+# every digit as a nought, everything else as a blank
+_DIGITS = bytes(ord("0") if chr(byte).isdigit() and byte < 128 else ord(" ") for byte in range(256))
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -86,9 +92,11 @@ def parse_json(data: bytes, *, name: str, max_depth: int = MAX_DEPTH, max_values
 
     try:
         text = data.decode("utf-8")
-        value = json.loads(
-            text, object_pairs_hook=to_dict, parse_int=to_int, parse_float=to_float, parse_constant=refuse
-        )
+        ints = to_int if _has_long_number(data) else None  # None: json's own, which calls nothing for each of them
+        with many_objects():
+            value = json.loads(
+                text, object_pairs_hook=to_dict, parse_int=ints, parse_float=to_float, parse_constant=refuse
+            )
         if _SURROGATE.search(data):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
@@ -98,6 +106,26 @@ def parse_json(data: bytes, *, name: str, max_depth: int = MAX_DEPTH, max_values
     except json.JSONDecodeError as error:
         raise InputError(f"{name}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from error
     return value
+
+
+@contextlib.contextmanager
+def many_objects() -> Iterator[None]:
+    """Makes objects without looking for cycles among them, which takes as long again where there are a million."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _has_long_number(data: bytes) -> bool:
+    """Whether digits follow each other that need not fit 64 bits; in a text too."""
+    long = b"0" * (_SAFE_DIGITS + 1)
+    return any(
+        long in data[start : start + _CHUNK + _SAFE_DIGITS].translate(_DIGITS) for start in range(0, len(data), _CHUNK)
+    )
 
 
 def _first_twice(pairs: list[tuple[str, Any]]) -> str:
@@ -117,7 +145,7 @@ def _check_structure(data: bytes, name: str, max_depth: int, max_values: int) ->
         if (len(chunk) - len(chunk.rstrip(b"\\"))) % 2:  # an escape must not be cut from the character it escapes
             chunk = data[start : start + _CHUNK + 1]
         start += len(chunk)
-        plain = chunk.replace(b"\\\\", b"__").replace(b'\\"', b"__")
+        plain = chunk.replace(b"\\\\", b"__").replace(b'\\"', b"__") if b"\\" in chunk else chunk
         last_quote = plain.rfind(b'"')
         run = len(plain) - last_quote - 1 if last_quote >= 0 else run + len(plain)
         if run > _MAX_RUN:

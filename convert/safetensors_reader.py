@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,7 +19,7 @@ import numpy as np
 
 from quantpress.convert.checkpoint import DTYPES, Array, LazyTensor, SourceFile
 from quantpress.convert.files import FileStamp, open_regular, read_at, shown
-from quantpress.convert.json_reader import parse_json
+from quantpress.convert.json_reader import many_objects, parse_json
 from quantpress.quant.errors import InputError
 
 __all__ = ["MAX_HEADER", "Entry", "Shard", "open_shard", "parse_header"]
@@ -73,8 +74,9 @@ def open_shard(path: Path, *, label: str = "") -> Shard:
         stamp = FileStamp.of(file)
         header = _read_header(file, stamp.nbytes, label)
     data_start = 8 + len(header)
-    entries, metadata = parse_header(header, data_nbytes=stamp.nbytes - data_start, name=label)
-    tensors = {entry.name: _lazy(entry, path, stamp, data_start, label) for entry in entries}
+    with many_objects():
+        entries, metadata = parse_header(header, data_nbytes=stamp.nbytes - data_start, name=label)
+        tensors = {entry.name: _lazy(entry, path, stamp, data_start, label) for entry in entries}
     return Shard(tensors=tensors, metadata=metadata, file=SourceFile(path=path, nbytes=stamp.nbytes))
 
 
@@ -128,59 +130,63 @@ def _parse_metadata(value: Any, name: str) -> dict[str, str]:
 
 
 def _parse_entry(key: str, fields: Any, name: str) -> Entry:
-    where = f"{name}: tensor {shown(key)}"
     if len(key) > _MAX_NAME or not key:
-        raise InputError(f"{where}: a name must have 1 to {_MAX_NAME} characters, this has {len(key)}")
+        raise _refused(name, key, f"a name must have 1 to {_MAX_NAME} characters, this has {len(key)}")
     if not isinstance(fields, dict) or fields.keys() != _FIELDS:
-        raise InputError(f"{where}: must have dtype, shape and data_offsets, found {shown(fields)}")
+        raise _refused(name, key, f"must have dtype, shape and data_offsets, found {shown(fields)}")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise InputError(f"{where}: type {shown(dtype)} is not supported; supported are {', '.join(DTYPES)}")
-    if not _are_counts(shape) or len(shape) > _MAX_RANK or any(dim > _MAX_DIM for dim in shape):
-        raise InputError(f"{where}: shape {shown(shape)} is not a list of at most {_MAX_RANK} sizes")
+        raise _refused(name, key, f"type {shown(dtype)} is not supported; supported are {', '.join(DTYPES)}")
+    if not _are_counts(shape) or len(shape) > _MAX_RANK or (shape and max(shape) > _MAX_DIM):
+        raise _refused(name, key, f"shape {shown(shape)} is not a list of at most {_MAX_RANK} sizes")
     if not _are_counts(offsets) or len(offsets) != 2:
-        raise InputError(f"{where}: data_offsets {shown(offsets)} are not two places in the file")
+        raise _refused(name, key, f"data_offsets {shown(offsets)} are not two places in the file")
     begin, end = offsets
     wanted = math.prod(shape) * DTYPES[dtype].itemsize
     if end - begin != wanted:
-        raise InputError(f"{where}: {dtype} of shape {shape} needs {wanted} bytes, data_offsets give {end - begin}")
-    return Entry(name=key, dtype=dtype, shape=tuple(shape), begin=begin, end=end)
+        raise _refused(name, key, f"{dtype} of shape {shape} needs {wanted} bytes, data_offsets give {end - begin}")
+    return Entry(key, dtype, tuple(shape), begin, end)
+
+
+def _refused(name: str, key: str, why: str) -> InputError:
+    """Says what is wrong with a tensor; put together only where something is: files name a hundred thousand of them."""
+    return InputError(f"{name}: tensor {shown(key)}: {why}")
 
 
 def _are_counts(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+    return isinstance(values, list) and (not values or (set(map(type, values)) == {int} and min(values) >= 0))
 
 
 def _check_places(entries: list[Entry], data_nbytes: int, name: str) -> None:
     position = 0
     for entry in entries:
-        where = f"{name}: tensor {shown(entry.name)}"
         if entry.end > data_nbytes:
-            raise InputError(f"{where}: ends at byte {entry.end} of {data_nbytes}; the file is cut short or damaged")
+            why = f"ends at byte {entry.end} of {data_nbytes}; the file is cut short or damaged"
+            raise _refused(name, entry.name, why)
         if entry.begin != position:
             what = "overlaps the one before it" if entry.begin < position else "leaves a hole before it"
-            raise InputError(f"{where}: {what}: begins at byte {entry.begin}, the last ended at {position}")
+            raise _refused(name, entry.name, f"{what}: begins at byte {entry.begin}, the last ended at {position}")
         position = entry.end
     if position != data_nbytes:
         raise InputError(f"{name}: {data_nbytes - position} bytes after the last tensor belong to none")
 
 
 def _lazy(entry: Entry, path: Path, stamp: FileStamp, data_start: int, label: str) -> LazyTensor:
-    dtype, start = DTYPES[entry.dtype], data_start + entry.begin
-    row_shape = entry.shape[1:]
-    row_nbytes = math.prod(row_shape) * dtype.itemsize
-    rows = entry.shape[0] if entry.shape else 1
-
-    def read_rows(first: int, stop: int) -> Array:
-        if not 0 <= first <= stop <= rows:
-            raise IndexError(f"{entry.name}: rows [{first}, {stop}) of {rows}")
-        values = np.empty((stop - first) * row_nbytes, np.uint8)
-        # Opened each time: no descriptor to share between threads or to run out of, and a changed file is noticed.
-        with open_regular(path) as file:
-            stamp.check(file, label)
-            count = read_at(file, start + first * row_nbytes, values.data)
-        if count != values.size:
-            raise InputError(f"{label}: tensor {shown(entry.name)}: the file was cut short while it was read")
-        return values.view(dtype).reshape((stop - first, *row_shape) if entry.shape else ())
-
+    read_rows = partial(_read_rows, entry, path, stamp, data_start + entry.begin, label)
     return LazyTensor(entry.name, entry.shape, entry.dtype, label, read_rows)
+
+
+def _read_rows(entry: Entry, path: Path, stamp: FileStamp, begin: int, label: str, first: int, stop: int) -> Array:
+    rows = entry.shape[0] if entry.shape else 1
+    if not 0 <= first <= stop <= rows:
+        raise IndexError(f"{entry.name}: rows [{first}, {stop}) of {rows}")
+    dtype, row_shape = DTYPES[entry.dtype], entry.shape[1:]
+    row_nbytes = math.prod(row_shape) * dtype.itemsize
+    values = np.empty((stop - first) * row_nbytes, np.uint8)
+    # Opened each time: no descriptor to share between threads or to run out of, and a changed file is noticed.
+    with open_regular(path) as file:
+        stamp.check(file, label)
+        count = read_at(file, begin + first * row_nbytes, values.data)
+    if count != values.size:
+        raise InputError(f"{label}: tensor {shown(entry.name)}: the file was cut short while it was read")
+    return values.view(dtype).reshape((stop - first, *row_shape) if entry.shape else ())

@@ -92,12 +92,21 @@ def test_strings_and_escapes_may_lie_across_the_chunks_of_the_scan(shift: int) -
         parse_json(deep.encode(), name="x")
 
 
+@pytest.mark.parametrize("before", range(1, 22))
+def test_an_integer_across_the_chunks_of_the_scan_must_fit_64_bits(before: int) -> None:
+    start = b"[" + b" " * ((1 << 20) - 1 - before)
+    assert parse_json(start + b"18446744073709551615]", name="a.json") == [(1 << 64) - 1]
+    for beyond in (b"18446744073709551616]", b"-9223372036854775809]"):
+        with pytest.raises(InputError, match="does not fit 64 bits"):
+            parse_json(start + beyond, name="a.json")
+
+
 def test_too_many_values_are_refused_within_two_seconds() -> None:
     for pattern in (b"1,", b"[],", b'"",', b'{"":0},'):
-        start = time.perf_counter()
+        start = time.process_time()
         with pytest.raises(InputError, match="more than 4000000 values"):
             parse_json(b"[" + pattern * (48_000_000 // len(pattern)) + b"0]", name="x")
-        assert time.perf_counter() - start < 2
+        assert time.process_time() - start < 2
 
 
 def test_a_real_tokenizer_is_read_as_the_standard_library_reads_it(shared: Path) -> None:
