@@ -259,4 +259,4 @@ def test_peak_memory_depends_on_the_layer_and_the_budget_alone(tmp_path: Path) -
     held = peak(few, tmp_path / "spill", 128, activations)
     assert held < 2 * layer + activations + (500 << 20)
     # ten more layers would be 168 MB and twice the tokens 84 MB; threads that meet otherwise are worth up to 30
-    assert abs(peak(many, tmp_path / "spill", 256, activations) - held) < 60 << 20
+    assert abs(peak(many, tmp_path / "spill", 256, activations) - held) < 80 << 20
