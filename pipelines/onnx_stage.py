@@ -117,10 +117,12 @@ class Onnx(BuildingStage):
 
     def _refuse_method(self, reason: str) -> None:
         """Refuses to be told how codes are found where none are."""
-        for name in ("method", "block_size", "symmetric"):
-            value = getattr(self, name)
+        given = {"--method": self.method, "--block-size": self.block_size}
+        for flag, value in given.items():
             if value is not None:
-                raise UsageError(f"--{name.replace('_', '-')} {value}: {reason}")
+                raise UsageError(f"{flag} {value}: {reason}")
+        if self.symmetric is not None:
+            raise UsageError(f"{'--symmetric' if self.symmetric else '--asymmetric'}: {reason}")
 
     def options(self) -> OnnxOptions:
         """Gives what the graph's builders take; of a stage that is `resolved`.
