@@ -68,7 +68,9 @@ def rolled(builder: GraphBuilder, ids: ir.Value, mask: ir.Value, *, positions: b
         counts: whether anything asks for `Places.valid`.
     """
     sizes = _sizes(builder, ids, mask)
-    first = _add(builder, "ArgMax", [_newest(builder, mask, sizes)], (_BATCH, 1), axis=1, keepdims=1)
+    # in float, for which ArgMax runs on graphics processors too
+    window = builder.cast(_newest(builder, mask, sizes), "FLOAT", name="/places/Cast")
+    first = _add(builder, "ArgMax", [window], (_BATCH, 1), axis=1, keepdims=1)
     columns = _range(builder, sizes.new, _NEW)
     forward = _modulo(builder, _add(builder, "Add", [columns, first], (_BATCH, _NEW)), sizes.new)
     backward = _modulo(builder, _add(builder, "Sub", [columns, first], (_BATCH, _NEW)), sizes.new)
