@@ -76,7 +76,8 @@ def nbits_block_size(group_size: int, columns: int, greatest_block: int = _GREAT
         return size
     if group_size % _LEAST_BLOCK:
         raise LayoutError(
-            f"MatMulNBits has blocks of at least {_LEAST_BLOCK} columns; groups of {group_size} do not divide into them"
+            f"MatMulNBits has blocks of at least {_LEAST_BLOCK} columns, groups of {group_size} do not divide into"
+            " them; --standard-ops keeps these codes, --precision fp16 and bf16 the numbers they stand for"
         )
     while size < greatest_block and group_size % (2 * size) == 0:
         size *= 2
