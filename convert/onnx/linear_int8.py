@@ -18,7 +18,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from quantpress.convert.files import shown
-from quantpress.convert.onnx.graph import GraphBuilder
+from quantpress.convert.onnx.graph import Dims, GraphBuilder
 from quantpress.convert.onnx.linear import LinearWeight, with_last
 from quantpress.convert.onnx.nbits_rows import round_rows
 from quantpress.convert.onnx.stored import Piece, StoredGroup, StoredTensor
@@ -29,21 +29,34 @@ __all__ = ["DynamicInt8", "StaticInt8", "static_grid"]
 
 _ZERO = 128  # of symmetric codes
 _STEPS = 255  # of an input's range
+_LEAST_SIZE = np.asarray(2.0**-100, np.float32)  # of a token that is divided by it: a token of zeros stays one
 _MULTIPLE = 4  # of a block's columns, for `round_rows`
+
+
+@dataclass(frozen=True, slots=True)
+class _Rounded:
+    """Inputs in 8 bits: value = size * scale * (code - zero), where each token has its own size, (B, S, 1)."""
+
+    codes: ir.Value
+    scale: ir.Value
+    zero: ir.Value
+    size: ir.Value
 
 
 class DynamicInt8:
     """Inputs are rounded by their range of the moment: DynamicQuantizeLinear, MatMulInteger.
 
-    The range is that of the whole tensor, all texts of a batch and their padding included: that is the operator's
-    meaning. So a text's logits depend a little on what it is batched with.
+    The operator has one range for the whole tensor, all tokens of all texts of a batch and their padding. A single
+    token with great values would leave nothing of all others, so each is first divided by its greatest absolute value.
+    (SmolLM2-135M, whose first tokens do this: KL divergence from float32 0.03 instead of 0.55, at the same speed.) What
+    is left of the dependence is that the range's ends, near -1 and 1, are those of some token of the batch.
 
     Linears that read the same values share what they are rounded to; an instance serves one graph.
     """
 
     def __init__(self) -> None:
         """Has seen no values yet."""
-        self._rounded: dict[ir.Value, tuple[ir.Value, ir.Value, ir.Value]] = {}
+        self._rounded: dict[ir.Value, _Rounded] = {}
 
     def __call__(self, builder: GraphBuilder, weight: LinearWeight, values: ir.Value) -> ir.Value:
         """Multiplies; see `LinearKind`. Codes of a quantized source are kept if a row is one group.
@@ -53,29 +66,42 @@ class DynamicInt8:
         """
         name = weight.node
         stored = _store(builder, weight)
-        rounded, scale, zero = self._round(builder, values, weight.shape[1], name)
+        rounded = self._round(builder, values, weight.shape[1], name)
         dims = with_last(values, weight.shape[0])
+
+        def add(op: str, inputs: list[ir.Value], label: str, shape: Dims | None = dims, **attributes: Any) -> ir.Value:
+            return builder.add(op, inputs, name=f"{name}/{label}", dtype="FLOAT", shape=shape, **attributes)
+
         products = builder.add(
             "MatMulInteger",
-            [rounded, stored.codes, zero, stored.zero_of(builder, per_row=False)],
+            [rounded.codes, stored.codes, rounded.zero, stored.zero_of(builder, per_row=False)],
             name=f"{name}/MatMulInteger",
             dtype="INT32",
             shape=dims,
         )
-        wide = builder.add("Cast", [products], name=f"{name}/Cast", dtype="FLOAT", shape=dims, to=ir.DataType.FLOAT)
-        # in this order: onnxruntime knows it and makes one node of it
-        scales = builder.add("Mul", [scale, stored.scale], name=f"{name}/Scale", dtype="FLOAT", shape=[weight.shape[0]])
-        result = builder.add("Mul", [wide, scales], name=f"{name}/Mul", dtype="FLOAT", shape=dims)
+        wide = add("Cast", [products], "Cast", to=int(ir.DataType.FLOAT))
+        # the two scales first: onnxruntime knows this order and makes one node of it
+        scales = add("Mul", [rounded.scale, stored.scale], "Scale", [weight.shape[0]])
+        result = add("Mul", [add("Mul", [wide, scales], "Mul"), rounded.size], "Size")
         return builder.cast(result, builder.compute, name=f"{name}/Narrow")
 
-    def _round(
-        self, builder: GraphBuilder, values: ir.Value, columns: int, name: str
-    ) -> tuple[ir.Value, ir.Value, ir.Value]:
-        if values not in self._rounded:
-            wide = builder.cast(values, "FLOAT", name=f"{name}/Widen")  # the operator takes nothing else
-            outputs = [("UINT8", with_last(values, columns)), ("FLOAT", []), ("UINT8", [])]
-            found = builder.add_many("DynamicQuantizeLinear", [wide], outputs, name=f"{name}/DynamicQuantizeLinear")
-            self._rounded[values] = (found[0], found[1], found[2])
+    def _round(self, builder: GraphBuilder, values: ir.Value, columns: int, name: str) -> _Rounded:
+        if values in self._rounded:
+            return self._rounded[values]
+        dims, one = with_last(values, columns), with_last(values, 1)
+
+        def add(op: str, inputs: list[ir.Value], shape: Dims | None, **attributes: Any) -> ir.Value:
+            return builder.add(op, inputs, name=f"{name}/{op}", dtype="FLOAT", shape=shape, **attributes)
+
+        wide = builder.cast(values, "FLOAT", name=f"{name}/Widen")  # DynamicQuantizeLinear takes nothing else
+        greatest = add("ReduceMax", [add("Abs", [wide], dims), builder.constant([-1])], one, keepdims=1)
+        size = add("Max", [greatest, builder.constant(_LEAST_SIZE)], one)
+        outputs = [("UINT8", dims), ("FLOAT", []), ("UINT8", [])]
+        even = add("Div", [wide, size], dims)
+        codes, scale, zero = builder.add_many(
+            "DynamicQuantizeLinear", [even], outputs, name=f"{name}/DynamicQuantizeLinear"
+        )
+        self._rounded[values] = _Rounded(codes, scale, zero, size)
         return self._rounded[values]
 
 
