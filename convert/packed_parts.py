@@ -21,10 +21,12 @@ __all__ = [
     "flag_of",
     "group_size_of",
     "half_scales",
+    "is_packed_by",
     "plain_dtype",
     "producer",
     "read_finite",
     "refuse_rounded_inputs",
+    "word_modules",
 ]
 
 SETTINGS = "quantization_config"
@@ -97,6 +99,33 @@ class Parts:
         for name in weights:
             if name in self.left:
                 raise InputError(f"{self.model}: {shown(name)} is there twice, as codes and as numbers")
+
+
+def is_packed_by(config: Mapping[str, Any], method: str) -> bool:
+    """Whether a config.json says that a method packed the weights."""
+    settings = config.get(SETTINGS)
+    return isinstance(settings, Mapping) and settings.get("quant_method") == method
+
+
+def word_modules(checkpoint: Checkpoint, method: str) -> tuple[Parts, list[str], str]:
+    """Finds the modules whose weights are words in a tensor `....qweight`.
+
+    Args:
+        checkpoint: whose config.json names the method.
+        method: "gptq" or "awq".
+
+    Returns:
+        All tensors, the names of the modules in the file's order, and where the settings stand, for messages.
+
+    Raises:
+        InputError: there is none.
+    """
+    parts = Parts(checkpoint)
+    names = parts.modules(".qweight")
+    where = f"{checkpoint.name}: {SETTINGS}"
+    if not names:
+        raise InputError(f"{where} says quant_method {method}, but no tensor is named ....qweight")
+    return parts, names, where
 
 
 def bits_of(value: Any, where: str, key: str = "bits") -> int:

@@ -14,7 +14,16 @@ import numpy as np
 from quantpress.convert.awq.pack import BITS, PER_WORD, activation_scales, unpacked_words
 from quantpress.convert.checkpoint import Checkpoint, LazyTensor
 from quantpress.convert.files import shown
-from quantpress.convert.packed_parts import SETTINGS, Parts, flag_of, group_size_of, plain_dtype, read_finite
+from quantpress.convert.packed_parts import (
+    SETTINGS,
+    Parts,
+    flag_of,
+    group_size_of,
+    is_packed_by,
+    plain_dtype,
+    read_finite,
+    word_modules,
+)
 from quantpress.convert.quantized import LazyQuantized, with_quantized
 from quantpress.quant.errors import InputError
 from quantpress.quant.qtensor import QuantizedForm, QuantizedTensor, group_count
@@ -24,8 +33,7 @@ __all__ = ["is_awq", "opened"]
 
 def is_awq(config: Mapping[str, Any]) -> bool:
     """Whether a config.json says that the weights are AWQ's."""
-    settings = config.get(SETTINGS)
-    return isinstance(settings, Mapping) and settings.get("quant_method") == "awq"
+    return is_packed_by(config, "awq")
 
 
 def opened(checkpoint: Checkpoint) -> Checkpoint:
@@ -39,11 +47,7 @@ def opened(checkpoint: Checkpoint) -> Checkpoint:
     """
     if not is_awq(checkpoint.config):
         return checkpoint
-    parts = Parts(checkpoint)
-    names = parts.modules(".qweight")
-    where = f"{checkpoint.name}: {SETTINGS}"
-    if not names:
-        raise InputError(f"{where} says quant_method awq, but no tensor is named ....qweight")
+    parts, names, where = word_modules(checkpoint, "awq")
     group_size, symmetric = _read_settings(checkpoint.config[SETTINGS], where)
     modules = [_Module.take(parts, name, group_size, symmetric) for name in names]
     quantized = {f"{module.name}.weight": module.lazy() for module in modules}

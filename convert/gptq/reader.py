@@ -22,7 +22,7 @@ from quantpress.convert.arch.registry import find_arch
 from quantpress.convert.checkpoint import Checkpoint, LazyTensor
 from quantpress.convert.files import shown
 from quantpress.convert.gptq.rules import ModuleSettings, read_settings
-from quantpress.convert.packed_parts import SETTINGS, Parts, plain_dtype, read_finite
+from quantpress.convert.packed_parts import SETTINGS, Parts, is_packed_by, plain_dtype, read_finite, word_modules
 from quantpress.convert.quantized import LazyQuantized, with_quantized
 from quantpress.quant.errors import InputError
 from quantpress.quant.packing import unpack_stream
@@ -37,8 +37,7 @@ _NAMES = {1: "gptq", 2: "gptq_v2"}
 
 def is_gptq(config: Mapping[str, Any]) -> bool:
     """Whether a config.json says that the weights are GPTQ's."""
-    settings = config.get(SETTINGS)
-    return isinstance(settings, Mapping) and settings.get("quant_method") == "gptq"
+    return is_packed_by(config, "gptq")
 
 
 def opened(checkpoint: Checkpoint) -> Checkpoint:
@@ -52,11 +51,7 @@ def opened(checkpoint: Checkpoint) -> Checkpoint:
     """
     if not is_gptq(checkpoint.config):
         return checkpoint
-    parts = Parts(checkpoint)
-    names = parts.modules(".qweight")
-    where = f"{checkpoint.name}: {SETTINGS}"
-    if not names:
-        raise InputError(f"{where} says quant_method gptq, but no tensor is named ....qweight")
+    parts, names, where = word_modules(checkpoint, "gptq")
     rules = read_settings(checkpoint.config[SETTINGS], where, len(names))
     modules = [_Module.take(parts, name, rules.of(name)) for name in names]
     version = _true_version(modules, rules.version, checkpoint.name)
