@@ -27,7 +27,7 @@ DATA_TYPES: Mapping[int, tuple[str, int]] = MappingProxyType(
         13: ("UINT64", 64), 14: ("COMPLEX64", 64), 15: ("COMPLEX128", 128), 16: ("BFLOAT16", 16),
         17: ("FLOAT8E4M3FN", 8), 18: ("FLOAT8E4M3FNUZ", 8), 19: ("FLOAT8E5M2", 8), 20: ("FLOAT8E5M2FNUZ", 8),
         21: ("UINT4", 4), 22: ("INT4", 4), 23: ("FLOAT4E2M1", 4), 24: ("FLOAT8E8M0", 8), 25: ("UINT2", 2),
-        26: ("INT2", 2),
+        26: ("INT2", 2), 27: ("FLOAT6E2M3", 6), 28: ("FLOAT6E3M2", 6),
     }
 )  # fmt: skip
 # field of TensorProto -> types whose values may lie there, and the kind of one that is not packed (None: a varint)
@@ -117,10 +117,13 @@ class DataFiles:
 class _Parts:
     """The fields of one TensorProto as they come."""
 
-    def __init__(self) -> None:
+    __slots__ = ("bits", "dims", "dtype", "external", "is_external", "kind", "name", "raw", "typed", "what")
+
+    def __init__(self, what: str) -> None:
+        self.what = what
         self.dims: list[int] = []
-        self.dtype = ""
-        self.bits = 0
+        self.kind = 0
+        self.dtype, self.bits = "", 0
         self.name = ""
         self.raw: tuple[int, int] | None = None
         self.typed: dict[int, int] = {}  # field -> values
@@ -141,12 +144,15 @@ def read_tensor(source: MessageFile, field: Field, what: str, data: DataFiles) -
         InputError: damaged, of an unknown type or shape, or its values are not where it says or not as many.
     """
     source.need(field, BYTES, what)
-    parts = _Parts()
+    parts = _Parts(what)
     for part in source.fields(field[2], field[3], what):
-        _take(source, parts, part, f"tensor {shown(parts.name)}" if parts.name else what)
-    label = f"{source.label}: " + (f"tensor {shown(parts.name)}" if parts.name else what)
-    if not parts.dtype:
-        raise InputError(f"{label} has no type")
+        _take(source, parts, part)
+    label = f"{source.label}: {parts.what}"
+    if parts.kind not in DATA_TYPES:
+        raise InputError(f"{label} has the unknown type {parts.kind}")
+    parts.dtype, parts.bits = DATA_TYPES[parts.kind]
+    if wrong := [size for size in parts.dims if not 0 <= size <= _MAX_DIM]:
+        raise InputError(f"{label} has a dimension of {wrong[0]}")
     nbytes = -(-math.prod(parts.dims) * parts.bits // 8)
     if parts.is_external:
         place = _external_place(parts, nbytes, label, data)
@@ -157,35 +163,31 @@ def read_tensor(source: MessageFile, field: Field, what: str, data: DataFiles) -
     return OnnxTensor(parts.name, parts.dtype, tuple(parts.dims), nbytes, *place)
 
 
-def _take(source: MessageFile, parts: _Parts, part: Field, what: str) -> None:
-    number = part[0]
+def _take(source: MessageFile, parts: _Parts, part: Field) -> None:
+    number, what = part[0], parts.what
     if number == _DIMS:
-        parts.dims += source.integers(part, f"the shape of {what}", 10 * _MAX_RANK)
+        parts.dims += source.integers(part, what, 10 * _MAX_RANK)
         if len(parts.dims) > _MAX_RANK:
             raise InputError(f"{source.label}: {what} has more than {_MAX_RANK} dimensions")
-        if wrong := [size for size in parts.dims if not 0 <= size <= _MAX_DIM]:
-            raise InputError(f"{source.label}: {what} has a dimension of {wrong[0]}")
     elif number == _TYPE:
-        kind = source.integer(part, f"the type of {what}")
-        if kind not in DATA_TYPES:
-            raise InputError(f"{source.label}: {what} has the unknown type {kind}")
-        parts.dtype, parts.bits = DATA_TYPES[kind]
+        parts.kind = source.integer(part, what)
     elif number == _NAME:
-        parts.name = source.text(part, f"the name of {what}", _MAX_NAME)
+        parts.name = source.text(part, what, _MAX_NAME)
+        parts.what = f"tensor {shown(parts.name)}"
     elif number == _RAW:
-        source.need(part, BYTES, f"the values of {what}")
+        source.need(part, BYTES, what)
         if parts.raw is not None:
             raise InputError(f"{source.label}: {what} has two sets of values")
         parts.raw = part[2], part[3]
     elif number in _TYPED_FIELDS:
         parts.typed[number] = parts.typed.get(number, 0) + _count_values(source, part, what)
     elif number == _EXTERNAL:
-        key, value = read_entry(source, part, f"the place of {what}")
+        key, value = read_entry(source, part, what)
         if key in parts.external or len(parts.external) >= _MAX_ENTRIES:
             raise InputError(f"{source.label}: {what}: {shown(key)} is given twice or too much is said of its place")
         parts.external[key] = value
     elif number == _LOCATION:
-        parts.is_external = source.integer(part, f"the place of {what}") == 1
+        parts.is_external = source.integer(part, what) == 1
     elif number == _SEGMENT:
         raise InputError(f"{source.label}: {what} is stored in segments, which onnxruntime does not read")
 
@@ -230,7 +232,7 @@ def _inline_place(parts: _Parts, nbytes: int, label: str) -> int:
         raise InputError(f"{label} of shape {tuple(parts.dims)} has no values")
     for number, count in parts.typed.items():
         wanted = size
-        if parts.bits and parts.bits < 8:
+        if parts.bits in (2, 4):
             wanted = nbytes  # several values to a number of 8 bits
         elif parts.dtype.startswith("COMPLEX"):
             wanted = 2 * size
