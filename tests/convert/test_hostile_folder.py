@@ -16,12 +16,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save, save_file
 
-from quantpress.convert.hf_folder import open_folder
 from quantpress.convert.open import open_checkpoint
 from quantpress.convert.safetensors_reader import MAX_HEADER
-from quantpress.quant.errors import InputError
-
-_VALUES = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(4, np.float16)}
+from tests.good_folder import VALUES, good_folder, refused
 
 
 @pytest.fixture(autouse=True)
@@ -34,20 +31,15 @@ def within_two_seconds(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """A good folder with one file of weights."""
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "config.json").write_text('{"model_type": "llama", "hidden_size": 8}')
-    (folder / "tokenizer.json").write_text("{}")
-    save_file(_VALUES, folder / "model.safetensors")
-    return folder
+    return good_folder(tmp_path / "model")
 
 
 @pytest.fixture
 def sharded(model: Path) -> Path:
     """A good folder with two shards."""
     (model / "model.safetensors").unlink()
-    for number, name in enumerate(_VALUES, 1):
-        save_file({name: _VALUES[name]}, model / f"model-{number:05d}-of-00002.safetensors")
+    for number, name in enumerate(VALUES, 1):
+        save_file({name: VALUES[name]}, model / f"model-{number:05d}-of-00002.safetensors")
     _index(model, a="model-00001-of-00002.safetensors", b="model-00002-of-00002.safetensors")
     return model
 
@@ -57,21 +49,10 @@ def _index(folder: Path, **weight_map: Any) -> None:
     (folder / "model.safetensors.index.json").write_text(text)
 
 
-def _refused(folder: Path, words: str) -> str:
-    with pytest.raises(InputError, match=words) as caught:
-        open_checkpoint(folder)
-    message = str(caught.value)
-    assert message.startswith(str(folder))
-    assert message.isprintable()
-    assert len(message) < 600
-    assert caught.value.exit_code == 3
-    return message
-
-
 def test_the_good_twins_open(model: Path) -> None:
     checkpoint = open_checkpoint(model)
     assert {name: tensor.read().tolist() for name, tensor in checkpoint.tensors.items()} == {
-        name: values.tolist() for name, values in _VALUES.items()
+        name: values.tolist() for name, values in VALUES.items()
     }
     assert checkpoint.config["hidden_size"] == 8
     assert checkpoint.name == "model"
@@ -87,7 +68,7 @@ def test_safetensors_are_preferred_to_bin(model: Path) -> None:
     (model / "pytorch_model.bin").write_bytes(b"nonsense")
     assert open_checkpoint(model).format == "safetensors"
     (model / "model.safetensors").unlink()
-    _refused(model, "not a file of torch.save")
+    refused(model, "not a file of torch.save")
 
 
 # ---- headers
@@ -152,9 +133,9 @@ def _weights(folder: Path, header: Any, data: bytes) -> None:
 @pytest.mark.parametrize(
     ("header", "data", "words"), [row[1:] for row in _BAD_HEADERS], ids=[r[0] for r in _BAD_HEADERS]
 )
-def test_a_bad_header_is_refused(model: Path, header: Any, data: bytes, words: str) -> None:
+def test_a_bad_header_isrefused(model: Path, header: Any, data: bytes, words: str) -> None:
     _weights(model, header, data)
-    assert "model.safetensors" in _refused(model, words)
+    assert "model.safetensors" in refused(model, words)
 
 
 def test_headers_at_the_edge_of_what_is_allowed_open(model: Path) -> None:
@@ -167,35 +148,35 @@ def test_headers_at_the_edge_of_what_is_allowed_open(model: Path) -> None:
 
 
 @pytest.mark.parametrize("length", [0, 1, 7, 8, 9])
-def test_a_file_too_short_for_a_header_is_refused(model: Path, length: int) -> None:
+def test_a_file_too_short_for_a_header_isrefused(model: Path, length: int) -> None:
     (model / "model.safetensors").write_bytes(b"\x01" * length)
-    _refused(model, "too few for a header")
+    refused(model, "too few for a header")
 
 
 @pytest.mark.parametrize("length", [3, MAX_HEADER + 1, 2**63, 2**64 - 1])
 def test_a_header_longer_than_the_file_or_the_limit_is_refused_before_it_is_read(model: Path, length: int) -> None:
     (model / "model.safetensors").write_bytes(length.to_bytes(8, "little") + b"{}")
-    _refused(model, f"header of {length} bytes")
+    refused(model, f"header of {length} bytes")
 
 
 def test_a_header_over_the_limit_is_refused_although_the_file_is_that_long(model: Path) -> None:
     path = model / "model.safetensors"
     path.write_bytes((MAX_HEADER + 1).to_bytes(8, "little") + b"{")
     os.truncate(path, MAX_HEADER + 100)
-    _refused(model, f"at most {MAX_HEADER} are possible")
+    refused(model, f"at most {MAX_HEADER} are possible")
 
 
 def test_a_pointer_of_git_lfs_is_told_from_a_damaged_file(model: Path) -> None:
     (model / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
-    _refused(model, "git lfs pull")
+    refused(model, "git lfs pull")
 
 
 @pytest.mark.parametrize("keep", [0.3, 0.9, 0.999])
-def test_a_file_that_is_cut_short_is_refused(model: Path, keep: float) -> None:
+def test_a_file_that_is_cut_short_isrefused(model: Path, keep: float) -> None:
     save_file({"x": np.zeros(1000, np.float32)}, model / "model.safetensors")
     size = (model / "model.safetensors").stat().st_size
     os.truncate(model / "model.safetensors", int(size * keep))
-    _refused(model, "cut short or damaged")
+    refused(model, "cut short or damaged")
 
 
 _BIG: dict[str, Callable[[int], bytes]] = {
@@ -218,6 +199,7 @@ import sys, time
 from quantpress.convert.open import open_checkpoint
 from quantpress.convert.preflight import preflight
 from quantpress.quant.errors import InputError
+from tests.good_folder import VALUES, good_folder, refused
 def peak():
     return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 before, start = peak(), time.process_time()  # not the clock: other work on the machine is not ours
@@ -273,11 +255,11 @@ def test_64_megabytes_of_nonsense_are_refused_in_two_seconds_and_200_megabytes(
         ("sub", "a folder"),
     ],
 )
-def test_a_shard_name_that_leads_elsewhere_is_refused(sharded: Path, shard: Any, words: str) -> None:
-    (sharded.parent / "secret.safetensors").write_bytes(save({"a": _VALUES["a"]}))
+def test_a_shard_name_that_leads_elsewhere_isrefused(sharded: Path, shard: Any, words: str) -> None:
+    (sharded.parent / "secret.safetensors").write_bytes(save({"a": VALUES["a"]}))
     (sharded / "sub").mkdir()
     _index(sharded, a=shard, b="model-00002-of-00002.safetensors")
-    _refused(sharded, words)
+    refused(sharded, words)
 
 
 def test_a_shard_in_a_folder_of_the_model_opens(sharded: Path) -> None:
@@ -298,27 +280,27 @@ def test_a_shard_in_a_folder_of_the_model_opens(sharded: Path) -> None:
         (b"", "not JSON"),
     ],
 )
-def test_an_index_that_is_none_is_refused(sharded: Path, index: bytes, words: str) -> None:
+def test_an_index_that_is_none_isrefused(sharded: Path, index: bytes, words: str) -> None:
     (sharded / "model.safetensors.index.json").write_bytes(index)
-    _refused(sharded, words)
+    refused(sharded, words)
 
 
 def test_index_and_shards_must_hold_the_same_tensors(sharded: Path) -> None:
     one, two = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
     _index(sharded, a=one, b=two, c=two)
-    _refused(sharded, "1 tensors are not where the index says; 'c' is missing")
+    refused(sharded, "1 tensors are not where the index says; 'c' is missing")
     _index(sharded, a=two, b=one)
-    _refused(sharded, f"2 tensors are not where the index says; 'a' is in '{one}', wanted in '{two}'")
-    save_file({"b": _VALUES["b"], "d": _VALUES["b"]}, sharded / two)
+    refused(sharded, f"2 tensors are not where the index says; 'a' is in '{one}', wanted in '{two}'")
+    save_file({"b": VALUES["b"], "d": VALUES["b"]}, sharded / two)
     _index(sharded, a=one, b=two)
-    _refused(sharded, "1 tensors in the shards are not in the index, first 'd'")
-    save_file({"b": _VALUES["b"], "a": _VALUES["a"]}, sharded / two)
-    _refused(sharded, f"'a' is in '{one}' and in '{two}'")
+    refused(sharded, "1 tensors in the shards are not in the index, first 'd'")
+    save_file({"b": VALUES["b"], "a": VALUES["a"]}, sharded / two)
+    refused(sharded, f"'a' is in '{one}' and in '{two}'")
 
 
 def test_thousands_of_shards_are_refused_before_they_are_looked_for(sharded: Path) -> None:
     _index(sharded, **{f"t{number}": f"{number}.safetensors" for number in range(3000)})
-    _refused(sharded, "3000 shards")
+    refused(sharded, "3000 shards")
 
 
 _OPENED = ["config.json", "tokenizer.json", "generation_config.json", "model.safetensors", "chat_template.jinja"]
@@ -342,13 +324,13 @@ def test_what_is_no_regular_file_of_this_folder_is_refused_and_never_waited_for(
         (model / name).symlink_to("pipe")
     else:
         (model / name).symlink_to("/dev/zero")
-    _refused(model, "pipe|folder|link")
+    refused(model, "pipe|folder|link")
 
 
 def test_a_pipe_as_a_shard_is_refused_and_never_waited_for(sharded: Path) -> None:
     (sharded / "model-00001-of-00002.safetensors").unlink()
     os.mkfifo(sharded / "model-00001-of-00002.safetensors")
-    _refused(sharded, "pipe")
+    refused(sharded, "pipe")
 
 
 def test_a_snapshot_of_the_hub_cache_opens_through_its_links(model: Path, tmp_path: Path) -> None:
@@ -360,85 +342,3 @@ def test_a_snapshot_of_the_hub_cache_opens_through_its_links(model: Path, tmp_pa
         shutil.move(path, cache / "blobs" / f"{number:040x}")
         (snapshot / path.name).symlink_to(f"../../blobs/{number:040x}")
     assert set(open_checkpoint(snapshot).tensors) == {"a", "b"}
-
-
-# ---- config.json and what is not a model
-
-
-@pytest.mark.parametrize(
-    ("config", "words"),
-    [
-        (b'{"rms_norm_eps": NaN}', "NaN"),
-        (b'{"rope_theta": Infinity}', "Infinity"),
-        (b'{"rope_theta": 1e400}', "1e400"),
-        (b'{"a": 1, "a": 2}', "twice"),
-        (b'{"a": ' + b"[" * 100_000, "deeper"),
-        (b"[]", "a JSON object is expected"),
-        (b'"llama"', "a JSON object is expected"),
-        (b"", "not JSON"),
-        (b"\xff\xfe{\0}\0", "not UTF-8"),
-    ],
-)
-def test_a_config_that_is_none_is_refused(model: Path, config: bytes, words: str) -> None:
-    (model / "config.json").write_bytes(config)
-    assert "config.json" in _refused(model, words)
-
-
-def test_a_config_too_large_is_refused_before_it_is_read(model: Path) -> None:
-    os.truncate(model / "config.json", 10**12)
-    _refused(model, "has 1000000000000 bytes, at most")
-    os.truncate(model / "config.json", (4 << 20) + 1)
-    _refused(model, "at most 4194304")
-
-
-def test_a_folder_that_is_no_model_is_told_what_it_is(model: Path) -> None:
-    (model / "model.safetensors").rename(model / "adapter_model.safetensors")
-    (model / "config.json").rename(model / "adapter_config.json")
-    _refused(model, "an adapter, not a model.*--adapter")
-    (model / "config.json").write_text("{}")
-    _refused(model, "an adapter, not a model")
-    (model / "adapter_config.json").unlink()
-    (model / "adapter_model.safetensors").rename(model / "weights.safetensors")
-    _refused(model, "1 safetensors files, first 'weights.safetensors', but neither")
-    (model / "weights.safetensors").rename(model / "model.onnx")
-    _refused(model, "an ONNX model is a target, not a source; give the model it was made from")
-    (model / "model.onnx").rename(model / "model.h5")
-    _refused(model, r"no weights that can be read; 'model\.h5'")
-    (model / "config.json").unlink()
-    _refused(model, "no config.json")
-    (model / "x.gguf").write_bytes(b"")
-    _refused(model, r"give the file itself, here 'x\.gguf'")
-    (model.parent / "outer").mkdir()
-    shutil.move(model, model.parent / "outer" / "inner")
-    (model.parent / "outer" / "inner" / "config.json").write_text("{}")
-    _refused(model.parent / "outer", "in the folder 'inner'")
-
-
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("missing-folder", "no such file or folder; give a model folder"),
-        ("missing/file.gguf", "no such file or folder"),
-        ("one/two/three", "no such file or folder"),
-        ("../x/y", "no such file or folder"),
-        ("", "the name of the model is empty"),
-        ("a\nb", "no such file or folder"),
-        ("model/model.safetensors", "give the folder that holds it"),
-        ("model/model.onnx", "an ONNX model is a target, not a source"),
-        ("model/notes.txt", "not a model"),
-    ],
-)
-def test_a_path_that_is_no_model_gets_help(model: Path, monkeypatch: pytest.MonkeyPatch, name: str, words: str) -> None:
-    (model / "model.onnx").write_bytes(b"")
-    (model / "notes.txt").write_bytes(b"")
-    monkeypatch.chdir(model.parent)
-    with pytest.raises(InputError, match=words) as caught:
-        open_checkpoint(name)
-    assert "\n" not in str(caught.value)
-
-
-def test_the_name_of_a_model_is_its_folders_even_when_opened_as_a_dot(
-    model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(model)
-    assert open_folder(".").name == "model"
