@@ -156,7 +156,8 @@ def test_onnxruntime_has_nothing_to_warn_of(make: Make, tmp_path: Path, capfd: p
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 2
     onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
-    assert capfd.readouterr().err == ""
+    # the search for graphics processors warns on some machines
+    assert [line for line in capfd.readouterr().err.splitlines() if "device_discovery" not in line] == []
 
 
 def test_heads_that_need_the_standards_attention_want_its_opset(make: Make, tmp_path: Path) -> None:
