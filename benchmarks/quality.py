@@ -5,7 +5,8 @@
 Every case is a checkpoint that `quantpress.quantize` writes and that is read back from its files and run in torch:
 mean KL divergence and perplexity against the unquantized model, with standard errors, on a text that calibration has
 not seen. DATA holds `models/` and `text/`. Embeddings, heads and norms stay as they are and count in the sizes.
-Writes results/quality.json, a table (quality.md) and two pictures (quality-*.svg).
+Writes results/quality.json, a table (quality.md) and two pictures (quality-*.svg); with `--model` the other models of
+an earlier run stay in them.
 """
 
 from __future__ import annotations
@@ -148,7 +149,6 @@ def main() -> None:
     parser.add_argument("--name", default="quality", help="name of the results files")
     options = parser.parse_args()
     logging.getLogger("quantpress").setLevel(logging.ERROR)
-    start = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         chosen = subjects(options.data, options.smollm2, folder, quick=options.quick)
@@ -158,16 +158,22 @@ def main() -> None:
         each.name: {
             "calibration": each.calibration.name, "test": each.test.name, "samples": each.samples,
             "length": each.length, "context": each.context, "chunks": each.chunks, "odd": each.odd,
+            "commit": git_commit(), "machine": machine(), "quick": options.quick,
         }
         for each in chosen
     }  # fmt: skip
-    result = {
-        "commit": git_commit(), "machine": machine(), "quick": options.quick,
-        "seconds": round(time.perf_counter() - start, 1), "subjects": described, "rows": rows,
-    }  # fmt: skip
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{options.name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    path = RESULTS / f"{options.name}.json"
+    result = with_others({"subjects": described, "rows": rows}, path)
+    path.write_text(json.dumps(result, indent=2) + "\n")
     write_report(result, RESULTS, options.name)
+
+
+def with_others(result: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Adds the models of an earlier run that this one has not run again."""
+    earlier = json.loads(path.read_text()) if path.exists() else {"subjects": {}, "rows": []}
+    kept = [row for row in earlier["rows"] if row["model"] not in result["subjects"]]
+    return {"subjects": {**earlier["subjects"], **result["subjects"]}, "rows": [*kept, *result["rows"]]}
 
 
 if __name__ == "__main__":

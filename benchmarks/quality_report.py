@@ -54,7 +54,8 @@ def _introduction(subject: Mapping[str, Any], source: Row) -> str:
     perplexity = f"{source['perplexity']:.4g} ± {source['perplexity_stderr']:.2g}"
     odd = f" No group divides the rows of {subject['odd']}: one group a row there." if subject["odd"] else ""
     size = f"{source['bytes'] / 1e6:.2f} MB"
-    return f"Calibrated on {windows}, judged on {judged}. Unquantized: perplexity {perplexity}, {size}.{odd}"
+    run = f"commit {subject['commit']}, {subject['machine']['cpu']}{', --quick' if subject['quick'] else ''}"
+    return f"Calibrated on {windows}, judged on {judged}. Unquantized: perplexity {perplexity}, {size}.{odd} ({run})"
 
 
 def _beside(ours: Sequence[Row], theirs: Sequence[Row]) -> list[str]:
@@ -85,11 +86,8 @@ def _section(name: str, subject: Mapping[str, Any], rows: Sequence[Row]) -> list
 
 def table(result: Mapping[str, Any]) -> str:
     """Gives the Markdown."""
-    machine = result["machine"]
-    command = f"`benchmarks/quality.py{' --quick' if result['quick'] else ''}`, commit {result['commit']}"
-    where = f"{machine['cores']} cores of {machine['cpu']}, {result['seconds']:.0f} s"
     meaning = "± is one standard error. Sizes are of the whole checkpoint: embeddings and heads stay in 16 or 32 bit."
-    lines = ["# Quantization: what it costs", "", f"{command}, {where}. {meaning}", ""]
+    lines = ["# Quantization: what it costs", "", f"Written by `benchmarks/quality.py`. {meaning}", ""]
     for name, subject in result["subjects"].items():
         lines += _section(name, subject, [row for row in result["rows"] if row["model"] == name])
     return "\n".join(lines).rstrip() + "\n"
@@ -105,27 +103,30 @@ def _plot() -> Any:
     return plt
 
 
+def _legend(figure: Any, panel: Any) -> None:
+    """Puts one legend for all panels below them, where it hides no line."""
+    handles, labels = panel.get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, 0.0))
+
+
 def _save(figure: Any, path: Path) -> None:
     figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, bbox_inches="tight")
 
 
 def size_picture(result: Mapping[str, Any], path: Path) -> None:
-    """Draws perplexity against the size of the checkpoint, a panel per model and a line per method."""
+    """Draws the KL divergence against the size of the checkpoint, a panel per model and a line per method."""
     plt = _plot()
     names = list(result["subjects"])
     figure, panels = plt.subplots(1, len(names), figsize=(5 * len(names), 4), squeeze=False)
     for panel, name in zip(panels[0], names, strict=True):
         rows = [row for row in result["rows"] if row["model"] == name and "bytes" in row]
-        source = next(row for row in rows if row["method"] == "unquantized")
         ours, _ = _split(rows)
         for method in dict.fromkeys(row["method"] for row in ours):
-            points = sorted((row["bytes"] / 1e6, row["perplexity"]) for row in ours if row["method"] == method)
+            points = sorted((row["bytes"] / 1e6, row["mean_kld"]) for row in ours if row["method"] == method)
             panel.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, label=method)
-        panel.axhline(source["perplexity"], color="grey", linewidth=0.8, linestyle="--")
-        panel.set(title=name, xlabel="checkpoint, MB", ylabel="perplexity")
-        panel.set_ylim(source["perplexity"] * 0.98, source["perplexity"] * 1.6)  # two bits are often beyond
-    panels[0][-1].legend(fontsize=8)
+        panel.set(title=name, xlabel="checkpoint, MB", ylabel="mean KL divergence, nats per token", yscale="log")
+    _legend(figure, panels[0][0])
     _save(figure, path)
     plt.close(figure)
 
@@ -144,7 +145,7 @@ def layer_picture(result: Mapping[str, Any], path: Path) -> None:
                 panel.plot(range(1, len(errors) + 1), errors, marker="o", markersize=3, linewidth=1, label=label)
         title = f"{rows[0]['model']}, int{bits}, groups of {rows[0]['group_size']}"
         panel.set(title=title, xlabel="layer", ylabel="relative squared error of the hidden states", yscale="log")
-        panel.legend(fontsize=7)
+    _legend(figure, panels[0][0])
     _save(figure, path)
     plt.close(figure)
 
