@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from quantpress.convert.arch.spec import Role
 from quantpress.convert.checkpoint import Checkpoint
-from quantpress.convert.preflight import Preflight
+from quantpress.convert.files import shown
+from quantpress.convert.preflight import Preflight, preflight
 from quantpress.pipelines.machine import save_memory
 from quantpress.pipelines.quantize_calibration import Calibration, activation_budget
 from quantpress.quant.errors import UsageError
@@ -21,6 +22,7 @@ from quantpress.quant.errors import UsageError
 __all__ = ["CalibratedRanges", "RangeText", "calibrated_ranges", "input_ranges", "planned_ranges"]
 
 Ranges = dict[tuple[str, int], tuple[float, float]]
+_LOST = 0.5  # of the inputs, at most
 Progress = Callable[[int, int], None]
 
 
@@ -56,9 +58,9 @@ class CalibratedRanges:
     """Ranges and where they come from.
 
     Attributes:
-        ranges: (slot, layer) -> least and greatest input.
+        ranges: (slot, layer) -> least and greatest input; linears that it lacks are better left weight-only.
         record: for the sidecar.
-        note: what a user should know of the text; empty if nothing.
+        note: what a user should know; empty if nothing.
     """
 
     ranges: Ranges
@@ -81,7 +83,15 @@ def calibrated_ranges(
         source, calibration.windows, threads=threads, folder=folder, device=device, max_memory=max_memory,
         percentile=text.percentile, progress=progress,
     )  # fmt: skip
-    return CalibratedRanges(ranges, {**calibration.record(), "percentile": text.percentile}, calibration.note)
+    left = [name for key, name in _layer_linears(preflight(source)).items() if key not in ranges]
+    record = {**calibration.record(), "percentile": text.percentile, "inputs_not_rounded": left}
+    notes = [calibration.note] if calibration.note else []
+    if left:
+        notes.append(
+            f"{len(left)} of {len(ranges) + len(left)} linears are weight-only, first {shown(left[0])}: the range of"
+            " their inputs would round more than half of them to zero"
+        )
+    return CalibratedRanges(ranges, record, "; ".join(notes))
 
 
 def input_ranges(
@@ -92,7 +102,10 @@ def input_ranges(
     """Finds the least and the greatest input of every linear of the layers, with the weights as the source has them.
 
     A layer at a time is in memory; the numbers are the same for any number of threads and any memory. Linears that
-    read the same values have the same range. The head is not among them: where int8 is static it is weight-only.
+    read the same values have the same range. The head is not among them: where int8 is static it is weight-only. So is
+    a linear whose range would round more than half of its inputs to zero, because a few of them are that great; it is
+    left out. (SmolLM2-135M: 14 of 210 linears, all of them `ffn_down`; without them the KL divergence from float32 is
+    0.1 instead of 0.7.)
 
     Args:
         source: the model.
@@ -107,7 +120,7 @@ def input_ranges(
         progress: told the steps that are done and how many there are.
 
     Returns:
-        (slot, layer) -> least and greatest value.
+        (slot, layer) -> least and greatest value, of those linears that 8 bits are enough for.
 
     Raises:
         InputError: weights or inputs are not finite, or the model does not fit its family.
@@ -128,12 +141,18 @@ def input_ranges(
         )  # fmt: skip
         for _ in results:
             pass  # a layer is done, and so are the inputs of the next one
-    return method.found
+    return {key: ends for key, ends in method.found.items() if method.lost[key] <= _LOST}
 
 
 def planned_ranges(checked: Preflight) -> Ranges:
     """Gives a range for every linear that stands in for its own, for a graph that is only planned: sizes are right."""
-    return {(row.slot, layer): (-1.0, 1.0) for row, layer, _ in checked.bindings if row.role is Role.LINEAR}
+    return dict.fromkeys(_layer_linears(checked), (-1.0, 1.0))
+
+
+def _layer_linears(checked: Preflight) -> dict[tuple[str, int], str]:
+    """Gives the names of the linears of the layers by slot and layer."""
+    bindings = checked.bindings
+    return {(row.slot, layer): tensor.name for row, layer, tensor in bindings if row.role is Role.LINEAR and layer >= 0}
 
 
 def _check_percentile(percentile: float | None) -> None:

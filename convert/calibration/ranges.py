@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from quantpress.convert.calibration.site import Site, SiteResult
 from quantpress.quant.errors import InputError
 
-__all__ = ["BINS", "RangeMethod", "binned", "central_range"]
+__all__ = ["BINS", "RangeMethod", "binned", "central_range", "lost_share"]
 
 BINS = 1 << 16
+_STEPS = 255  # of 8 bits
 _NEGATIVE = 1 << 15  # bins from here on hold what has a sign
 
 
@@ -61,6 +62,19 @@ def _end(bin_: int, *, far: bool) -> float:
     return float(image.view(np.float32))
 
 
+def lost_share(counts: NDArray[np.int64], low: float, high: float) -> float:
+    """Gives the share of the values other than 0 that a grid of 8 bits for a range, widened to hold 0, rounds to 0.
+
+    Bins that are lost in part count as not lost.
+    """
+    half = (max(high, 0.0) - min(low, 0.0)) / _STEPS / 2
+    sizes = counts[1:_NEGATIVE] + counts[_NEGATIVE + 1 :]  # without 0 itself
+    with np.errstate(invalid="ignore"):  # bins of NaN
+        ends = ((np.arange(1, _NEGATIVE, dtype=np.uint32) << 16) | 0xFFFF).view(np.float32)
+    total = int(sizes.sum())
+    return int(sizes[ends < half].sum()) / total if total else 0.0
+
+
 @dataclass(slots=True)
 class RangeMethod:
     """Changes nothing and notes the range of every linear's input; a `LayerMethod`.
@@ -68,16 +82,14 @@ class RangeMethod:
     Attributes:
         percentile: None for the least and the greatest value; else percent of the values that the range must hold.
         found: (slot, layer) -> least and greatest value.
+        lost: (slot, layer) -> share of the values that this range rounds to 0.
     """
 
     percentile: float | None = None
     found: dict[tuple[str, int], tuple[float, float]] = field(default_factory=dict)
+    lost: dict[tuple[str, int], float] = field(default_factory=dict)
     sequential: bool = field(default=False, init=False)
-
-    @property
-    def wants(self) -> frozenset[str]:
-        """Counts only where they decide."""
-        return frozenset({"ends"} if self.percentile is None else {"ends", "counts"})
+    wants: frozenset[str] = field(default=frozenset({"ends", "counts"}), init=False)
 
     def quantize(self, sites: Sequence[Site], plain: Mapping[str, NDArray[Any]]) -> SiteResult:
         """Notes the ranges of a layer.
@@ -87,10 +99,12 @@ class RangeMethod:
         """
         del plain
         for site in sites:
-            if site.ends is None or (site.counts is None and self.percentile is not None):
-                raise InputError("ranges need the least and the greatest input")
+            if site.ends is None or site.counts is None:
+                raise InputError("ranges need the least and the greatest input, and counts")
             least, greatest = float(site.ends[0]), float(site.ends[1])
-            if site.counts is not None and self.percentile is not None:
+            if self.percentile is not None:
                 least, greatest = central_range(site.counts, site.ends, self.percentile)
-            self.found |= dict.fromkeys(((slot, site.layer) for slot in site.weights), (least, greatest))
+            keys = [(slot, site.layer) for slot in site.weights]
+            self.found |= dict.fromkeys(keys, (least, greatest))
+            self.lost |= dict.fromkeys(keys, lost_share(site.counts, least, greatest))
         return SiteResult({})

@@ -36,7 +36,7 @@ class Kinds:
         Args:
             options: of the graph.
             quantized: the source has codes; what it has none of stays as it is.
-            ranges: of the inputs of linear weights, for static int8.
+            ranges: of the inputs of linear weights, for static int8; those that it lacks are weight-only.
         """
         self._options, self._quantized, self._ranges = options, quantized, ranges or {}
         self._made: dict[tuple[str, str], RowKind] = {}
@@ -46,7 +46,9 @@ class Kinds:
         """Gives the way of storing a weight of a layer."""
         rounds_inputs = self._options.precision == "int8" and self._options.int8 != "weight-only"
         if rounds_inputs and (weight.codes is not None or not self._quantized):
-            return self._int8()
+            if not self._ranges or (weight.slot, weight.layer) in self._ranges:
+                return self._int8()
+            return self.stored(self.default(weight), weight, "the range of its inputs is too wide for 8 bits")
         return self.stored(self.default(weight), weight, self._note(weight))
 
     def default(self, weight: LinearWeight) -> str:

@@ -12,7 +12,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from quantpress.convert.calibration.ranges import binned, central_range
+from quantpress.convert.calibration.ranges import binned, central_range, lost_share
+from quantpress.convert.onnx.export import plan_onnx
+from quantpress.convert.onnx.options import OnnxOptions
 from quantpress.convert.open import open_checkpoint
 from quantpress.convert.preflight import preflight
 from quantpress.pipelines.onnx_calibration import (
@@ -119,6 +121,7 @@ def test_a_percentile_leaves_out_as_many_values_below_as_above(percentile: float
     folder, windows = make("llama-bias"), _windows(samples=20)
     found = _by_name(folder, input_ranges(open_checkpoint(folder), windows, threads=1, percentile=percentile))
     seen = _seen_by_transformers(folder, windows)
+    assert set(found) <= set(seen)
     cut = (100 - percentile) / 2
     for name, (least, greatest) in found.items():
         values = seen[name].astype(np.float64)
@@ -143,6 +146,51 @@ def test_an_outlier_falls_out_of_a_percentile(sign: int) -> None:
     least, greatest = central_range(binned(torch.from_numpy(values)), ends, 99.9)
     assert -1 <= least <= -0.99
     assert 0.99 <= greatest <= 1.0
+
+
+def test_the_lost_share_is_what_rounds_to_zero() -> None:
+    random = np.random.default_rng(0)
+    for values, low, high in (
+        (random.normal(size=20000), -5.0, 5.0), (random.standard_cauchy(20000), -3000.0, 2000.0),
+        (np.maximum(random.normal(size=20000), 0), 0.5, 200.0), (np.zeros(5), -1.0, 1.0),
+    ):  # fmt: skip
+        given = values.astype(np.float32)
+        step = (high - min(low, 0.0)) / 255
+        nonzero = given[given != 0]
+        wanted = (np.rint(nonzero / step) == 0).mean() if nonzero.size else 0.0
+        found = lost_share(binned(torch.from_numpy(given)), low, high)
+        assert wanted - 2.0**-7 <= found <= wanted  # what is in the bin of the limit counts as not lost
+
+
+def test_a_linear_with_a_few_great_inputs_is_left_out(make: Make, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    folder = tmp_path / "outliers"
+    folder.mkdir()
+    for file in make("llama-bias").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    up = tensors["model.layers.1.mlp.up_proj.weight"].copy()
+    up[7] *= 3000  # one column of the next linear's input
+    down = tensors[name].copy()
+    down[:, 7] /= 3000
+    save_file(
+        {**tensors, "model.layers.1.mlp.up_proj.weight": up, name: down}, folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )  # fmt: skip
+    text = tmp_path / "text.txt"
+    text.write_text("The press takes a model and gives a file. " * 40, encoding="utf-8")
+    source = open_checkpoint(folder)
+    found = calibrated_ranges(source, RangeText(calibration=text, samples=4, sequence_length=32), threads=1)
+    assert set(planned_ranges(preflight(source))) - set(found.ranges) == {("ffn_down.weight", 1)}
+    assert found.record["inputs_not_rounded"] == [name]
+    assert f"1 of 21 linears are weight-only, first '{name}'" in found.note
+    options = OnnxOptions(precision="int8", int8="static")
+    groups = plan_onnx(source, preflight(source), options, ranges=found.ranges).groups
+    stored = {group.source: group for group, _ in groups}
+    assert (stored[name].label, stored[name].note) == ("INT8 g32", "the range of its inputs is too wide for 8 bits")
+    assert stored[name.replace("layers.1", "layers.2")].label == "INT8"
 
 
 def test_a_weight_that_is_not_finite_is_named(make: Make, tmp_path: Path) -> None:
