@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ from quantpress.convert.checkpoint import Checkpoint, LazyTensor
 from quantpress.convert.onnx.options import OnnxOptions
 from quantpress.convert.open import open_checkpoint
 from quantpress.convert.preflight import preflight
-from quantpress.quant.errors import InputError, UsageError
+from quantpress.quant.errors import InputError, OutputError, UsageError
 from tests.tiny import tiny_checkpoint, tiny_config
 
 onnx = pytest.importorskip("onnx")
@@ -181,6 +182,17 @@ def test_nan_is_refused_by_name_and_leaves_nothing(model: Path, tmp_path: Path) 
     with pytest.raises(InputError, match=r"model\.norm\.weight"):
         written(damaged, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged"]
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(open_checkpoint(model))
+    usage = shutil.disk_usage(tmp_path)._replace(free=plan.nbytes - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
+    with pytest.raises(OutputError, match=f"{plan.nbytes} bytes are needed and {plan.nbytes - 1} are free"):
+        export.write_onnx(tmp_path / "out", plan, threads=1)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_kind_of_head_that_an_older_opset_cannot_compute_is_refused_while_planning(tmp_path: Path) -> None:

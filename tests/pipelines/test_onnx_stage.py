@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import quantpress as qp
 from quantpress.convert.checkpoint import Checkpoint
@@ -149,6 +150,16 @@ def test_a_text_that_is_too_short_for_static_int8_leaves_nothing(model: Path, tm
     with pytest.raises(qp.InputError):
         qp.export_onnx(model, tmp_path / "out", precision="int8", int8="static", calibration=text, **WINDOWS)
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_a_tied_head_that_differs_is_refused(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "model", "llama", tie_word_embeddings=True)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + np.float32(1)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(qp.InputError, match=r"lm_head\.weight"):
+        qp.export_onnx(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_verdicts_of_every_precision_pass_and_a_wrong_weight_does_not(model: Path, tmp_path: Path) -> None:
