@@ -30,7 +30,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "gemma3-linear", "phi3-mini4", "gpt2-inverse", "gpt2-erf", "gptneox",
     )
 }  # fmt: skip
-CASES["llama-8"] = ("llama", {"head_dim": 8})
+CASES["llama-8"] = ("llama", {"head_dim": 8, "rms_norm_eps": 0.01})
 CASES["llama-12"] = ("llama", {"head_dim": 12})
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:FutureWarning")
@@ -78,6 +78,7 @@ def test_a_text_gets_the_logits_of_transformers_and_the_checker_passes(
         *(("qwen3-window", False, opset) for opset in (21, 22, 24, 25, 26)),
         *(("gemma2-caps", True, opset) for opset in (24, 25, 26)),
         ("gemma3-linear", False, 21),
+        ("llama-8", False, 21),
         ("phi3-mini4", False, 22),
         ("gptneox", False, 21),
         ("llama-12", False, 26),
