@@ -113,9 +113,6 @@ class _Writer:
 
     def write(self, values: Array) -> None:
         """Writes the next bytes of the tensor that is being written."""
-        place = self._places[self._current]
-        if self._filled + values.nbytes > place.tensor.nbytes:
-            raise self._mismatch(self._filled + values.nbytes)
         if values.nbytes:
             self._output.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
         self._filled += values.nbytes
@@ -145,9 +142,6 @@ class _Writer:
         self._filled = 0
 
     def _end(self) -> None:
-        if self._filled != self._places[self._current].tensor.nbytes:
-            raise self._mismatch(self._filled)
-
-    def _mismatch(self, found: int) -> ValueError:
         tensor = self._places[self._current].tensor
-        return ValueError(f"tensor {tensor.name!r} got {found} bytes where {tensor.nbytes} were planned")
+        if self._filled != tensor.nbytes:
+            raise ValueError(f"tensor {tensor.name!r} got {self._filled} bytes where {tensor.nbytes} were planned")
