@@ -106,6 +106,22 @@ def test_floats_are_looked_up_and_multiplied_with_from_one_initializer(
     np.testing.assert_array_equal(product, rows[ids] @ rows.T)
     assert graph.labels == [{"FLOAT": "F32", "FLOAT16": "F16", "BFLOAT16": "BF16"}[dtype]]
     assert ("FusedMatMul" in graph.operators) is not standard
+    # casts of the rows, of the weight and of the values to the product's type, and of the product: float16 numbers are
+    # multiplied as such where the activations are float16, all others in float32
+    narrow, wide = (0, 3, 4), (2, 0, 2)
+    place = ("FLOAT16", "FLOAT", "BFLOAT16").index(dtype)
+    assert graph.operators.count("Cast") == (wide if compute == "FLOAT" else narrow)[place]
+
+
+@pytest.mark.parametrize("dtype", ["FLOAT", "BFLOAT16"])
+def test_weights_beyond_float16_are_multiplied_with_in_float32(dtype: str, tmp_path: Path) -> None:
+    rows = np.full((3, 16), 2.0**17, np.float32)
+    weight, kind = weight_of(rows), FloatLinear(dtype)
+    graph = Graph(
+        tmp_path, lambda builder, values: [kind(builder, weight, values)], columns=16, compute="FLOAT16", standard=False
+    )
+    (found,) = graph.run(np.full((1, 1, 16), 2.0**-10, np.float16))
+    np.testing.assert_array_equal(found, np.full((1, 1, 3), 2048.0, np.float16))
 
 
 def test_rows_whose_columns_are_out_of_order_are_refused(tmp_path: Path) -> None:

@@ -85,3 +85,11 @@ def test_scales_are_rounded_before_codes_are_chosen(scale_type: str) -> None:
     assert ((codes.reshape(64, 2, 32) == nearest) | unclear).all()
     if scale_type == "F16":
         assert (scale.astype(np.float16).astype(np.float32) == scale).all()
+
+
+@pytest.mark.parametrize("scale_type", ["F16", "F32"])
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_a_block_of_zeros_has_the_scale_0_whose_bits_are_0(zero: float, scale_type: str) -> None:
+    codes, scale, zeros = rounded(np.full((1, 16), zero, np.float32), Grid(4, 16, True, scale_type))
+    assert scale.tobytes() == bytes(4)
+    assert (codes == zeros).all()
