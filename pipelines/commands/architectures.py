@@ -18,10 +18,10 @@ def families() -> list[dict[str, Any]]:
             "classes": list(spec.classes),
             "inputs": ["safetensors", "torch .bin", "gguf"],
             "gguf": spec.gguf,
-            "onnx": False,
+            "onnx": True,
             "gptq": False,
             "lora": True,
-            "tested": "transformers, PEFT, llama.cpp",
+            "tested": "transformers, PEFT, llama.cpp, onnxruntime",
         }
         for spec in ARCHITECTURES
     ]
@@ -38,10 +38,9 @@ def command(as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("family", "class in config.json", "GGUF architecture", "LoRA", "tested against")
+    table = Table("family", "class in config.json", "GGUF architecture", "ONNX", "LoRA", "tested against")
     for row in rows:
-        table.add_row(
-            row["family"], "\n".join(row["classes"]), row["gguf"], "yes" if row["lora"] else "no", row["tested"]
-        )
+        known = ("yes" if row[key] else "no" for key in ("onnx", "lora"))
+        table.add_row(row["family"], "\n".join(row["classes"]), row["gguf"], *known, row["tested"])
     Console().print(table)
     click.echo("adapters are merged into other families too, tensor by tensor into safetensors, but not judged there")
