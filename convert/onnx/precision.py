@@ -50,7 +50,9 @@ class OnnxPrecision:
         kind = self.main.split(" ", maxsplit=1)[0]
         if kind == "INT8" and self.activations:
             return "W8A8"
-        return "F32" if kind == "F64" else kind
+        if kind in ("F32", "F64"):
+            return "F16" if self.compute == "FLOAT16" else "F32"
+        return kind
 
 
 def precision_of(model: OnnxModel) -> OnnxPrecision:
