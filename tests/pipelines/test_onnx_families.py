@@ -167,3 +167,16 @@ def test_fused_operators_stand_where_they_can_and_standard_ones_where_they_were_
             + found["com.microsoft", "SkipLayerNormalization"]
             > 0
         )
+
+
+@pytest.mark.parametrize("standard", [False, True], ids=["fused", "standard"])
+@pytest.mark.parametrize("name", ["llama", "gptneox", "gpt2", "phi3-longrope", "llama-odd"])
+def test_a_text_that_outgrows_the_tables_is_refused_and_not_answered(name: str, standard: bool, tmp_path: Path) -> None:
+    case = next(case for case in CASES if case.id == name)
+    run = OnnxRun(export(checkpoint(case, tmp_path), tmp_path / "onnx", standard_ops=standard))
+    long = np.resize(TOKENS, 70)  # the tiny models read 64
+    for chunks in ([70], [60]):
+        with pytest.raises(
+            Exception, match=r"cos_cache dimension 0|Updating cos_cache|out of range|out of data bounds"
+        ):
+            run.in_chunks(long, chunks)
