@@ -79,7 +79,7 @@ def _make_stage(out: Path, options: dict[str, Any]) -> BuildingStage:
 @click.option(
     "--drift",
     type=click.FloatRange(0, 1),
-    help="GPTQ: share of the inputs' drift to make up for.  [default: 1 for small models, else 0: half the time]",
+    help="GPTQ: share of the inputs' drift to make up for.  [default: 1 for small models below 8 bits, else 0]",
 )
 @click.option(
     "--calibration-dtype",

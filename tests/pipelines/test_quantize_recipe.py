@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from quantpress.convert.open import open_checkpoint
 from quantpress.pipelines.commands import quantize
 from quantpress.pipelines.quantize_recipe import CALIBRATED, FORMATS, METHODS, Asked, Override, Recipe, fill_recipe
+from quantpress.pipelines.quantize_stage import Quantize
 from quantpress.quant.errors import UsageError
 from quantpress.quant.grid import Grid
+from tests.tiny import tiny_checkpoint
 
 # method -> bits, group size, symmetric, format, scale type of a BF16 model, input bits
 DEFAULTS = {
@@ -96,3 +101,14 @@ def test_the_command_knows_the_same_methods_and_formats() -> None:
     assert quantize.METHODS == METHODS
     assert quantize.FORMATS == FORMATS
     assert set(METHODS) >= CALIBRATED
+
+
+@pytest.mark.parametrize(("bits", "asked", "drift", "clip_search"), [
+    (None, None, 1.0, True), (3, None, 1.0, True), (8, None, 0.0, False), (8, 1.0, 1.0, True), (4, 0.0, 0.0, False),
+])  # fmt: skip
+def test_gptq_makes_up_for_drift_by_default_but_at_8_bits(
+    bits: int | None, asked: float | None, drift: float, clip_search: bool, tmp_path: Path
+) -> None:
+    source = open_checkpoint(tiny_checkpoint(tmp_path / "model", "llama"))
+    filled = Quantize(output=tmp_path / "out", method="gptq", bits=bits, drift=asked, samples=4).resolved(source)
+    assert (filled.drift, filled.clip_search) == (drift, clip_search)
