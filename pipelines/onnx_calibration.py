@@ -36,6 +36,8 @@ class RangeText:
         sequence_length: tokens of a window; None for what the model was made for, up to 2048.
         seed: chooses their places.
         percentile: None for ranges that hold every value that was seen; else percent of the values that they must hold.
+            Few values carry much where a model's first tokens have great ones (SmolLM2-135M: with 99.999 a KL
+            divergence of 0.08 instead of 0.10 from float32, with 99.99 of 2), so the default is safe.
     """
 
     calibration: Path | None = None

@@ -82,7 +82,7 @@ class RangeMethod:
     Attributes:
         percentile: None for the least and the greatest value; else percent of the values that the range must hold.
         found: (slot, layer) -> least and greatest value.
-        lost: (slot, layer) -> share of the values that this range rounds to 0.
+        lost: (slot, layer) -> share of the values that the range of all of them would round to 0.
     """
 
     percentile: float | None = None
@@ -104,7 +104,9 @@ class RangeMethod:
             least, greatest = float(site.ends[0]), float(site.ends[1])
             if self.percentile is not None:
                 least, greatest = central_range(site.counts, site.ends, self.percentile)
+            # by all values: what a percentile cuts off may matter most (the first tokens of many models)
+            lost = lost_share(site.counts, float(site.ends[0]), float(site.ends[1]))
             keys = [(slot, site.layer) for slot in site.weights]
             self.found |= dict.fromkeys(keys, (least, greatest))
-            self.lost |= dict.fromkeys(keys, lost_share(site.counts, least, greatest))
+            self.lost |= dict.fromkeys(keys, lost)
         return SiteResult({})
