@@ -24,13 +24,17 @@ _MAX_CONFIG = 4 << 20  # bytes
 def is_onnx(model: Path | str) -> bool:
     """Says whether a path is meant as an ONNX model: a .onnx file, or a folder with one and without a checkpoint."""
     path = Path(model)
-    if path.is_dir():
-        if any((path / name).exists() for name in _CHECKPOINT):
-            return False
-        return any(
-            entry.suffix == SUFFIX for part in (path, path / "onnx") if part.is_dir() for entry in part.iterdir()
-        )
-    return path.suffix == SUFFIX
+    try:
+        return _holds_onnx(path) if path.is_dir() else path.suffix == SUFFIX
+    except OSError:  # a folder that may not be listed; what opens it says why
+        return False
+
+
+def _holds_onnx(path: Path) -> bool:
+    if any((path / name).exists() for name in _CHECKPOINT):
+        return False
+    parts = [part for part in (path, path / "onnx") if part.is_dir()]
+    return any(entry.suffix == SUFFIX for part in parts for entry in part.iterdir())
 
 
 def find_onnx(path: Path) -> Path:

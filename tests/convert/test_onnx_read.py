@@ -177,6 +177,23 @@ def test_configuration_is_found_beside_the_folder_onnx(tmp_path: Path) -> None:
         assert (opened.name, opened.folder.context) == ("org-model", 77)
 
 
+def test_a_hub_cache_of_links_is_read(tmp_path: Path) -> None:
+    save(tmp_path / "blobs", summing_model())
+    snapshot = tmp_path / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    for name in ("model.onnx", DATA, "genai_config.json"):
+        (snapshot / name).symlink_to(f"../../blobs/{name}")
+    assert {file.path.name for file in open_onnx(snapshot).files} == {"model.onnx", DATA}
+
+
+def test_a_folder_that_may_not_be_listed_is_no_accident(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    assert not is_onnx(tmp_path)
+
+
 def test_context_is_what_the_files_say(tmp_path: Path) -> None:
     folder = save(tmp_path / "m", summing_model())
     assert open_onnx(folder).folder.context == 64
