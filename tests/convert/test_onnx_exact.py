@@ -52,10 +52,12 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def exported(folder: Path, out: Path, **options: Any) -> Checkpoint:
-    """Exports a folder with its codes; gives it as it was opened."""
+    """Exports a folder with its codes, 31 or 15 rows at a time; gives it as it was opened."""
     checkpoint = open_checkpoint(folder)
     wanted = OnnxOptions(**{"precision": "int4", **options})
-    write_onnx(out, plan_onnx(checkpoint, preflight(checkpoint), wanted), threads=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("quantpress.convert.onnx.weight_rows._CHUNK_VALUES", 3000)
+        write_onnx(out, plan_onnx(checkpoint, preflight(checkpoint), wanted), threads=2)
     return checkpoint
 
 
