@@ -56,7 +56,6 @@ def find_onnx(path: Path) -> Path:
         return path / name
     for name in _USUAL:
         if (found := folder.find(name)) is not None:
-            inside(path, name)
             return path / name if found.is_file() else found
     names = sorted(entry.name for entry in path.iterdir() if entry.suffix == SUFFIX)
     if len(names) != 1:

@@ -27,8 +27,8 @@ _SHORT = (BYTES, VARINT)
 _FIXED = {FIXED32: 4, FIXED64: 8}  # kind -> bytes
 _CHUNK = 256 << 10  # bytes read at a time
 _LONGEST_HEAD = 20  # bytes of two varints: a field's key and its length or value
-# Work that one file may cause: a field is 1, a message _MESSAGE more, a packed number 1 a byte. A 126-layer model with a
-# hundred nodes a layer, as torch's exporter makes them, has 400,000; this much takes a second.
+# Work that one file may cause: a field is 1, a message _MESSAGE more, a byte of packed numbers 1. A model of 126 layers
+# with a hundred nodes a layer, as torch's exporter makes them, has 400,000; this much takes a second.
 _MOST_WORK = 800_000
 _MESSAGE = 6
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -117,6 +116,16 @@ def in_sparse(model: ModelProto) -> None:
     sparse.values.CopyFrom(outside("a/../../far.bin"))
 
 
+def in_sparse_attribute(model: ModelProto) -> None:
+    node = model.graph.node.add(op_type="Constant", output=["far"])
+    attribute = node.attribute.add(name="sparse_value", type=onnx.AttributeProto.SPARSE_TENSOR)
+    attribute.sparse_tensor.indices.CopyFrom(outside("/etc/hostname"))
+
+
+def made_and_stored(model: ModelProto) -> None:
+    model.graph.node.append(helper.make_node("Identity", ["x"], ["mix"]))
+
+
 def training(model: ModelProto) -> None:
     model.training_info.add()
 
@@ -146,9 +155,15 @@ BAD: Mapping[str, tuple[Change, str]] = {
     "offset in words": (place("offset", "ten"), "offset of its place is 'ten'"),
     "offset with blanks": (place("offset", " 4"), "offset of its place is ' 4'"),
     "offset in other digits": (place("offset", "٤"), "wanted a number of bytes"),
-    "offset behind the end": (place("offset", "99999"), r"takes bytes 99999 to 100255 of 'model\.onnx\.data', which has"),
+    "offset behind the end": (
+        place("offset", "99999"),
+        r"takes bytes 99999 to 100255 of 'model\.onnx\.data', which has",
+    ),
     "offset of 30 digits": (place("offset", "1" * 30), "wanted a number of bytes"),
-    "offset that overflows": (place("offset", "9223372036854775807"), "takes bytes 9223372036854775807 to 9223372036854776063"),
+    "offset that overflows": (
+        place("offset", "9223372036854775807"),
+        "takes bytes 9223372036854775807 to 9223372036854776063",
+    ),
     "length too small": (place("length", "255"), "takes 256 bytes, but its length is 255"),
     "length too large": (place("length", "257"), "takes 256 bytes, but its length is 257"),
     "length of nothing": (place("length", ""), "length of its place is ''"),
@@ -162,15 +177,36 @@ BAD: Mapping[str, tuple[Change, str]] = {
     "strings outside": (put("mix", "data_type", 8), "of type STRING cannot be stored in a data file"),
     "values in two places": (put("mix", "raw_data", bytes(256)), "has values in the model file and in a data file"),
     "marked as inside": (put("mix", "data_location", 0), "names a data file but is not marked as stored there"),
-    "raw too short": (put("half", "raw_data", b"abc"), "tensor 'half' of type FLOAT and shape .* has 3 bytes of values, wanted 4"),
+    "raw too short": (
+        put("half", "raw_data", b"abc"),
+        "tensor 'half' of type FLOAT and shape .* has 3 bytes of values, wanted 4",
+    ),
     "raw too long": (put("one", "raw_data", bytes(16)), "has 16 bytes of values, wanted 8"),
-    "inside without values": (lambda model: tensor(model, "one").ClearField("raw_data"), "tensor 'one' of shape .* has no values"),
+    "inside without values": (
+        lambda model: tensor(model, "one").ClearField("raw_data"),
+        "tensor 'one' of shape .* has no values",
+    ),
     "raw and numbers": (lambda model: tensor(model, "one").int64_data.append(1), "has two sets of values"),
-    "too many numbers": (add(TensorProto(name="n", data_type=7, dims=[2], int64_data=[1, 2, 3])), "has 3 values in field 7, wanted 2"),
-    "numbers in the wrong field": (add(TensorProto(name="n", data_type=1, dims=[2], int64_data=[1, 2])), "of type FLOAT .* field 7"),
-    "4 bits": (add(TensorProto(name="n", data_type=22, dims=[3], int32_data=[1, 2, 3])), "has 3 values in field 5, wanted 2"),
-    "segments": (lambda model: tensor(model, "half").segment.CopyFrom(TensorProto.Segment(begin=1)), "stored in segments"),
-    "fact twice": (lambda model: tensor(model, "mix").external_data.add(key="offset", value="0"), "'offset' is given twice"),
+    "too many numbers": (
+        add(TensorProto(name="n", data_type=7, dims=[2], int64_data=[1, 2, 3])),
+        "has 3 values in field 7, wanted 2",
+    ),
+    "numbers in the wrong field": (
+        add(TensorProto(name="n", data_type=1, dims=[2], int64_data=[1, 2])),
+        "of type FLOAT .* field 7",
+    ),
+    "4 bits": (
+        add(TensorProto(name="n", data_type=22, dims=[3], int32_data=[1, 2, 3])),
+        "has 3 values in field 5, wanted 2",
+    ),
+    "segments": (
+        lambda model: tensor(model, "half").segment.CopyFrom(TensorProto.Segment(begin=1)),
+        "stored in segments",
+    ),
+    "fact twice": (
+        lambda model: tensor(model, "mix").external_data.add(key="offset", value="0"),
+        "'offset' is given twice",
+    ),
     "17 facts": (
         lambda model: [tensor(model, "mix").external_data.add(key=str(n), value="") for n in range(17)],
         "given twice or too much is said",
@@ -187,12 +223,17 @@ BAD: Mapping[str, tuple[Change, str]] = {
     "data of an inner graph": (in_graph, "tensor 'far': its values cannot be opened: .*is absolute"),
     "data of a function": (in_function, "tensor 'far': its values cannot be opened: .*backslash"),
     "data of a sparse tensor": (in_sparse, "tensor 'far': its values cannot be opened: .*leaves"),
+    "data of a sparse attribute": (in_sparse_attribute, "tensor 'far': its values cannot be opened: .*is absolute"),
+    "value made and stored": (made_and_stored, "the value 'mix' is made twice"),
     "training": (training, "holds a training graph"),
     "no version": (no_opset, "operator 'Fused' is of 'com.example', but the model does not say which version"),
-    "two versions": (lambda model: model.opset_import.append(helper.make_opsetid("", 9)), "two versions of the operators"),
+    "two versions": (
+        lambda model: model.opset_import.append(helper.make_opsetid("", 9)),
+        "two versions of the operators",
+    ),
     "versions gone": (lambda model: model.ClearField("opset_import"), "it has no versions of operators"),
     "no graph": (lambda model: model.ClearField("graph"), "it has no graph"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -252,11 +293,11 @@ def test_pipes_folders_and_broken_links_are_refused_and_nothing_hangs(tmp_path: 
         open_onnx(folder)
     (folder / "model.onnx").unlink()
     (folder / "model.onnx").mkdir()
-    with pytest.raises(InputError, match="this is a folder|no ONNX file"):
+    with pytest.raises(InputError, match="this is a folder"):
         open_onnx(folder)
     (folder / "model.onnx").rmdir()
     (folder / "model.onnx").symlink_to(tmp_path / "nowhere.onnx")
-    with pytest.raises(InputError, match="leaves the model folder|no such file"):
+    with pytest.raises(InputError, match="leaves the model folder"):
         open_onnx(folder)
 
 
@@ -288,7 +329,9 @@ _BOMBS: Mapping[str, Callable[[int], bytes]] = {
     ),
     "numbers in an attribute": lambda size: OPSET + field(7, field(1, field(5, field(8, b"\x01" * (1 << 20)) * 63))),
     "a text": lambda size: OPSET + field(7, field(1, field(5, field(4, b"x" * (size - 100))))),
-    "packed values": lambda size: OPSET + field(7, field(5, field(8, b"a") + b"\x10\x06" + field(5, b"\x01" * (size - 99)))),
+    "packed values": lambda size: OPSET + field(
+        7, field(5, field(8, b"a") + b"\x10\x06" + field(5, b"\x01" * (size - 99)))
+    ),
     "functions": lambda size: OPSET + field(25, b"") * (size // 3),
 }  # fmt: skip
 _RUN = """
@@ -325,7 +368,7 @@ def test_every_file_that_is_cut_anywhere_is_refused_or_still_whole(tmp_path: Pat
     path = folder / "model.onnx"
     data = path.read_bytes()
     graph_ends = data.rindex(b"\x42")  # the versions of operators come after the graph
-    for length in range(len(data)):
+    for length in range(0, len(data), 3):
         path.write_bytes(data[:length])
         if length < graph_ends:
             with pytest.raises(InputError):
@@ -339,19 +382,19 @@ def _open_or_refuse(folder: Path) -> bool:
         model = open_onnx(folder)
         precision_of(model)
     except InputError as error:
-        assert "\n" not in str(error)
-        assert re.search(r"m/|model\.onnx", str(error))
-        return False
-    for stored in model.tensors.values():
-        assert (
-            stored.offset < 0
-            or stored.offset + stored.nbytes <= (folder / (stored.file or "model.onnx")).stat().st_size
-        )
-    return True
+        said = str(error)
+    else:
+        for stored in model.tensors.values():
+            size = (folder / (stored.file or "model.onnx")).stat().st_size
+            assert stored.offset < 0 or stored.offset + stored.nbytes <= size
+        return True
+    assert "\n" not in said
+    assert "model.onnx" in said or str(folder) in said
+    return False
 
 
 @given(data=st.data())
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_changed_file_opens_or_is_refused(tmp_path: Path, data: st.DataObject) -> None:
     folder = save(tmp_path / "m", summing_model())
     path = folder / "model.onnx"
@@ -376,7 +419,7 @@ def test_a_changed_file_opens_or_is_refused(tmp_path: Path, data: st.DataObject)
 
 
 @given(st.binary(max_size=200))
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_random_bytes_after_a_good_beginning_open_or_are_refused(tmp_path: Path, data: bytes) -> None:
     folder = save(tmp_path / "m", summing_model())
     with (folder / "model.onnx").open("ab") as file:
