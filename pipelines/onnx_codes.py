@@ -163,8 +163,12 @@ class OnnxCodes:
         """What a user should know beforehand."""
         notes = self._job.plan.notes
         if self._head in _BITS:
-            rounded = f"the head is rounded to {self._head} as rtn does, for no method chooses its codes"
-            notes += (f"{rounded}; --output-tensor-type bf16 is more exact",)
+            return (*notes, f"the head is rounded to {self._head} as rtn does, for no method chooses its codes")
+        if self._head is None:
+            return (
+                *notes,
+                "the head stays as it is; --output-tensor-type int4 is smaller and faster, less exact",
+            )
         return notes
 
     @property

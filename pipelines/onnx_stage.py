@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from quantpress.convert.checkpoint import Checkpoint
 from quantpress.convert.onnx.options import OnnxOptions
-from quantpress.pipelines.onnx_codes import CODE_METHODS, filled
+from quantpress.pipelines.onnx_codes import filled
 from quantpress.pipelines.onnx_job import QUANTIZED, OnnxJob, keeps_codes, type_of_codes
 from quantpress.pipelines.stage import Artifact, BuildingStage, Plan, RunContext
 from quantpress.quant.errors import UsageError
@@ -91,7 +91,7 @@ class Onnx(BuildingStage):
                 " anew give the model it was made from"
             )
         else:
-            found |= self._filled_method(precision)
+            found |= self._filled_method()
         stage = dataclasses.replace(self, **found)
         stage.options()
         if stage.runs_model:
@@ -105,15 +105,13 @@ class Onnx(BuildingStage):
             )
         return stage
 
-    def _filled_method(self, precision: str) -> dict[str, Any]:
-        """How codes are found; where methods give a view with codes, the head is told to be rounded like the rest."""
+    def _filled_method(self) -> dict[str, Any]:
+        """How codes are found."""
         method = self.method or METHODS[0]
         if method not in METHODS:
             raise UsageError(f"--method {method}: must be one of {', '.join(METHODS)}")
         symmetric = method not in _ZEROS if self.symmetric is None else self.symmetric
-        head = self.output_tensor_type or (precision if method in CODE_METHODS else None)
-        block_size = self.block_size or _BLOCK_SIZE
-        return {"method": method, "block_size": block_size, "symmetric": symmetric, "output_tensor_type": head}
+        return {"method": method, "block_size": self.block_size or _BLOCK_SIZE, "symmetric": symmetric}
 
     def _refuse_method(self, reason: str) -> None:
         """Refuses to be told how codes are found where none are."""

@@ -58,7 +58,7 @@ class _Plain:
 
 
 class Graph:
-    """A model with one input and the outputs that a function adds, saved in a folder; ONNX's checker has accepted it."""
+    """A model with one input and the outputs that a function adds, saved in a folder; the checker has accepted it."""
 
     def __init__(
         self, folder: Path, add: Callable[[GraphBuilder, ir.Value], Sequence[ir.Value]], *, columns: int | None,

@@ -36,10 +36,19 @@ def _extra(name: str) -> list[Requirement]:
     return [Requirement(line) for line in re.findall(r'^  "(.*)",$', block[1], re.MULTILINE)]
 
 
+def _line(name: str) -> list[Requirement]:
+    """Requirements of an extra that stands on one line."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    block = re.search(rf"^{name} = \[(.*)\]$", text, re.MULTILINE)
+    assert block is not None
+    return [Requirement(each) for each in re.findall(r'"(.*?)"', block[1])]
+
+
 def test_what_tests_need_is_an_extra_with_versions_that_were_tested() -> None:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pinned = {pin.name.lower().replace("_", "-"): pin for pin in map(Requirement, (x for x in lines if x[0] != "#"))}
-    wanted = {each.name.lower(): each for name in ("test", "dev") for each in _extra(name) if each.name != "quantpress"}
+    needed = [each for name in ("test", "dev") for each in _extra(name)] + _line("onnx") + _line("llama-cpp")
+    wanted = {each.name.lower(): each for each in needed if each.name != "quantpress"}
     assert {"bitsandbytes", "compressed-tensors", "onnx", "onnxruntime", "peft", "transformers", "triton"} <= set(
         wanted
     )
