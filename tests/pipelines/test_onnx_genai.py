@@ -114,7 +114,14 @@ def test_genai_reads_the_tokenizer_as_transformers_does(tmp_path: Path) -> None:
 
 def test_the_settings_name_what_the_model_takes_and_gives(tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path / "source", "mistral", head_dim=24, sliding_window=5)
-    settings = json.loads((export(source, tmp_path / "onnx") / "genai_config.json").read_text())
+    fused, standard = (
+        json.loads((export(source, tmp_path / name, standard_ops=name == "standard") / "genai_config.json").read_text())
+        for name in ("fused", "standard")
+    )
+    settings = fused
+    # only GroupQueryAttention writes into the buffer that it reads; genai copies the cache at every token otherwise
+    assert fused["search"]["past_present_share_buffer"]
+    assert not standard["search"]["past_present_share_buffer"]
     decoder = settings["model"]["decoder"]
     assert (decoder["head_size"], decoder["hidden_size"], decoder["num_hidden_layers"]) == (24, 64, 3)
     assert (decoder["num_attention_heads"], decoder["num_key_value_heads"]) == (4, 2)

@@ -136,6 +136,18 @@ def _embedding(names: Mapping[str, Array]) -> str:
     return next(name for name in names if "embed" in name or "wte" in name)
 
 
+def test_head_and_embedding_have_the_types_that_were_asked_for(source: Path, tmp_path: Path) -> None:
+    options = {"output_tensor_type": "int8", "token_embedding_type": "bf16"}
+    stored = stored_weights(export(source, tmp_path / "onnx", precision="int4", **options))
+    head = next(weight for name, weight in stored.items() if "lm_head" in name or "embed_out" in name)
+    assert head.step is not None
+    # 8 bits of both signs reach 127 or 128 steps from zero in some block, 4 bits eight at most
+    assert np.abs(head.values / head.step).max() > 100
+    embedding = stored[_embedding(stored)]
+    assert embedding.step is None
+    assert not (embedding.values.view(np.uint32) & 0xFFFF).any()
+
+
 def test_fp16_rounds_as_often_as_it_computes(source: Path, tmp_path: Path) -> None:
     folder = export(source, tmp_path / "onnx", precision="fp16")
     vectors = not source.parent.name.startswith("gemma")  # whose norms are stored with 1 added
