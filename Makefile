@@ -28,9 +28,9 @@ format: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/run.py
 
-# the longer form of proofs that make test shortens: whole texts in llama.cpp
+# the longer form of proofs that make test shortens: whole texts in llama.cpp, longer ones by onnxruntime-genai
 proofs: $(VENV)/.dev
-	OMP_NUM_THREADS=2 QUANTPRESS_WHOLE_TEXTS=1 $(BIN)/pytest tests/pipelines/test_adapter_proof.py
+	OMP_NUM_THREADS=2 QUANTPRESS_WHOLE_TEXTS=1 $(BIN)/pytest tests/pipelines/test_adapter_proof.py tests/pipelines/test_onnx_real_models.py
 
 clean:
 	rm -rf $(VENV) build demo *.egg-info

@@ -47,6 +47,11 @@ QUANTIZED = ("int8", "int4")
 
 _EXTRA = ("onnx", "onnx_ir")
 _ONNX_BYTES = 110 << 20  # onnx and onnx-ir, and what rounding takes beside GGUF's: measured, 260 MB in all for int4
+_EIGHT_BITS = "INT8 g"  # how labels of such blocks begin
+_SLOW = (
+    "onnxruntime computes 8-bit blocks many times slower on a CPU at accuracy level 0 than at level 4;"
+    " --accuracy-level 4 rounds inputs to 8 bits too"
+)
 _JUDGED_AS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "int8": "INT8", "int4": "INT4"}
 
 
@@ -208,7 +213,9 @@ class OnnxJob:
 
     def _notes(self, plan: OnnxPlan) -> tuple[str, ...]:
         notes = (f"{group.source or group.tensors[0].name}: {group.note}" for group, _ in plan.groups if group.note)
-        return (*(() if self._finder is None else self._finder.notes), *shortened(tuple(notes)))
+        slow = self.stage.accuracy_level == 0 and any(group.label.startswith(_EIGHT_BITS) for group, _ in plan.groups)
+        found = () if self._finder is None else self._finder.notes
+        return (*found, *((_SLOW,) if slow and not self.stage.standard_ops else ()), *shortened(tuple(notes)))
 
 
 def _tensors(source: Checkpoint, plan: OnnxPlan) -> tuple[PlannedTensor, ...]:

@@ -204,3 +204,20 @@ def test_peak_memory_does_not_grow_with_the_model(precision: str, tmp_path: Path
         peaks.append(1024 * int(subprocess.run(script, check=True, capture_output=True, text=True).stdout))
     assert peaks[1] - peaks[0] < 2 * layer  # of 12 more layers; two are what an allocator may keep
     assert peaks[1] < 300e6
+
+
+@pytest.mark.parametrize(
+    ("options", "slow"),
+    [
+        ({"precision": "int8"}, True),
+        ({"precision": "int4", "output_tensor_type": "int8"}, True),
+        ({"precision": "int8", "accuracy_level": 4}, False),
+        ({"precision": "int8", "standard_ops": True}, False),
+        ({"precision": "int4"}, False),
+    ],
+)
+def test_eight_bit_blocks_that_are_slow_on_a_cpu_are_told(
+    source: Checkpoint, tmp_path: Path, options: dict[str, Any], slow: bool
+) -> None:
+    plan = Onnx(output=tmp_path / "out", **options).plan(source)
+    assert any("slower on a CPU at accuracy level 0" in note for note in plan.notes) == slow
