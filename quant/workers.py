@@ -11,7 +11,10 @@ import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["Workers", "chunks"]
 
@@ -31,7 +34,7 @@ class Workers:
         self._own: int | None = None
         self._pool: ThreadPoolExecutor | None = None
 
-    def __enter__(self) -> Workers:
+    def __enter__(self) -> Self:
         torch = sys.modules.get("torch")
         self._own = int(torch.get_num_threads()) if torch else None
         self._pool = ThreadPoolExecutor(self._threads, initializer=_use_one_thread)

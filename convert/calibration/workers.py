@@ -10,30 +10,31 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
+from concurrent.futures import Future
 from typing import TypeVar
 
 import torch
+
+from quantpress.quant import workers as quant_workers
 
 __all__ = ["Workers"]
 
 T = TypeVar("T")
 
 
-class Workers:
-    """A pool whose threads compute with one thread each and keep no gradients."""
+class Workers(quant_workers.Workers):
+    """Such threads that keep no gradients and count their time."""
 
     def __init__(self, threads: int) -> None:
         """Starts threads when they are needed."""
+        super().__init__(threads)
         self.threads = threads
-        self._before = torch.get_num_threads()
-        self._pool = ThreadPoolExecutor(threads, "quantpress-calibrate", initializer=_single_threaded)
         self._lock = threading.Lock()
         self._seconds: dict[str, float] = {}
 
     def submit(self, kind: str, task: Callable[[], T]) -> Future[T]:
         """Queues a task, whose time counts as time of a kind."""
+        assert self._pool is not None, "they are used inside of their context"
         return self._pool.submit(self._timed, kind, task)
 
     def in_order(self, kind: str, tasks: Sequence[Callable[[], T]]) -> Iterator[T]:
@@ -60,16 +61,3 @@ class Workers:
         with self._lock:
             self._seconds[kind] = self._seconds.get(kind, 0.0) + seconds
         return result
-
-    def __enter__(self) -> Workers:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(self._before)  # threads that start later would have one thread too
-
-
-def _single_threaded() -> None:
-    torch.set_num_threads(1)

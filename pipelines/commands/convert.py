@@ -11,7 +11,7 @@ from quantpress.convert.gguf.file_types import FILE_TYPES
 from quantpress.pipelines.cli import Session
 from quantpress.pipelines.commands.adapters import adapter_option, parse_adapter, qlora_options, take_qlora
 from quantpress.pipelines.commands.onnx_options import ONNX_FLAGS, onnx_options
-from quantpress.pipelines.commands.options import limit_options, machine_options, text_options, writing_options
+from quantpress.pipelines.commands.options import press_options
 from quantpress.pipelines.commands.writing import write
 from quantpress.quant.errors import UsageError
 
@@ -120,10 +120,7 @@ def _refuse_others(target: str, flags: dict[str, Any]) -> None:
 @onnx_options
 @adapter_option
 @qlora_options
-@text_options
-@limit_options
-@writing_options
-@machine_options
+@press_options
 @click.pass_obj
 def command(
     session: Session, /, model: str, out: Path, to: str | None, adapters: tuple[str, ...], **flags: Any

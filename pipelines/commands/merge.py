@@ -9,7 +9,7 @@ import click
 
 from quantpress.pipelines.cli import Session
 from quantpress.pipelines.commands.adapters import pair_weights, qlora_options, take_qlora
-from quantpress.pipelines.commands.options import limit_options, machine_options, text_options, writing_options
+from quantpress.pipelines.commands.options import press_options
 from quantpress.pipelines.commands.writing import write
 from quantpress.quant.errors import UsageError
 
@@ -37,10 +37,7 @@ Examples:
 @click.option("-v", "--verbose", is_flag=True, help="Show every tensor of the adapters.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with the whole ledger.")
 @qlora_options
-@text_options
-@limit_options
-@writing_options
-@machine_options
+@press_options
 @click.pass_obj
 def command(
     session: Session, /, model: str, adapters: tuple[str, ...], out: Path, weights: tuple[float, ...], **flags: Any

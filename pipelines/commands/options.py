@@ -92,6 +92,13 @@ def limit_options(command: Command) -> Command:
     )
 
 
+def press_options(command: Command) -> Command:
+    """Adds the flags of every command that presses a model and proves what it wrote."""
+    for options in (machine_options, writing_options, limit_options, text_options):
+        command = options(command)
+    return command
+
+
 def resolve_device(device: str) -> str:
     """Turns "auto" into what is there.
 

@@ -10,7 +10,7 @@ import click
 
 from quantpress.pipelines.cli import Session
 from quantpress.pipelines.commands.adapters import adapter_option, parse_adapter, qlora_options, take_qlora
-from quantpress.pipelines.commands.options import limit_options, machine_options, text_options, writing_options
+from quantpress.pipelines.commands.options import press_options
 from quantpress.pipelines.commands.writing import write
 
 if TYPE_CHECKING:
@@ -91,10 +91,7 @@ def _make_stage(out: Path, options: dict[str, Any]) -> BuildingStage:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @adapter_option
 @qlora_options
-@text_options
-@limit_options
-@writing_options
-@machine_options
+@press_options
 @click.pass_obj
 def command(session: Session, /, model: str, out: Path, adapters: tuple[str, ...], **flags: Any) -> None:
     """Quantize the linear weights of MODEL into the folder OUT, run OUT, and compare it with MODEL.

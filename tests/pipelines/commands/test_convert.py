@@ -105,7 +105,7 @@ def test_a_file_that_fails_its_limits_ends_with_4_and_says_so_in_the_sidecar(
 def test_without_llama_cpp_the_gguf_package_and_torch_judge_and_the_report_says_so(
     quantpress: Run, tiny_model: Path, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quantpress.pipelines.verification.find_llama_cpp", lambda: None)
+    monkeypatch.setattr("quantpress.pipelines.candidate.find_llama_cpp", lambda: None)
     out = tmp_path / "tiny.gguf"
     ended = quantpress("convert", tiny_model, out, "--outtype", "f32", "--text", text_file, "--json")
     assert ended.code == 0, ended.err
