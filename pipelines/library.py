@@ -15,7 +15,7 @@ from quantpress.pipelines.progress import Progress, no_progress
 from quantpress.pipelines.quantize_stage import Quantize
 from quantpress.pipelines.runner import Pressed, press
 from quantpress.pipelines.safetensors_stage import Safetensors
-from quantpress.pipelines.stage import RunContext
+from quantpress.pipelines.stage import BuildingStage, RunContext
 
 
 def export_gguf(
@@ -57,9 +57,7 @@ def export_gguf(
     context = RunContext(
         progress=progress, threads=threads or available_threads(), force=force, allow_nonfinite=allow_nonfinite
     )
-    pressed = press(model, stage, context, judge=(judge or JudgeOptions()) if verify else None)
-    pressed.require_parity()
-    return pressed
+    return _pressed(model, stage, context, judge or JudgeOptions() if verify else None)
 
 
 def export_onnx(
@@ -109,9 +107,7 @@ def export_onnx(
         progress=progress, threads=threads or available_threads(), device=device, max_memory=max_memory, force=force,
         allow_nonfinite=allow_nonfinite,
     )  # fmt: skip
-    pressed = press(model, stage, context, judge=(judge or JudgeOptions()) if verify else None)
-    pressed.require_parity()
-    return pressed
+    return _pressed(model, stage, context, judge or JudgeOptions() if verify else None)
 
 
 def export_safetensors(
@@ -146,9 +142,7 @@ def export_safetensors(
     context = RunContext(
         progress=progress, threads=threads or available_threads(), force=force, allow_nonfinite=allow_nonfinite
     )
-    pressed = press(model, stage, context, judge=(judge or JudgeOptions()) if verify else None)
-    pressed.require_parity()
-    return pressed
+    return _pressed(model, stage, context, judge or JudgeOptions() if verify else None)
 
 
 def quantize(
@@ -204,6 +198,12 @@ def quantize(
         progress=progress, threads=threads or available_threads(), device=device, max_memory=max_memory, force=force,
         allow_nonfinite=allow_nonfinite,
     )  # fmt: skip
-    pressed = press(model, stage, context, judge=(judge or JudgeOptions()) if verify else None)
+    return _pressed(model, stage, context, judge or JudgeOptions() if verify else None)
+
+
+def _pressed(
+    model: Checkpoint | Path | str, stage: BuildingStage, context: RunContext, judge: JudgeOptions | None
+) -> Pressed:
+    pressed = press(model, stage, context, judge=judge)
     pressed.require_parity()
     return pressed

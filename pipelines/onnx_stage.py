@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,7 +11,7 @@ from quantpress.convert.checkpoint import Checkpoint
 from quantpress.convert.onnx.options import OnnxOptions
 from quantpress.pipelines.onnx_codes import filled
 from quantpress.pipelines.onnx_job import QUANTIZED, OnnxJob, keeps_codes, type_of_codes
-from quantpress.pipelines.stage import Artifact, BuildingStage, Plan, RunContext
+from quantpress.pipelines.stage import JobStage
 from quantpress.quant.errors import UsageError
 
 __all__ = ["METHODS", "Onnx"]
@@ -26,7 +24,7 @@ _BLOCK_SIZE = 32  # as onnxruntime-genai's model builder has it
 
 
 @dataclass(frozen=True, kw_only=True)
-class Onnx(BuildingStage):
+class Onnx(JobStage):
     """Options of the stage; None where it depends on others or on the source, see `resolved`.
 
     Attributes:
@@ -131,28 +129,13 @@ class Onnx(BuildingStage):
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(OnnxOptions)}
         return OnnxOptions(**{name: value for name, value in values.items() if value is not None})
 
-    def plan(self, source: Checkpoint) -> Plan:
-        """Says what would be written, without reading a weight."""
-        return OnnxJob(self.resolved(source), source).plan
+    def job(self, source: Checkpoint) -> OnnxJob:
+        """Gives the job of this stage on a source."""
+        return OnnxJob(self.resolved(source), source)
 
     def target(self, source: Checkpoint) -> Path:
         """Gives the output with its name filled in."""
-        return OnnxJob(self.resolved(source), source).output
-
-    def check_output(self, source: Checkpoint, context: RunContext) -> None:
-        """Checks that the target may be written; what this very run has left there may be replaced."""
-        OnnxJob(self.resolved(source), source).check_output(context)
-
-    def run(self, source: Checkpoint, context: RunContext) -> Artifact:
-        """Writes the folder."""
-        with self.session(source, context) as artifact:
-            return artifact
-
-    @contextlib.contextmanager
-    def session(self, source: Checkpoint, context: RunContext) -> Iterator[Artifact]:
-        """Writes the folder; codes that took long are kept beside it until the block has ended well."""
-        with OnnxJob(self.resolved(source), source).session(context) as artifact:
-            yield artifact
+        return self.job(source).output
 
 
 def _precision_of(source: Checkpoint) -> str:

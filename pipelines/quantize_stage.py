@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -15,7 +13,7 @@ from quantpress.pipelines.quantize_formats import find_format
 from quantpress.pipelines.quantize_job import QuantizeJob
 from quantpress.pipelines.quantize_plan import own_scale_type
 from quantpress.pipelines.quantize_recipe import CALIBRATED, Asked, Recipe, fill_recipe, scale_type_of
-from quantpress.pipelines.stage import Artifact, BuildingStage, Plan, RunContext
+from quantpress.pipelines.stage import JobStage
 from quantpress.quant.drift import SHARE, check_share
 from quantpress.quant.errors import UnknownFamilyError, UsageError
 from quantpress.quant.grid import Grid
@@ -28,7 +26,7 @@ _GRID_OPTIONS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Quantize(BuildingStage):
+class Quantize(JobStage):
     """Options of the stage; None where it depends on others, see `fill_recipe`.
 
     Attributes:
@@ -187,21 +185,6 @@ class Quantize(BuildingStage):
         kept = next(iter(source.quantized.values())).form.scale_type
         return Recipe(None, self.format, Grid(scale_type=self.scale_type or scale_type_of(self.format, kept)))
 
-    def plan(self, source: Checkpoint) -> Plan:
-        """Says what would be written, without reading a weight."""
-        return QuantizeJob(self.resolved(source), source).plan
-
-    def check_output(self, source: Checkpoint, context: RunContext) -> None:
-        """Checks that the target may be written; what this very run has left there may be replaced."""
-        QuantizeJob(self.resolved(source), source).check_output(context)
-
-    def run(self, source: Checkpoint, context: RunContext) -> Artifact:
-        """Writes the folder."""
-        with self.session(source, context) as artifact:
-            return artifact
-
-    @contextlib.contextmanager
-    def session(self, source: Checkpoint, context: RunContext) -> Iterator[Artifact]:
-        """Writes the folder; finished layers are kept beside it until the block has ended well."""
-        with QuantizeJob(self.resolved(source), source).session(context) as artifact:
-            yield artifact
+    def job(self, source: Checkpoint) -> QuantizeJob:
+        """Gives the job of this stage on a source."""
+        return QuantizeJob(self.resolved(source), source)
