@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,11 @@ import pytest
 import quantpress as qp
 from quantpress.convert.open import open_checkpoint
 from quantpress.pipelines.onnx_stage import Onnx
-from tests.onnx_exports import GPTQ, LAYERS, export, files
+from tests.onnx_exports import GPTQ, export, files
+from tests.stopped_runs import LOOSE, stop_at, work
 from tests.tiny import tiny_checkpoint
 
 pytest.importorskip("onnxruntime")
-
-LOOSE = qp.JudgeOptions(chunks=1, context=32, max_kld=9, max_ppl_change=9, min_top1=0)  # random models lose much
 
 
 @pytest.fixture(scope="module")
@@ -35,20 +34,6 @@ def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     out = tmp_path_factory.mktemp("undisturbed") / "out"
     export(model, out, **GPTQ)
     return files(out)
-
-
-def work(out: Path) -> Path:
-    return out.parent / f".quantpress-{out.name}.work"
-
-
-def stop_at(phase: str, layers: float) -> Callable[[str, int, int], None]:
-    """A progress display that presses Ctrl-C when so many layers are done."""
-
-    def progress(name: str, done: int, total: int) -> None:
-        if name == phase and done >= layers * total / LAYERS:
-            raise KeyboardInterrupt
-
-    return progress
 
 
 def refuse_to_quantize(phase: str, done: int, total: int) -> None:
