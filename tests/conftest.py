@@ -2,10 +2,35 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
+import pkgutil
 from pathlib import Path
 
 import pytest
+import torch
+
+
+def _interpret_kernels() -> None:
+    """Imports the Triton kernels so that its interpreter runs them, where there is no GPU.
+
+    Triton decides when a kernel is decorated. The variable is taken back: what tests start as programs, and wrappers
+    that ask for it, must find what a user has.
+    """
+    if torch.cuda.is_available() or importlib.util.find_spec("triton") is None or "TRITON_INTERPRET" in os.environ:
+        return
+    import quantpress.kernels
+
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        for module in pkgutil.iter_modules(quantpress.kernels.__path__, "quantpress.kernels."):
+            importlib.import_module(module.name)
+    finally:
+        del os.environ["TRITON_INTERPRET"]
+
+
+_interpret_kernels()
 
 
 @pytest.fixture(scope="session")
