@@ -84,4 +84,4 @@ def _output(tool: str, *arguments: str) -> str:
 if __name__ == "__main__":
     cases = runpy.run_path(sys.argv[1])["CASES"]
     rows = [report(case, arch) for case in cases for arch in (80, 90)]
-    print(json.dumps([{key: value for key, value in row.items() if key != "sass"} for row in rows]))
+    sys.stdout.write(json.dumps([{key: value for key, value in row.items() if key != "sass"} for row in rows]))
