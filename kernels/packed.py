@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["PackedWeight", "reference_codes", "reference_dequantize"]
+__all__ = ["PackedWeight", "check_order", "reference_codes", "reference_dequantize"]
 
 _SCALES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -85,6 +85,19 @@ class PackedWeight:
         assert words is not None
         assert scale is not None
         return replace(self, words=words, scale=scale, zero=zero, order=order)
+
+
+def check_order(weight: PackedWeight) -> None:
+    """Checks that the places along K hold columns that exist; reads `order`, so it waits for the device.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if weight.order is None:
+        return
+    low, high = int(weight.order.min()), int(weight.order.max())
+    if low < 0 or high >= weight.columns:
+        raise ValueError(f"order goes from {low} to {high}, wanted 0 to {weight.columns - 1}")
 
 
 def reference_codes(weight: PackedWeight, start: int = 0, stop: int | None = None) -> torch.Tensor:

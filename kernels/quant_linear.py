@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from quantpress.kernels.linear import linear
-from quantpress.kernels.packed import PackedWeight
+from quantpress.kernels.packed import PackedWeight, check_order
 
 __all__ = ["QuantLinear"]
 
@@ -32,8 +32,12 @@ class QuantLinear(nn.Module):
             weight: (N, K).
             bias: (N,); used in the type of the inputs.
             deterministic: see `quantpress.kernels.linear.linear`.
+
+        Raises:
+            ValueError: `order` names columns that do not exist; its values are read once, here.
         """
         super().__init__()
+        check_order(weight)
         self.in_features, self.out_features = weight.columns, weight.rows
         self.bits, self.group_size, self.deterministic = weight.bits, weight.group_size, deterministic
         self.register_buffer("words", weight.words)
@@ -45,9 +49,7 @@ class QuantLinear(nn.Module):
     @property
     def weight(self) -> PackedWeight:
         """The packed weight, made of the buffers."""
-        return PackedWeight(
-            self.words, self.scale, self.zero, self.order, self.in_features, self.bits, self.group_size
-        )
+        return PackedWeight(self.words, self.scale, self.zero, self.order, self.in_features, self.bits, self.group_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Gives (..., N) for (..., K) in the type of `x`: float16, bfloat16 or float32."""
