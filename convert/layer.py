@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -22,6 +22,7 @@ __all__ = [
     "UP",
     "Adapt",
     "Layer",
+    "Linear",
     "Observe",
     "State",
     "Traits",
@@ -43,6 +44,18 @@ State = Mapping[str, torch.Tensor]
 `attended`, the attention's output where it joins the residual together with the MLP's."""
 
 QKV, OUTPUT, UP, DOWN = STEPS = range(4)  # groups of linears that read the same input, in the order they run
+
+
+class Linear(Protocol):
+    """A linear whose weight is kept in a form of its own, such as codes."""
+
+    def run(self, values: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Gives (..., N) in the type of `values`, (..., K); the bias is (N,)."""
+        ...
+
+    def dense(self) -> torch.Tensor:
+        """Gives the weight itself, (N, K) in a floating-point type."""
+        ...
 
 
 class Adapt(Protocol):
@@ -120,6 +133,7 @@ class Layer:
         observe: told the input of every linear; see `Observe`.
         adapt: changes the output of linears.
         attention_type: type to compute softmax(q k^T) v in, where it is not that of the hidden states.
+        linears: slot -> what stands in the place of a weight.
     """
 
     index: int
@@ -129,6 +143,7 @@ class Layer:
     observe: Observe | None = None
     adapt: Adapt | None = None
     attention_type: torch.dtype | None = None
+    linears: Mapping[str, Linear] = field(default_factory=dict)
 
     def run(self, hidden: torch.Tensor, turns: Turns | None, cache: Cache | None) -> torch.Tensor:
         """Computes the layer.
@@ -198,11 +213,17 @@ class Layer:
     def _linear(self, name: str, values: torch.Tensor) -> torch.Tensor:
         if self.observe is not None and (seen := self.observe(f"{name}.weight", values)) is not None:
             values = seen
-        weight, bias = self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias")
-        result = F.linear(values.to(weight.dtype), weight, bias if bias is None else bias.to(weight.dtype))
+        slot, bias = f"{name}.weight", self.weights.get(f"{name}.bias")
+        packed = self.linears.get(slot)
+        if packed is not None:
+            result = packed.run(values, bias)
+        else:
+            weight = self.weights[slot]
+            result = F.linear(values.to(weight.dtype), weight, bias if bias is None else bias.to(weight.dtype))
         if self.adapt is None:
             return result
-        return self.adapt.linear((f"{name}.weight", self.index), values, result, weight, bias)
+        dense = self.weights[slot] if packed is None else packed.dense()
+        return self.adapt.linear((slot, self.index), values, result, dense, bias)
 
     def _attention(self, values: torch.Tensor, turns: Turns | None, cache: Cache | None) -> torch.Tensor:
         hyper = self.hyper

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 
 from quantpress.convert.arch.spec import ArchSpec, Hyperparameters, Role, Rope
 from quantpress.convert.attention import Cache
-from quantpress.convert.layer import Adapt, Layer, Observe, Turns, normalize, traits_of
+from quantpress.convert.layer import Adapt, Layer, Linear, Observe, Turns, normalize, traits_of
 from quantpress.convert.rope import angles, depends_on_length
 from quantpress.convert.weights import Weight
 from quantpress.quant.errors import InputError
+
+Linears = Callable[[str, int], "Linear | None"]
+"""`(slot, layer)` -> what stands in the place of a weight, None where the weight itself is to be used."""
 
 _HEAD_ROWS = 16384  # rows of the head that are converted at once, so that it never stands in memory twice
 
@@ -34,6 +37,7 @@ class Decoder:
         dtype: torch.dtype = torch.float32,
         resident: bool = False,
         adapt: Adapt | None = None,
+        linears: Linears | None = None,
     ) -> None:
         """Reads nothing yet.
 
@@ -45,14 +49,16 @@ class Decoder:
             dtype: what to compute in.
             resident: keep weights after their first use.
             adapt: adapters that run beside the weights.
+            linears: asked for linears, and for a head of its own, before `weight` is; e.g. `PackedWeights`.
         """
         self.spec, self.hyper = spec, hyper
-        self.device, self.dtype, self.resident = torch.device(device), dtype, resident
-        self._weight, self._adapt = weight, adapt
+        self.device, self.dtype, self.resident = _numbered(torch.device(device)), dtype, resident
+        self._weight, self._adapt, self._linears = weight, adapt, linears
         self.traits = traits_of(spec, hyper)
         self._float32 = frozenset(row.slot for row in spec.tensors if row.role is Role.NORM)
         self._tied = hyper.tied and any(row.tied_to for row in spec.tensors if row.role is Role.HEAD)
         self._kept: dict[tuple[str, int], torch.Tensor | None] = {}
+        self._kept_linears: dict[tuple[str, int], Linear | None] = {}
         self._turns: dict[tuple[bool, int, int], Turns] = {}
 
     def logits(self, tokens: torch.Tensor, *, first: int = 0) -> torch.Tensor:
@@ -148,10 +154,16 @@ class Decoder:
         Returns:
             (B, T, hidden).
         """
-        found = {slot: self._get(slot, layer) for slot in self.traits.slots}
-        weights = {slot: weight for slot, weight in found.items() if weight is not None}
         turns = self.turns(layer, start, hidden.shape[1])
-        return Layer(layer, self.traits, self.hyper, weights, observe, self._adapt).run(hidden, turns, cache)
+        return self.layer(layer, observe).run(hidden, turns, cache)
+
+    def layer(self, layer: int, observe: Observe | None = None) -> Layer:
+        """Gives a layer with its weights."""
+        asked = {slot: self._linear(slot, layer) for slot in self.traits.slots}
+        linears = {slot: linear for slot, linear in asked.items() if linear is not None}
+        found = {slot: self._get(slot, layer) for slot in self.traits.slots if slot not in linears}
+        weights = {slot: weight for slot, weight in found.items() if weight is not None}
+        return Layer(layer, self.traits, self.hyper, weights, observe, self._adapt, linears=linears)
 
     def turns(self, layer: int, start: int, count: int) -> Turns | None:
         """Gives cosine and sine of a layer's positions, as `Layer.run` wants them; keeps them for the next layer.
@@ -187,18 +199,27 @@ class Decoder:
         hidden = normalize(hidden, weight, bias, kind=self.spec.norm, eps=self.hyper.norm_eps)
         if observe is not None and (seen := observe("output.weight", hidden)) is not None:
             hidden = seen
-        rows = self._stored("token_embd.weight" if self._tied else "output.weight", -1)
-        if rows.dtype == self.dtype and rows.device == self.device:
-            logits = F.linear(hidden, rows).float()
+        packed = None if self._tied else self._linear("output.weight", -1)
+        if packed is None:
+            rows = self._stored("token_embd.weight" if self._tied else "output.weight", -1)
+            logits = self._times_rows(hidden, rows)
         else:
-            logits = hidden.new_empty((*hidden.shape[:-1], rows.shape[0]), dtype=torch.float32)
-            for low in range(0, rows.shape[0], _HEAD_ROWS):
-                part = rows[low : low + _HEAD_ROWS].to(self.device, self.dtype)
-                logits[..., low : low + _HEAD_ROWS] = F.linear(hidden, part)
+            logits = packed.run(hidden, None).float()
         if self._adapt is not None:
-            logits = self._adapt.linear(("output.weight", -1), hidden, logits, rows, None)
+            dense = rows if packed is None else packed.dense()
+            logits = self._adapt.linear(("output.weight", -1), hidden, logits, dense, None)
         cap = self.hyper.logit_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def _times_rows(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Multiplies by a head that may be stored in another type or elsewhere; float32."""
+        if rows.dtype == self.dtype and rows.device == self.device:
+            return F.linear(hidden, rows).float()
+        logits = hidden.new_empty((*hidden.shape[:-1], rows.shape[0]), dtype=torch.float32)
+        for low in range(0, rows.shape[0], _HEAD_ROWS):
+            part = rows[low : low + _HEAD_ROWS].to(self.device, self.dtype)
+            logits[..., low : low + _HEAD_ROWS] = F.linear(hidden, part)
+        return logits
 
     def _rows(self, slot: str, index: torch.Tensor) -> torch.Tensor:
         stored = self._stored(slot, -1)
@@ -222,6 +243,16 @@ class Decoder:
             self._kept[slot, layer] = weight
         return weight
 
+    def _linear(self, slot: str, layer: int) -> Linear | None:
+        if self._linears is None:
+            return None
+        if (slot, layer) in self._kept_linears:
+            return self._kept_linears[slot, layer]
+        found = self._linears(slot, layer)
+        if self.resident:
+            self._kept_linears[slot, layer] = found
+        return found
+
     def _rope(self, layer: int) -> Rope | None:
         slides = bool(self.hyper.sliding_layers) and self.hyper.sliding_layers[layer]
         return self.hyper.rope_local if slides and self.hyper.rope_local is not None else self.hyper.rope
@@ -232,3 +263,10 @@ class Decoder:
             return False
         ropes = (self.hyper.rope, self.hyper.rope_local)
         return any(depends_on_length(rope, self.hyper.context, (before, after)) for rope in ropes)
+
+
+def _numbered(device: torch.device) -> torch.device:
+    """Gives "cuda" its number, as the tensors have it that are on it."""
+    if device.type != "cuda" or device.index is not None or not torch.cuda.is_available():
+        return device
+    return torch.device("cuda", torch.cuda.current_device())

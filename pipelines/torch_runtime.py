@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -16,33 +17,38 @@ from quantpress.convert.checkpoint import Checkpoint
 from quantpress.convert.layer import Adapt, Observe
 from quantpress.convert.lora.ledger import Adapted
 from quantpress.convert.lora.unmerged import unmerged
-from quantpress.convert.model import Decoder
-from quantpress.convert.preflight import check_tied_head, preflight
+from quantpress.convert.model import Decoder, Linears
+from quantpress.convert.packed_weights import PackedWeights
+from quantpress.convert.preflight import Preflight, check_tied_head, preflight
 from quantpress.convert.weights import CheckpointWeights, Weight
 from quantpress.pipelines.gguf_readback import read_back
 from quantpress.pipelines.machine import free_memory
 from quantpress.pipelines.rounded_inputs import rounded_inputs
+from quantpress.quant.gptq_cuda import full_float32
 
 FLOAT32_BYTES = 4
 UNMERGED = "torch (base + adapter, unmerged)"
 STREAM_BATCH = 4  # windows that run through a layer together when weights are streamed
 
 
-class _OneLayer:
-    """Keeps the float32 weights of the layer in use, so that several windows run on one reading of it."""
+Read = TypeVar("Read")
 
-    def __init__(self, weight: Weight) -> None:
-        self._weight = weight
-        self._layer, self._kept = -1, dict[str, "torch.Tensor | None"]()
 
-    def __call__(self, slot: str, layer: int) -> torch.Tensor | None:
+class _OneLayer(Generic[Read]):
+    """Keeps what was read of the layer in use, so that several windows run on one reading of it."""
+
+    def __init__(self, read: Callable[[str, int], Read | None], keep: Callable[[Read], Read] = lambda found: found):
+        self._read, self._keep = read, keep
+        self._layer, self._kept = -1, dict[str, "Read | None"]()
+
+    def __call__(self, slot: str, layer: int) -> Read | None:
         if layer < 0:
-            return self._weight(slot, layer)
+            return self._read(slot, layer)
         if layer != self._layer:
             self._layer, self._kept = layer, {}
         if slot not in self._kept:
-            found = self._weight(slot, layer)
-            self._kept[slot] = None if found is None else found.float()
+            found = self._read(slot, layer)
+            self._kept[slot] = None if found is None else self._keep(found)
         return self._kept[slot]
 
 
@@ -50,24 +56,27 @@ class TorchRuntime:
     """The decoder as a `Runtime`, in float32."""
 
     def __init__(
-        self, weight: Weight, spec: ArchSpec, hyper: Hyperparameters, *, parameters: int, device: str,
+        self, weight: Weight, spec: ArchSpec, hyper: Hyperparameters, *, nbytes: int, device: str,
         max_memory: int | None, rounded_input: Callable[[int, str, torch.Tensor], torch.Tensor] | None = None,
-        adapt: Adapt | None = None, name: str = "torch",
+        adapt: Adapt | None = None, linears: Linears | None = None, name: str = "torch",
     ) -> None:  # fmt: skip
-        """Reads nothing yet; weights stay in memory if they fit `max_memory` (default: half of what is free).
+        """Reads nothing yet; weights stay in memory if `nbytes` fit `max_memory` (default: half of what is free).
 
         `rounded_input` gives layer (-1: the head), slot and input of a linear as another runtime would round it;
-        `adapt` are adapters that run beside the weights.
+        `adapt` are adapters that run beside the weights; `linears` stand in the place of weights.
         """
         self.name = name
-        limit = free_memory() // 2 if max_memory is None else max_memory
-        resident = parameters * FLOAT32_BYTES <= limit
+        resident = nbytes <= _limit(device, max_memory)
         self.vocab_size, self.context = hyper.vocab, hyper.context
         self._layers = hyper.layers
         self._batch = 1 if resident else STREAM_BATCH
-        weights = weight if resident else _OneLayer(weight)
+        if not resident:
+            weight = _OneLayer(weight, torch.Tensor.float)
+            linears = None if linears is None else _OneLayer(linears)
         self._rounded_input = rounded_input
-        self._decoder = Decoder(weights, spec, hyper, device=device, resident=resident, adapt=adapt)
+        self._decoder = Decoder(
+            weight, spec, hyper, device=device, resident=resident, adapt=adapt, linears=linears
+        )  # fmt: skip
         self._prepared: dict[tuple[bytes, int], torch.Tensor] = {}
 
     @classmethod
@@ -75,6 +84,9 @@ class TorchRuntime:
         cls, source: Checkpoint, *, device: str = "cpu", max_memory: int | None = None, as_served: bool = False
     ) -> TorchRuntime:
         """Runs an open checkpoint.
+
+        Weights that the checkpoint has in codes stay codes on a CUDA device, where the kernels multiply by them. On a
+        processor they do so only where they fit memory that their float32 values do not fit.
 
         Args:
             source: the checkpoint; of a quantized one its codes, in float32.
@@ -89,9 +101,10 @@ class TorchRuntime:
         checked = preflight(source)
         check_tied_head(checked)
         weight = CheckpointWeights(source, checked.spec, checked.hyper)
+        linears, nbytes = _packed(source, checked, device, _limit(device, max_memory))
         return cls(
-            weight, checked.spec, checked.hyper, parameters=source.parameters, device=device, max_memory=max_memory,
-            rounded_input=rounded_inputs(source, checked) if as_served else None,
+            weight, checked.spec, checked.hyper, nbytes=nbytes, device=device, max_memory=max_memory,
+            rounded_input=rounded_inputs(source, checked) if as_served else None, linears=linears,
         )  # fmt: skip
 
     @classmethod
@@ -103,8 +116,8 @@ class TorchRuntime:
         """
         model = unmerged(adapted.base, adapted.applied)
         return cls(
-            model.weight, model.spec, model.hyper, parameters=model.parameters, device=device, max_memory=max_memory,
-            adapt=model.adapt, name=UNMERGED,
+            model.weight, model.spec, model.hyper, nbytes=model.parameters * FLOAT32_BYTES, device=device,
+            max_memory=max_memory, adapt=model.adapt, name=UNMERGED,
         )  # fmt: skip
 
     @classmethod
@@ -116,8 +129,8 @@ class TorchRuntime:
         """
         read = read_back(path)
         return cls(
-            read.weight, read.spec, read.hyper, parameters=read.parameters, device=device, max_memory=max_memory,
-            rounded_input=read.rounded_input,
+            read.weight, read.spec, read.hyper, nbytes=read.parameters * FLOAT32_BYTES, device=device,
+            max_memory=max_memory, rounded_input=read.rounded_input,
         )  # fmt: skip
 
     def prepare(
@@ -137,7 +150,7 @@ class TorchRuntime:
         hidden = [self._decoder.embed(torch.from_numpy(np.stack(group).astype(np.int64))) for group in groups]
         for layer in range(self._layers):
             for number, values in enumerate(hidden):
-                hidden[number] = self._decoder.run_layer(layer, values, observe=self._observe(layer))
+                hidden[number] = self._run_layer(layer, values)
             if progress is not None:
                 progress(layer + 1, self._layers)
         for group, values in zip(groups, hidden, strict=True):
@@ -150,11 +163,16 @@ class TorchRuntime:
         if hidden is None:
             whole = self._decoder.embed(torch.from_numpy(tokens[None].astype(np.int64)))
             for layer in range(self._layers):
-                whole = self._decoder.run_layer(layer, whole, observe=self._observe(layer))
+                whole = self._run_layer(layer, whole)
             hidden = whole[0, first:]
-        found = self._decoder.head(hidden[None], observe=self._observe(-1))
+        with full_float32():
+            found = self._decoder.head(hidden[None], observe=self._observe(-1))
         values: NDArray[np.float32] = found[0].cpu().numpy()
         return values
+
+    def _run_layer(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        with full_float32():
+            return self._decoder.run_layer(layer, hidden, observe=self._observe(layer))
 
     def _observe(self, layer: int) -> Observe | None:
         return None if self._rounded_input is None else partial(self._rounded_input, layer)
@@ -170,3 +188,24 @@ class TorchRuntime:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _limit(device: str, max_memory: int | None) -> int:
+    """Gives the bytes that weights may take."""
+    if max_memory is not None:
+        return max_memory
+    return (torch.cuda.mem_get_info(device)[0] if _is_cuda(device) else free_memory()) // 2
+
+
+def _packed(source: Checkpoint, checked: Preflight, device: str, limit: int) -> tuple[PackedWeights | None, int]:
+    """Gives the linears that are to stay in codes, if any, and the bytes of all weights."""
+    dense = source.parameters * FLOAT32_BYTES
+    if not source.quantized:
+        return None, dense
+    linears = PackedWeights(source, checked, device)
+    nbytes = linears.resident_bytes(FLOAT32_BYTES)
+    return (linears, nbytes) if _is_cuda(device) or dense > limit >= nbytes else (None, dense)
+
+
+def _is_cuda(device: str) -> bool:
+    return torch.device(device).type == "cuda"

@@ -1,0 +1,147 @@
+"""Linears of a quantized checkpoint that stay in codes while a model runs, by the decoder's slots."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from quantpress.convert.arch.spec import Hyperparameters, Layout, Role, TensorSpec
+from quantpress.convert.checkpoint import Checkpoint
+from quantpress.convert.model import Decoder
+from quantpress.convert.preflight import Preflight, check_tied_head, preflight
+from quantpress.convert.quantized import LazyQuantized
+from quantpress.convert.weights import CheckpointWeights, canonical
+from quantpress.kernels.linear import linear
+from quantpress.kernels.packed import PackedWeight, reference_dequantize
+from quantpress.quant.errors import LayoutError
+from quantpress.quant.packed import packed_weight
+from quantpress.quant.qtensor import QuantizedForm, group_count
+
+__all__ = ["PackedLinear", "PackedWeights", "form_bytes", "packed_decoder"]
+
+_SCALE_BYTES = {"F16": 2, "BF16": 2, "F32": 4}
+_ROLES = (Role.LINEAR, Role.HEAD)  # an embedding is looked up row by row, which the packed form does not give
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class PackedLinear:
+    """A linear on a packed weight; a `layer.Linear`.
+
+    Attributes:
+        weight: (N, K), outputs in the decoder's order.
+        deterministic: the same bits each time; see `quantpress.kernels.linear.linear`.
+    """
+
+    weight: PackedWeight
+    deterministic: bool = True
+
+    def run(self, values: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Gives (..., N) in the type of `values` (..., K); the bias (N,) is taken in that type."""
+        wanted = bias if bias is None else bias.to(values.dtype)
+        return linear(values, self.weight, wanted, deterministic=self.deterministic)
+
+    def dense(self) -> torch.Tensor:
+        """Gives the weight itself, (N, K) float32."""
+        return reference_dequantize(self.weight)
+
+
+def form_bytes(form: QuantizedForm) -> int:
+    """Gives the bytes that a matrix of this form takes when it is packed for the kernels."""
+    rows, columns = form.shape
+    groups = group_count(columns, form.group_size)
+    words = -(-columns * form.bits // 32) * 4 * rows
+    return words + groups * rows * (_SCALE_BYTES[form.scale_type] + (not form.symmetric)) + 8 * columns * form.ordered
+
+
+@dataclass(frozen=True)
+class PackedWeights:
+    """Reads the quantized linears of a checkpoint by the decoder's slots.
+
+    Attributes:
+        checkpoint: where from.
+        checked: its tensors by the family's table.
+        device: where the weights are kept.
+        deterministic: of the products.
+    """
+
+    checkpoint: Checkpoint
+    checked: Preflight
+    device: str | torch.device = "cpu"
+    deterministic: bool = True
+    _found: dict[tuple[str, int], tuple[TensorSpec, LazyQuantized]] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Finds which weights are quantized; reads nothing."""
+        quantized = self.checkpoint.quantized
+        found = {
+            (row.slot, layer): (row, quantized[tensor.name])
+            for row, layer, tensor in self.checked.bindings
+            if tensor.name in quantized and row.role in _ROLES
+        }
+        object.__setattr__(self, "_found", found)
+
+    def __call__(self, slot: str, layer: int) -> PackedLinear | None:
+        """Gives a linear in codes, None if it is not quantized or in a way that the kernels do not have.
+
+        Raises:
+            InputError: the file cannot be read.
+            LayoutError: codes that make no sense.
+        """
+        if (slot, layer) not in self._found:
+            return None
+        row, lazy = self._found[slot, layer]
+        tensor = lazy.read()
+        try:
+            weight = packed_weight(tensor)
+        except LayoutError:  # groups of uneven sizes: the decoder then takes the numbers that the codes stand for
+            return None
+        return PackedLinear(_ordered(weight, row, self.checked.hyper).to(self.device), self.deterministic)
+
+    def resident_bytes(self, width: int) -> int:
+        """Gives the bytes of all weights: packed ones as they are, of others `width` bytes a value."""
+        packed = {lazy.name: form_bytes(lazy.form) for _row, lazy in self._found.values()}
+        others = sum(tensor.size for name, tensor in self.checkpoint.tensors.items() if name not in packed)
+        return sum(packed.values()) + width * others
+
+
+def packed_decoder(
+    checkpoint: Checkpoint,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    deterministic: bool = False,
+) -> Decoder:
+    """Gives a decoder that keeps all weights on a device, those that are quantized in codes.
+
+    Args:
+        checkpoint: quantized or not.
+        device: where to compute.
+        dtype: to compute in, and of the weights that are not quantized.
+        deterministic: see `PackedLinear`.
+
+    Raises:
+        InputError: it does not fit its family.
+    """
+    checked = preflight(checkpoint)
+    check_tied_head(checked)
+    weights = CheckpointWeights(checkpoint, checked.spec, checked.hyper)
+    linears = PackedWeights(checkpoint, checked, device, deterministic)
+    return Decoder(
+        weights, checked.spec, checked.hyper, device=device, dtype=dtype, resident=True, linears=linears
+    )  # fmt: skip
+
+
+def _ordered(weight: PackedWeight, row: TensorSpec, hyper: Hyperparameters) -> PackedWeight:
+    """Brings outputs into the decoder's order, as `canonical` does with the numbers.
+
+    Codes are (N, K) whatever way round a family stores its weights, so that Conv1D needs nothing.
+    """
+    if row.layout is not Layout.HEADS_QKV:
+        return weight
+    order = canonical(torch.arange(weight.rows), row, hyper)
+    zero = weight.zero
+    return replace(
+        weight, words=weight.words[:, order].contiguous(), scale=weight.scale[:, order].contiguous(),
+        zero=None if zero is None else zero[:, order].contiguous(),
+    )  # fmt: skip
