@@ -1,0 +1,205 @@
+"""Products of several input rows with a packed matrix: tiles on tensor cores, weights made from codes in registers."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from quantpress.kernels.expand import less_zero, spread_codes
+from quantpress.kernels.launch import Launch, Problem, check_device
+from quantpress.kernels.packed import PackedWeight
+from quantpress.kernels.workspace import counters
+
+__all__ = ["EXACT_ROWS", "tiled", "tiled_launch"]
+
+EXACT_ROWS = 64
+"""Up to so many input rows the weights are not rounded."""
+
+_TYPES = (torch.float16, torch.bfloat16, torch.float32)
+_ROW, _TILE, _ANY = 0, 1, 2  # places that share a scale: all of them; those of a tile at least; any number
+_BAND = 8  # blocks of input rows that follow each other before the next outputs: they read the same words
+_PLAIN = (64, 32, 32)  # greatest tile where the sums are not for tensor cores
+
+
+def tiled(
+    x: torch.Tensor,
+    weight: PackedWeight,
+    bias: torch.Tensor | None = None,
+    *,
+    launch: Launch,
+    deterministic: bool = True,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Multiplies input rows with a packed matrix: x @ W.T + bias, (M, N) of x's type.
+
+    Up to `EXACT_ROWS` input rows the products of inputs and code - zero, which are whole numbers, are summed in float32
+    and the sum over a tile is multiplied by the scale. With more rows the weights are rounded to x's type, as those of
+    a dense model are. Groups that do not consist of whole tiles of at least 16 places (32 for 3 bits) are computed
+    without tensor cores up to `EXACT_ROWS` rows.
+
+    Args:
+        x: (M, K) float16, bfloat16 or float32, contiguous.
+        weight: N outputs, K places.
+        bias: (N,) of x's type.
+        launch: all parameters of a tile; block_k is lowered to what divides the groups.
+        deterministic: nothing else is implemented: shared sums are always added in one order.
+        out: (M, N) of x's type to fill.
+
+    Raises:
+        ValueError: shapes, types or devices that do not fit, or a tile that the kernel does not take.
+    """
+    out = _check(x, weight, bias, out)
+    rows_in, rows = out.shape
+    if not rows_in or not rows:
+        return out
+    if weight.order is not None:
+        x = x.index_select(1, weight.order)
+    rounded = rows_in > EXACT_ROWS
+    grouping, block_m, block_n, block_k = _tile(weight, launch, plain=x.dtype == torch.float32, rounded=rounded)
+    blocks_m, blocks_n = triton.cdiv(rows_in, block_m), triton.cdiv(rows, block_n)
+    split_k = min(launch.split_k, triton.cdiv(weight.columns, block_k))
+    slabs = arrived = None
+    if split_k > 1:
+        slabs = torch.empty((split_k, blocks_n * block_n, blocks_m * block_m), dtype=torch.float32, device=x.device)
+        arrived = counters(x.device, blocks_m * blocks_n)
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        _tiles[(blocks_m * blocks_n * split_k,)](
+            x, weight.words, weight.scale, weight.zero, bias, out, slabs, arrived, rows_in, rows, weight.columns,
+            weight.words.shape[0], weight.group_size, weight.bits, grouping, rounded, rows % block_n == 0,
+            weight.columns % block_k == 0, split_k, block_m, block_n, block_k, _BAND, num_warps=launch.warps,
+            num_stages=launch.stages,
+        )  # fmt: skip
+    return out
+
+
+def _check(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor:
+    if x.dtype not in _TYPES or x.dim() != 2 or x.shape[1] != weight.columns or not x.is_contiguous():
+        raise ValueError(f"x is {x.dtype} {tuple(x.shape)}, wanted contiguous floats of shape (M, {weight.columns})")
+    shape = (x.shape[0], weight.rows)
+    if out is None:
+        out = torch.empty(shape, dtype=x.dtype, device=x.device)
+    for name, tensor, wanted in (("bias", bias, shape[1:]), ("out", out, shape)):
+        if tensor is None:
+            continue
+        if tensor.dtype != x.dtype or tuple(tensor.shape) != wanted or not tensor.is_contiguous():
+            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, wanted contiguous {x.dtype} {wanted}")
+    check_device(_tiles, x, weight.words, bias, out)
+    return out
+
+
+def _tile(weight: PackedWeight, launch: Launch, *, plain: bool, rounded: bool) -> tuple[int, int, int, int]:
+    """Gives how scales are shared and the tile (block_m, block_n, block_k) that is run for a launch."""
+    least = 32 if weight.bits == 3 else 16
+    for name, size, lowest in (("m", launch.block_m, 8), ("n", launch.block_n, 16), ("k", launch.block_k, least)):
+        if size < lowest or size & (size - 1):
+            raise ValueError(f"block_{name} is {size}, wanted a power of two from {lowest}")
+    grouping, block_k = _ROW, launch.block_k
+    if weight.groups > 1:
+        shared = math.gcd(weight.group_size, block_k)
+        grouping, block_k = (_TILE, shared) if shared >= least else (_ANY, block_k)
+    if not plain and (grouping != _ANY or rounded):
+        return grouping, launch.block_m, launch.block_n, block_k
+    return grouping, min(launch.block_m, _PLAIN[0]), min(launch.block_n, _PLAIN[1]), min(block_k, _PLAIN[2])
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _tiles(  # type: ignore[no-untyped-def]
+    x, words, scale, zero, bias, out, slabs, arrived, rows_in, rows, columns, word_rows, group_size,
+    bits: tl.constexpr, grouping: tl.constexpr, rounded: tl.constexpr, whole_rows: tl.constexpr,
+    whole_columns: tl.constexpr, split_k: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr,
+    block_k: tl.constexpr, band: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = x.dtype.element_ty
+    blocks_m, blocks_n = tl.cdiv(rows_in, block_m), tl.cdiv(rows, block_n)
+    block = tl.program_id(0) // split_k
+    part = tl.program_id(0) % split_k
+    # all outputs of a band of input rows before those of the next; within it input rows change first
+    first_m = block // (band * blocks_n) * band
+    in_band = tl.minimum(blocks_m - first_m, band)
+    block_of_m = first_m + block % (band * blocks_n) % in_band
+    block_of_n = block % (band * blocks_n) // in_band
+    output = (block_of_n * block_n + tl.arange(0, block_n)).to(tl.int64)
+    row_in = (block_of_m * block_m + tl.arange(0, block_m)).to(tl.int64)
+    read_output = output if whole_rows else tl.minimum(output, rows - 1)
+    # input rows that do not exist read the last one: their sums are not stored
+    x_row = x + tl.minimum(row_in, rows_in - 1)[None, :] * columns
+
+    tiles = tl.cdiv(columns, block_k)
+    low, high = part * tiles // split_k * block_k, (part + 1) * tiles // split_k * block_k
+    total = tl.zeros((block_n, block_m), tl.float32)
+    for start in range(low, high, block_k):
+        place = start + tl.arange(0, block_k)
+        codes = spread_codes(
+            words, read_output, start, rows, word_rows, bits, block_n, block_k, whole_rows, whole_columns
+        )
+        if whole_columns:
+            inputs = tl.load(x_row + place[:, None])
+        else:
+            inputs = tl.load(x_row + place[:, None], mask=(place < columns)[:, None], other=0.0)
+            # what the last word holds past the last place would be multiplied with 0, which infinity does not survive
+            codes = tl.where((place < columns)[None, :], codes, 0)
+        if grouping == 2:
+            group = tl.minimum(place, columns - 1) // group_size
+            at = group[None, :] * rows + read_output[:, None]
+        elif grouping == 1:
+            at = (start // group_size * rows + read_output)[:, None]
+        else:
+            at = read_output[:, None]
+        if zero is None:
+            middle = tl.full((1, 1), 1 << (bits - 1), tl.int32)
+        else:
+            middle = tl.load(zero + at).to(tl.int32)
+        if rounded or grouping == 2:
+            step = tl.load(scale + at)
+            if step.dtype == dtype:
+                # one rounding, as that of the product of float32 to this type: |code - zero| has 9 bits at most
+                weights = less_zero(codes, middle, bits, dtype) * step
+            else:
+                weights = less_zero(codes, middle, bits, tl.float32) * step.to(tl.float32)
+            if rounded:
+                total = tl.dot(weights.to(dtype), inputs, total, input_precision="ieee")
+            else:
+                total += tl.dot(weights.to(tl.float32), inputs.to(tl.float32), input_precision="ieee")
+        else:
+            weights = less_zero(codes, middle, bits, dtype)
+            if grouping == 1:
+                step = tl.load(scale + at).to(tl.float32)
+                total += tl.dot(weights, inputs, input_precision="ieee") * step
+            else:
+                total = tl.dot(weights, inputs, total, input_precision="ieee")
+    if grouping == 0 and not rounded:
+        total *= tl.load(scale + read_output)[:, None].to(tl.float32)
+
+    if split_k > 1:
+        # a block of outputs is summed by the program that comes last, over all parts in their order
+        place = tl.arange(0, block_n)[:, None] * block_m + tl.arange(0, block_m)[None, :]
+        size: tl.constexpr = block_n * block_m
+        slab = slabs + block.to(tl.int64) * (split_k * size)
+        tl.store(slab + part * size + place, total)
+        tl.debug_barrier()
+        before = tl.atomic_add(arrived + block, 1, sem="acq_rel")
+        if before == split_k - 1:
+            total = tl.zeros((block_n, block_m), tl.float32)
+            for other in range(split_k):
+                total += tl.load(slab + other * size + place, cache_modifier=".cg")
+            _finish(total, bias, out, output, row_in, rows_in, rows)
+            tl.store(arrived + block, 0)
+    else:
+        _finish(total, bias, out, output, row_in, rows_in, rows)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _finish(total, bias, out, output, row_in, rows_in, rows):  # type: ignore[no-untyped-def]
+    if bias is not None:
+        total += tl.load(bias + output, mask=output < rows, other=0.0).to(tl.float32)[:, None]
+    inside = (output < rows)[:, None] & (row_in < rows_in)[None, :]
+    tl.store(out + row_in[None, :] * rows + output[:, None], total.to(out.dtype.element_ty), mask=inside)
+
+
+def tiled_launch(problem: Problem) -> Launch:
+    """Gives launch parameters by arithmetic."""
+    del problem
+    return Launch("tiled")
