@@ -18,7 +18,7 @@ from quantpress.convert.linears import linear_weights
 from quantpress.convert.recent import Recent
 from quantpress.quant.qtensor import QuantizedForm, QuantizedTensor
 
-__all__ = ["LazyQuantized", "PackFormat", "PackedTensor", "with_quantized"]
+__all__ = ["LazyQuantized", "PackFormat", "PackedTensor", "Streams", "with_quantized"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +30,29 @@ class LazyQuantized:
         form: what it is made of; `shape` is (N, K) whatever way round the family stores its weights.
         source: the file it comes from, for messages.
         read: gives all of it; may be called twice and from several threads.
+        streams: gives the same as the kernels read it, no code unpacked; None where the file keeps it otherwise.
     """
 
     name: str
     form: QuantizedForm
     source: str
     read: Callable[[], QuantizedTensor] = field(repr=False)
+    streams: Callable[[], Streams] | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Streams:
+    """A quantized matrix in the layout of GPTQ's `qweight`, which is the one that the kernels read.
+
+    Attributes:
+        words: (K * bits / 32, N) int32, a stream of bits down each column.
+        scale: (G, N) in the type it is stored in.
+        zero: (G, N) uint8, None for symmetric codes.
+    """
+
+    words: Array
+    scale: Array
+    zero: Array | None
 
 
 @dataclass(frozen=True, slots=True)

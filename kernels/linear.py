@@ -62,6 +62,7 @@ def packed_linear(
     Raises:
         ValueError: shapes, types or devices that do not fit.
     """
+    del deterministic  # a processor always adds in the same order
     weight = PackedWeight(words, scale, zero, order, columns, bits, group_size)
     flat = _flat(x, weight, bias)
     ordered = flat if order is None else flat.index_select(1, order)
@@ -89,10 +90,8 @@ def _on_cuda(
 
 
 @packed_linear.register_fake
-def _fake(
-    x: torch.Tensor, words: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, order: torch.Tensor | None,
-    bias: torch.Tensor | None, columns: int, bits: int, group_size: int, deterministic: bool,
-) -> torch.Tensor:  # fmt: skip
+def _fake(x: torch.Tensor, words: torch.Tensor, scale: torch.Tensor, *rest: object) -> torch.Tensor:
+    del words, rest
     return x.new_empty((*x.shape[:-1], scale.shape[1]))
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import NDArray
 
 from quantpress.quant.errors import LayoutError
 from quantpress.quant.packing import pack_stream
@@ -16,7 +18,9 @@ if TYPE_CHECKING:
 
     from quantpress.kernels.packed import PackedWeight
 
-__all__ = ["packed_weight"]
+__all__ = ["packed_streams", "packed_weight"]
+
+Array = NDArray[Any]
 
 _WHOLE = 32  # places along K: so many codes of any bits fill whole words
 
@@ -36,8 +40,6 @@ def packed_weight(tensor: QuantizedTensor, device: str | torch.device = "cpu") -
     """
     import torch
 
-    from quantpress.kernels.packed import PackedWeight
-
     codes, order = tensor.codes, None
     if tensor.g_idx is not None:
         _check_groups(tensor)
@@ -46,17 +48,46 @@ def packed_weight(tensor: QuantizedTensor, device: str | torch.device = "cpu") -
     rest = -tensor.columns % _WHOLE
     padded = np.pad(codes, ((0, 0), (0, rest))) if rest else codes
     words = pack_stream(np.ascontiguousarray(padded), tensor.bits)[:, : -(-tensor.columns * tensor.bits // 32)]
-    scale = np.ascontiguousarray(tensor.scale.T)
-    if scale.dtype == ml_dtypes.bfloat16:
-        stored = torch.from_numpy(scale.view(np.int16)).view(torch.bfloat16)
-    else:
-        stored = torch.from_numpy(scale)
-    zero = None if tensor.zero is None else torch.from_numpy(np.ascontiguousarray(tensor.zero.T))
+    zero = None if tensor.zero is None else np.ascontiguousarray(tensor.zero.T)
+    packed = packed_streams(
+        np.ascontiguousarray(words.T), np.ascontiguousarray(tensor.scale.T), zero, tensor.bits, tensor.group_size,
+        columns=tensor.columns,
+    )  # fmt: skip
+    if order is not None:
+        packed = replace(packed, order=torch.from_numpy(order.astype(np.int64)))
+    return packed.to(device)
+
+
+def packed_streams(
+    words: Array, scale: Array, zero: Array | None, bits: int, group_size: int, *, columns: int
+) -> PackedWeight:
+    """Takes a matrix that is in the kernels' layout already, as GPTQ's `qweight` is; the arrays are not copied.
+
+    Args:
+        words: (ceil(K * bits / 32), N) int32.
+        scale: (G, N) float16, bfloat16 or float32.
+        zero: (G, N) uint8, None for symmetric codes.
+        bits: 2, 3, 4 or 8.
+        group_size: columns that share a scale.
+        columns: K.
+    """
+    import torch
+
+    from quantpress.kernels.packed import PackedWeight
+
+    halves = scale.dtype == ml_dtypes.bfloat16
+    stored = torch.from_numpy(_writable(scale.view(np.int16) if halves else scale))
     return PackedWeight(
-        words=torch.from_numpy(np.ascontiguousarray(words.T)), scale=stored, zero=zero,
-        order=None if order is None else torch.from_numpy(order.astype(np.int64)), columns=tensor.columns,
-        bits=tensor.bits, group_size=min(tensor.group_size, tensor.columns),
-    ).to(device)  # fmt: skip
+        words=torch.from_numpy(_writable(words)), scale=stored.view(torch.bfloat16) if halves else stored,
+        zero=None if zero is None else torch.from_numpy(_writable(zero)), order=None, columns=columns, bits=bits,
+        group_size=min(group_size, columns),
+    )  # fmt: skip
+
+
+def _writable(values: Array) -> Array:
+    """Gives a contiguous array that torch does not warn of; a copy only where it must be."""
+    values = np.ascontiguousarray(values)
+    return values if values.flags.writeable else values.copy()
 
 
 def _check_groups(tensor: QuantizedTensor) -> None:
@@ -65,4 +96,6 @@ def _check_groups(tensor: QuantizedTensor) -> None:
     wanted[-1] = tensor.columns - tensor.group_size * (tensor.groups - 1)
     if not np.array_equal(sizes, wanted):
         wrong = int(np.flatnonzero(sizes != wanted)[0])
-        raise LayoutError(f"group {wrong} has {sizes[wrong]} columns, wanted {wanted[wrong]}: the kernels need even groups")
+        raise LayoutError(
+            f"group {wrong} has {sizes[wrong]} columns, wanted {wanted[wrong]}: the kernels need even groups"
+        )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from quantpress.convert.checkpoint import Checkpoint, LazyTensor
 from quantpress.convert.files import shown
 from quantpress.convert.gptq.rules import ModuleSettings, read_settings
 from quantpress.convert.packed_parts import SETTINGS, Parts, is_packed_by, plain_dtype, read_finite, word_modules
-from quantpress.convert.quantized import LazyQuantized, with_quantized
+from quantpress.convert.quantized import LazyQuantized, Streams, with_quantized
 from quantpress.quant.errors import InputError
 from quantpress.quant.packing import unpack_stream
 from quantpress.quant.qtensor import QuantizedForm, QuantizedTensor, group_count
@@ -164,17 +165,31 @@ class _Module:
         form = QuantizedForm(
             (self.rows, self.columns), settings.bits, self.group_size, settings.symmetric, self.scales.dtype, ordered
         )
-        return LazyQuantized(self.weight, form, self.qweight.source, lambda: self.read(version))
+        streams = None if ordered else partial(self.streams, version)
+        return LazyQuantized(self.weight, form, self.qweight.source, partial(self.read, version), streams)
 
     def read(self, version: int) -> QuantizedTensor:
         bits = self.settings.bits
         codes = unpack_stream(np.ascontiguousarray(self.qweight.read().T), bits, self.columns)
         scales = np.ascontiguousarray(read_finite(self.scales).T)
+        zero = self._zero(version)
+        placed = None if zero is None else np.ascontiguousarray(zero.T)
+        return QuantizedTensor(codes, scales, placed, bits, self.group_size, self.order())
+
+    def streams(self, version: int) -> Streams:
+        return Streams(self.qweight.read(), read_finite(self.scales), self._zero(version))
+
+    def _zero(self, version: int) -> NDArray[np.uint8] | None:
+        """The zero of each group, (G, N), None where it is the same for all.
+
+        Raises:
+            InputError: the configuration says that it is, and it is not.
+        """
         zeros = self.zeros(version)
-        if self.settings.symmetric:
-            self._refuse_asymmetric(zeros)
-        zero = None if self.settings.symmetric else np.ascontiguousarray(zeros.T)
-        return QuantizedTensor(codes, scales, zero, bits, self.group_size, self.order())
+        if not self.settings.symmetric:
+            return zeros
+        self._refuse_asymmetric(zeros)
+        return None
 
     def _refuse_asymmetric(self, zeros: NDArray[np.uint8]) -> None:
         wanted = 1 << (self.settings.bits - 1)
