@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Generic, TypeVar
@@ -204,7 +205,8 @@ def _packed(source: Checkpoint, checked: Preflight, device: str, limit: int) -> 
         return None, dense
     linears = PackedWeights(source, checked, device)
     nbytes = linears.resident_bytes(FLOAT32_BYTES)
-    return (linears, nbytes) if _is_cuda(device) or dense > limit >= nbytes else (None, dense)
+    kernels = _is_cuda(device) and find_spec("triton") is not None
+    return (linears, nbytes) if kernels or dense > limit >= nbytes else (None, dense)
 
 
 def _is_cuda(device: str) -> bool:
