@@ -40,17 +40,14 @@ def packed_weight(tensor: QuantizedTensor, device: str | torch.device = "cpu") -
     """
     import torch
 
-    codes, order = tensor.codes, None
+    codes, order = tensor.codes.T, None
     if tensor.g_idx is not None:
         _check_groups(tensor)
         order = np.argsort(tensor.g_idx, kind="stable")
-        codes = codes[:, order]
-    rest = -tensor.columns % _WHOLE
-    padded = np.pad(codes, ((0, 0), (0, rest))) if rest else codes
-    words = pack_stream(np.ascontiguousarray(padded), tensor.bits)[:, : -(-tensor.columns * tensor.bits // 32)]
+        codes = codes[order]
     zero = None if tensor.zero is None else np.ascontiguousarray(tensor.zero.T)
     packed = packed_streams(
-        np.ascontiguousarray(words.T), np.ascontiguousarray(tensor.scale.T), zero, tensor.bits, tensor.group_size,
+        _words(codes, tensor.bits), np.ascontiguousarray(tensor.scale.T), zero, tensor.bits, tensor.group_size,
         columns=tensor.columns,
     )  # fmt: skip
     if order is not None:
@@ -82,6 +79,21 @@ def packed_streams(
         zero=None if zero is None else torch.from_numpy(_writable(zero)), order=None, columns=columns, bits=bits,
         group_size=min(group_size, columns),
     )  # fmt: skip
+
+
+def _words(codes: NDArray[np.uint8], bits: int) -> NDArray[np.int32]:
+    """Packs (K, N) codes down the columns: (ceil(K * bits / 32), N)."""
+    columns, rows = codes.shape
+    padded = np.zeros((-(-columns // _WHOLE) * _WHOLE, rows), np.uint8)
+    padded[:columns] = codes
+    count = -(-columns * bits // 32)
+    if 32 % bits:
+        return np.ascontiguousarray(pack_stream(np.ascontiguousarray(padded.T), bits).T[:count])
+    fields = padded.reshape(-1, 32 // bits, rows)
+    words = fields[:, 0].astype(np.uint32)
+    for place in range(1, 32 // bits):  # whole rows at a time, not single codes
+        words |= fields[:, place].astype(np.uint32) << np.uint32(place * bits)
+    return words[:count].view(np.int32)
 
 
 def _writable(values: Array) -> Array:
