@@ -215,7 +215,7 @@ def _improve(
 
 def _scales_by_maximum(values: Array, kind: KQuant) -> tuple[Array, Array]:
     """Step (B,) and codes (B, sub-blocks) of scales or minima, by the greatest."""
-    greatest = np.fmax.reduce(values, axis=1, initial=_F(0))
+    greatest = np.where(values > 0, values, _F(0)).max(axis=1)
     inverse = np.where(greatest > 0, _F(kind.scale_top) / greatest, _F(0))
     codes = _nearest(inverse[:, None] * values) & 255
     return greatest / _F(kind.scale_top), np.where(greatest[:, None] > 0, codes, 0)
@@ -230,7 +230,7 @@ def _signed_scales_by_maximum(values: Array) -> tuple[Array, Array]:
 
 def _scales_by_search(values: Array, weights: Array, top: int) -> tuple[Array, Array]:
     """make_qp_quants."""
-    greatest = np.fmax.reduce(values, axis=1, initial=_F(0))
+    greatest = np.where(values > 0, values, _F(0)).max(axis=1)
     chosen = best = np.zeros(0, _F)
     for step in (0, *(number for number in range(-4, 5) if number)):
         inverse = (_F(0.1) * _F(step) + _F(top)) / greatest
