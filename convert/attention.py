@@ -3,9 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
+
+
+class Store(Protocol):
+    """Where the attention keeps keys and values of earlier tokens."""
+
+    def extend(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Adds the newest tokens of a layer.
+
+        Args:
+            layer: its number.
+            keys: (B, kv_heads, T, head_dim), turned by their positions.
+            values: (B, kv_heads, T, head_dim).
+
+        Returns:
+            Keys and values of all tokens, and for a single new token what is added to its scores where they are not all
+            seen, (1, Tk): 0 for keys that are, minus infinity for others. None: their number says what is seen.
+        """
+        ...
 
 
 @dataclass
@@ -22,13 +43,15 @@ class Cache:
     values: dict[int, torch.Tensor] = field(default_factory=dict)
     length: int = 0
 
-    def extend(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Adds the newest tokens of a layer and gives all of them."""
+    def extend(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Adds the newest tokens of a layer and gives all of them; see `Store`."""
         if layer in self.keys:
             keys = torch.cat((self.keys[layer], keys), dim=2)
             values = torch.cat((self.values[layer], values), dim=2)
         self.keys[layer], self.values[layer] = keys, values
-        return keys, values
+        return keys, values, None
 
 
 def visible(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor | None:
@@ -88,3 +111,36 @@ def attend(
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     return scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype) @ value
+
+
+def attend_next(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Computes attention of one token per text over a store of fixed size.
+
+    Query heads that share a key head stand where the tokens of a text would: no key is copied, and each is read once.
+
+    Args:
+        query: (B, heads, 1, head_dim).
+        key: (B, kv_heads, Tk, head_dim).
+        value: (B, kv_heads, Tk, head_dim).
+        bias: (1, Tk) in the type of `query`, added to the capped scores.
+        scale: factor on q·k.
+        softcap: as for `attend`.
+
+    Returns:
+        (B, heads, 1, head_dim).
+    """
+    grouped = query.reshape(query.shape[0], key.shape[1], -1, query.shape[-1])
+    if softcap is None:
+        found = F.scaled_dot_product_attention(grouped, key, value, attn_mask=bias, scale=scale)
+    else:
+        scores = torch.tanh(grouped @ key.transpose(2, 3) * scale / softcap) * softcap + bias
+        found = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype) @ value
+    return found.reshape(query.shape)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from quantpress.convert.arch.spec import Hyperparameters
-from quantpress.convert.attention import Cache, attend
+from quantpress.convert.attention import Store, attend, attend_next
 from quantpress.convert.rope import turn
 from quantpress.convert.traits import Traits, steps_of, traits_of
 
@@ -145,7 +145,7 @@ class Layer:
     attention_type: torch.dtype | None = None
     linears: Mapping[str, Linear] = field(default_factory=dict)
 
-    def run(self, hidden: torch.Tensor, turns: Turns | None, cache: Cache | None) -> torch.Tensor:
+    def run(self, hidden: torch.Tensor, turns: Turns | None, cache: Store | None) -> torch.Tensor:
         """Computes the layer.
 
         Args:
@@ -173,7 +173,7 @@ class Layer:
         return self._norm("attn_norm" if step == QKV else "ffn_norm", state["hidden"])
 
     def finish(
-        self, step: int, state: State, values: torch.Tensor, turns: Turns | None = None, cache: Cache | None = None
+        self, step: int, state: State, values: torch.Tensor, turns: Turns | None = None, cache: Store | None = None
     ) -> State:
         """Runs a step's linears and what follows them, up to the input of the next step.
 
@@ -225,25 +225,25 @@ class Layer:
         dense = self.weights[slot] if packed is None else packed.dense()
         return self.adapt.linear((slot, self.index), values, result, dense, bias)
 
-    def _attention(self, values: torch.Tensor, turns: Turns | None, cache: Cache | None) -> torch.Tensor:
+    def _attention(self, values: torch.Tensor, turns: Turns | None, cache: Store | None) -> torch.Tensor:
         hyper = self.hyper
         query, key, value = (self._heads(part) for part in self._qkv(values))
         if self.traits.head_norms:
             query, key = self._norm("attn_q_norm", query), self._norm("attn_k_norm", key)
         if turns is not None:
             query, key = turn(query, *turns), turn(key, *turns)
+        bias = None
         if cache is not None:
-            key, value = cache.extend(self.index, key, value)
-        slides = bool(hyper.sliding_layers) and hyper.sliding_layers[self.index]
+            key, value, bias = cache.extend(self.index, key, value)
         kind = self.attention_type or query.dtype
-        attended = attend(
-            query.to(kind),
-            key.to(kind),
-            value.to(kind),
-            scale=hyper.attention_scale / (self.index + 1 if hyper.inverse_layer_scale else 1),
-            window=hyper.sliding_window if slides else None,
-            softcap=hyper.attention_softcap,
-        )
+        query, key, value = query.to(kind), key.to(kind), value.to(kind)
+        scale = hyper.attention_scale / (self.index + 1 if hyper.inverse_layer_scale else 1)
+        if bias is not None:
+            attended = attend_next(query, key, value, bias, scale=scale, softcap=hyper.attention_softcap)
+        else:
+            slides = bool(hyper.sliding_layers) and hyper.sliding_layers[self.index]
+            window = hyper.sliding_window if slides else None
+            attended = attend(query, key, value, scale=scale, window=window, softcap=hyper.attention_softcap)
         return attended.transpose(1, 2).flatten(2).to(values.dtype)
 
     def _qkv(self, values: torch.Tensor) -> tuple[torch.Tensor, ...]:

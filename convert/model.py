@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from quantpress.convert.arch.spec import ArchSpec, Hyperparameters, Role, Rope
-from quantpress.convert.attention import Cache
+from quantpress.convert.attention import Cache, Store
 from quantpress.convert.layer import Adapt, Layer, Linear, Observe, Turns, normalize, traits_of
 from quantpress.convert.rope import angles, depends_on_length
 from quantpress.convert.weights import Weight
@@ -93,7 +93,7 @@ class Decoder:
         text, added = list(tokens), list[int]()
         cache = Cache()
         for _ in range(count):
-            if self._turned_otherwise(cache.length, len(text)):
+            if self.turns_otherwise(cache.length, len(text)):
                 cache = Cache()
             start = cache.length
             hidden = self.embed(torch.tensor([text[start:]]), start=start)
@@ -122,15 +122,19 @@ class Decoder:
         low, high = (int(tokens.min()), int(tokens.max())) if tokens.numel() else (0, 0)
         if low < 0 or high >= self.hyper.vocab:
             raise InputError(f"token ids go from {low} to {high}, the model has {self.hyper.vocab} tokens")
+        end = start + tokens.shape[1]
+        if self.spec.positions == "learned" and end > self.hyper.context:
+            raise InputError(f"the text has {end} tokens, the model has {self.hyper.context} positions")
+        return self.embed_at(tokens, torch.arange(start, end))
+
+    def embed_at(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Does what `embed` does, for positions (T,) int64, without looking whether there are such."""
         hidden = self._rows("token_embd.weight", tokens)
         if self.hyper.embedding_scale != 1.0:
             # transformers rounds the scale to the type it computes in
-            hidden = hidden * torch.tensor(self.hyper.embedding_scale).to(self.dtype).to(self.device)
+            hidden = hidden * float(torch.tensor(self.hyper.embedding_scale).to(self.dtype))
         if self.spec.positions == "learned":
-            end = start + tokens.shape[1]
-            if end > self.hyper.context:
-                raise InputError(f"the text has {end} tokens, the model has {self.hyper.context} positions")
-            hidden = hidden + self._rows("position_embd.weight", torch.arange(start, end))
+            hidden = hidden + self._rows("position_embd.weight", positions)
         return hidden
 
     def run_layer(
@@ -139,7 +143,7 @@ class Decoder:
         hidden: torch.Tensor,
         *,
         start: int = 0,
-        cache: Cache | None = None,
+        cache: Store | None = None,
         observe: Observe | None = None,
     ) -> torch.Tensor:
         """Runs one layer.
@@ -173,7 +177,7 @@ class Decoder:
             start: position of the first token.
             count: tokens from there on, up to the end of the text.
         """
-        rope = self._rope(layer)
+        rope = self.rope(layer)
         if rope is None:
             return None
         key = (rope is self.hyper.rope_local, start, count)
@@ -253,11 +257,12 @@ class Decoder:
             self._kept_linears[slot, layer] = found
         return found
 
-    def _rope(self, layer: int) -> Rope | None:
+    def rope(self, layer: int) -> Rope | None:
+        """Gives the rotary positions of a layer, None where positions are learned."""
         slides = bool(self.hyper.sliding_layers) and self.hyper.sliding_layers[layer]
         return self.hyper.rope_local if slides and self.hyper.rope_local is not None else self.hyper.rope
 
-    def _turned_otherwise(self, before: int, after: int) -> bool:
+    def turns_otherwise(self, before: int, after: int) -> bool:
         """Whether keys in the cache would turn otherwise in a text of the new length."""
         if before == 0:
             return False
