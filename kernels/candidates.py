@@ -139,5 +139,5 @@ def _fills(problem: Problem, launch: Launch, device: Device) -> bool:
     tiles *= triton.cdiv(problem.rows, launch.block_n)
     steps = triton.cdiv(problem.columns, launch.block_k)
     if launch.split_k > 1:
-        return launch.split_k <= steps and tiles * launch.split_k <= _WAVES * device.processors
+        return bool(launch.split_k <= steps and tiles * launch.split_k <= _WAVES * device.processors)
     return bool(tiles >= device.processors // 4 or steps == 1 or problem.rows_in > _SMALL)
