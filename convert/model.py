@@ -169,6 +169,12 @@ class Decoder:
         weights = {slot: weight for slot, weight in found.items() if weight is not None}
         return Layer(layer, self.traits, self.hyper, weights, observe, self._adapt, linears=linears)
 
+    def release(self, layer: int) -> None:
+        """Forgets the weights of a layer; they are read again if the layer runs."""
+        for slot in self.traits.slots:
+            self._kept.pop((slot, layer), None)
+            self._kept_linears.pop((slot, layer), None)
+
     def turns(self, layer: int, start: int, count: int) -> Turns | None:
         """Gives cosine and sine of a layer's positions, as `Layer.run` wants them; keeps them for the next layer.
 
