@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from quantpress.kernels.expand import raised_codes, raised_zero
+from quantpress.kernels.expand import expand, raised
 from quantpress.kernels.launch import check_device
 from quantpress.kernels.packed import PackedWeight
 
@@ -76,47 +76,50 @@ def _dequantize(  # type: ignore[no-untyped-def]
     output = (tl.program_id(0) // blocks_k * block_n + tl.arange(0, block_n)).to(tl.int64)
     column = start + tl.arange(0, block_k)
     inside = (output < rows)[:, None] & (column < columns)[None, :]
-    if place_of is None:
-        place = column
-        weights = raised_codes(words, output, start, rows, word_rows, dtype, bits, block_n, block_k, whole)
-    else:
-        place = tl.load(place_of + column, mask=column < columns, other=0)
-        weights = _gathered(words, output, place, rows, word_rows, dtype, bits, inside, whole)
     if one_group and place_of is None:
         at = (start // group_size * rows + output)[:, None]
-        known = (output < rows)[:, None]
+        step = tl.load(scale + at, mask=(output < rows)[:, None], other=0.0)
+        middle = tl.full((block_n, 1), 1 << (bits - 1), tl.uint8)
+        if zero is not None:
+            middle = tl.load(zero + at, mask=(output < rows)[:, None], other=0)
+        weights = expand(
+            words, output, start, rows, word_rows, raised(middle, dtype, bits), step, dtype, bits, block_n, block_k,
+            whole,
+        )  # fmt: skip
     else:
+        place = column
+        if place_of is None:
+            weights = expand(words, output, start, rows, word_rows, None, None, dtype, bits, block_n, block_k, whole)
+        else:
+            place = tl.load(place_of + column, mask=column < columns, other=0)
+            weights = _gathered(words, output, place, rows, word_rows, dtype, bits, inside)
         at = (place // group_size).to(tl.int64)[None, :] * rows + output[:, None]
-        known = inside
-    if zero is None:
-        weights -= raised_zero(tl.full((1, 1), 1 << (bits - 1), tl.uint8), dtype, bits)
-    elif whole:
-        weights -= raised_zero(tl.load(zero + at), dtype, bits)
-    else:
-        weights -= raised_zero(tl.load(zero + at, mask=known, other=0), dtype, bits)
-    step = tl.load(scale + at) if whole else tl.load(scale + at, mask=known, other=0.0)
-    # scales of the result's type: one rounding, as that of the float32 product, for |code - zero| has 9 bits at most
-    step = step if step.dtype == weights.dtype else step.to(tl.float32)
+        middle = tl.full((1, 1), 1 << (bits - 1), tl.uint8)
+        if zero is not None:
+            middle = tl.load(zero + at, mask=inside, other=0)
+        weights -= raised(middle, dtype, bits)
+        step = tl.load(scale + at, mask=inside, other=0.0)
+        weights *= step if step.dtype == weights.dtype else step.to(tl.float32)
     target = out + output[:, None] * columns + column[None, :]
     if whole:
-        tl.store(target, (weights * step).to(dtype))
+        tl.store(target, weights.to(dtype))
     else:
-        tl.store(target, (weights * step).to(dtype), mask=inside)
+        tl.store(target, weights.to(dtype), mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _gathered(  # type: ignore[no-untyped-def]
-    words, output, place, rows, word_rows, dtype: tl.constexpr, bits: tl.constexpr, inside, whole: tl.constexpr
+    words, output, place, rows, word_rows, dtype: tl.constexpr, bits: tl.constexpr, inside
 ):
     """Gives the codes at any places, raised: (outputs, places)."""
     bit = place * bits
     row, shift = (bit // 32).to(tl.int64), (bit % 32).to(tl.uint32)[None, :]
     pointers = words + row[None, :] * rows + output[:, None]
-    held = (tl.load(pointers) if whole else tl.load(pointers, mask=inside, other=0)).to(tl.uint32, bitcast=True)
+    held = tl.load(pointers, mask=inside, other=0).to(tl.uint32, bitcast=True)
     codes = held >> shift
     if bits == 3:
         # what a code has in the next word; a last word has no code that goes on
         onward = inside & ((shift > 29) & (row + 1 < word_rows)[None, :])
         after = tl.load(pointers + rows, mask=onward, other=0).to(tl.uint32, bitcast=True)
         codes |= (after << 1) << (31 - shift)  # in two steps: a shift by 32 is not defined
-    return raised_zero(codes & ((1 << bits) - 1), dtype, bits)
+    return raised(codes & ((1 << bits) - 1), dtype, bits)

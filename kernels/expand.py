@@ -1,8 +1,9 @@
 """Packed words to whole numbers `code - zero`, inside kernels: what the tiled product and dequantize share.
 
 Tiles have outputs along their first and places along their second dimension. A thread reads a word once and keeps what
-is made of it: joins put the codes of a word beside each other in its registers, in their order along K, so that 16
-bytes of neighbours are what it stores for the tensor cores.
+is made of it: all arithmetic is done on tiles of the words' shape, and joins at the end put the numbers beside each
+other in the thread's registers, in their order along K, so that 16 bytes of neighbours are what it stores for the
+tensor cores.
 
 A code becomes a number without an instruction that converts (those run at a quarter of the rate or less): it is put
 into the low bits of a float whose unit in the last place is 1, and that float with the zero in its place of the code is
@@ -15,18 +16,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["raised_codes", "raised_zero"]
+__all__ = ["expand", "raised"]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def raised_codes(  # type: ignore[no-untyped-def]
-    words, output, start, rows, word_rows, dtype: tl.constexpr, bits: tl.constexpr, block_n: tl.constexpr,
-    block_k: tl.constexpr, whole: tl.constexpr,
+def expand(  # type: ignore[no-untyped-def]
+    words, output, start, rows, word_rows, middle, step, dtype: tl.constexpr, bits: tl.constexpr,
+    block_n: tl.constexpr, block_k: tl.constexpr, whole: tl.constexpr,
 ):  # fmt: skip
-    """Gives codes of `output` at places start to start + block_k, plus 2^10, 2^7 or 2^23: (block_n, block_k).
+    """Gives the numbers of `output` at places start to start + block_k: (block_n, block_k) of `dtype`.
 
-    The result is of `dtype` where that has all the bits, else float32 (8 bits and bfloat16). `raised_zero` gives what
-    is to be taken off.
+    Without `middle` it gives the raised codes themselves, float32 where `dtype` has too few bits (8 bits, bfloat16).
 
     Args:
         words: (word_rows, rows) int32.
@@ -34,11 +34,13 @@ def raised_codes(  # type: ignore[no-untyped-def]
         start: first place; it and block_k are multiples of 16, of 32 for 3 bits: a tile begins and ends with a word.
         rows: N.
         word_rows: rows of `words`.
+        middle: (block_n, 1), zeros made by `raised`; None: nothing is taken off.
+        step: (block_n, 1) scales that code - zero is multiplied with, rounded to `dtype` once; None: they are not.
         dtype: float16, bfloat16 or float32.
         bits: 2, 3, 4 or 8.
         block_n: outputs.
         block_k: places.
-        whole: all of the tile is inside; else what is outside counts as codes of 0.
+        whole: all of the tile is inside; else what is outside has codes of 0.
     """
     if bits == 3:
         # 32 codes are three words, or four times 24 bits of eight codes each
@@ -46,27 +48,23 @@ def raised_codes(  # type: ignore[no-untyped-def]
         first = _words(words, output, row, rows, word_rows, whole)
         second = _words(words, output, row + 1, rows, word_rows, whole)
         third = _words(words, output, row + 2, rows, word_rows, whole)
-        held = tl.join(
-            tl.join(first, (second >> 16) | (third << 16)), tl.join((first >> 24) | (second << 8), third >> 8)
+        low = tl.join(_eight(first, middle, step, dtype), _eight((first >> 24) | (second << 8), middle, step, dtype))
+        high = tl.join(
+            _eight((second >> 16) | (third << 16), middle, step, dtype), _eight(third >> 8, middle, step, dtype)
         )
-        # the upper four of eight codes to the upper half
-        held = (held & 0xFFF) | ((held << 4) & 0xFFF0000)
+        numbers = tl.permute(tl.join(low, high), (0, 1, 6, 5, 2, 3, 4))
     else:
         row = start // (32 // bits) + tl.arange(0, block_k // (32 // bits))
         held = _words(words, output, row, rows, word_rows, whole)
-    if bits == 2:
-        even = tl.join(_pair(held, 0, dtype, bits), _pair(held, 8, dtype, bits))
-        odd = tl.join(_pair(held, 4, dtype, bits), _pair(held, 12, dtype, bits))
-        even_after = tl.join(_pair(held, 2, dtype, bits), _pair(held, 10, dtype, bits))
-        odd_after = tl.join(_pair(held, 6, dtype, bits), _pair(held, 14, dtype, bits))
-        codes = tl.join(tl.join(even, odd), tl.join(even_after, odd_after))
-    elif bits == 8:
-        codes = tl.join(_pair(held, 0, dtype, bits), _pair(held, 8, dtype, bits))
-    else:
-        even = tl.join(_pair(held, 0, dtype, bits), _pair(held, 2 * bits, dtype, bits))
-        odd = tl.join(_pair(held, bits, dtype, bits), _pair(held, 3 * bits, dtype, bits))
-        codes = tl.join(even, odd)
-    return tl.reshape(codes, (block_n, block_k))
+        if bits == 2:
+            even = _four(held, 0, 4, middle, step, dtype, bits)
+            numbers = tl.join(even, _four(held, 2, 4, middle, step, dtype, bits))
+        elif bits == 4:
+            numbers = _four(held, 0, 4, middle, step, dtype, bits)
+        else:
+            first = _pair(held, 0, middle, step, dtype, bits)
+            numbers = tl.join(first, _pair(held, 8, middle, step, dtype, bits))
+    return tl.reshape(numbers, (block_n, block_k))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -80,26 +78,59 @@ def _words(words, output, row, rows, word_rows, whole: tl.constexpr):  # type: i
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _pair(held, shift: tl.constexpr, dtype: tl.constexpr, bits: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Gives the codes that begin `shift` bits into each half of a word, raised, along a new last dimension."""
+def _eight(held, middle, step, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Gives the eight 3-bit codes of 24 bits, raised, in new last dimensions."""
+    halves = (held & 0xFFF) | ((held << 4) & 0xFFF0000)  # the upper four to the upper half
+    return _four(halves, 0, 3, middle, step, dtype, 3)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _four(  # type: ignore[no-untyped-def]
+    held, first: tl.constexpr, apart: tl.constexpr, middle, step, dtype: tl.constexpr, bits: tl.constexpr
+):
+    """Gives four codes of each half of a word: new dimensions for the half and for which of four, 2 by 2."""
+    even = tl.join(
+        _pair(held, first, middle, step, dtype, bits), _pair(held, first + 2 * apart, middle, step, dtype, bits)
+    )
+    odd = tl.join(
+        _pair(held, first + apart, middle, step, dtype, bits), _pair(held, first + 3 * apart, middle, step, dtype, bits)
+    )
+    return tl.join(even, odd)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _pair(held, shift: tl.constexpr, middle, step, dtype: tl.constexpr, bits: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Gives the numbers whose codes begin `shift` bits into the halves of a word, in a new last dimension."""
     mask: tl.constexpr = (1 << bits) - 1
     if dtype == tl.float16 or (dtype == tl.bfloat16 and bits < 8):
         magic: tl.constexpr = 0x6400 if dtype == tl.float16 else 0x4300
         both = ((held >> shift) & (mask | mask << 16)) | (magic | magic << 16)
-        pair = tl.join(both.to(tl.uint16), (both >> 16).to(tl.uint16)).to(dtype, bitcast=True)
+        low = both.to(tl.uint16).to(dtype, bitcast=True)
+        high = (both >> 16).to(tl.uint16).to(dtype, bitcast=True)
     else:
-        low, high = (held >> shift) & mask, (held >> (shift + 16)) & mask
-        pair = tl.join(low | 0x4B000000, high | 0x4B000000).to(tl.float32, bitcast=True)
-    return pair
+        low = (((held >> shift) & mask) | 0x4B000000).to(tl.float32, bitcast=True)
+        high = (((held >> (shift + 16)) & mask) | 0x4B000000).to(tl.float32, bitcast=True)
+    return tl.join(_scaled(low, middle, step, dtype), _scaled(high, middle, step, dtype))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def raised_zero(zero, dtype: tl.constexpr, bits: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Gives zeros (integers below 2^8; below 2^7 for bfloat16 and fewer than 8 bits) raised as codes are."""
+def _scaled(number, middle, step, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    if middle is not None:
+        number -= middle
+        if step is not None:
+            # scales of this type: one rounding, as that of a float32 product, for |code - zero| has 9 bits at most
+            number *= step if step.dtype == number.dtype else step.to(tl.float32)
+        number = number.to(dtype)
+    return number
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def raised(number, dtype: tl.constexpr, bits: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Gives integers below 2^8 (below 2^7 for bfloat16 and fewer than 8 bits) as `expand` makes floats of codes."""
     if dtype == tl.float16:
-        raised = (zero.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True)
+        lifted = (number.to(tl.uint16) | 0x6400).to(tl.float16, bitcast=True)
     elif dtype == tl.bfloat16 and bits < 8:
-        raised = (zero.to(tl.uint16) | 0x4300).to(tl.bfloat16, bitcast=True)
+        lifted = (number.to(tl.uint16) | 0x4300).to(tl.bfloat16, bitcast=True)
     else:
-        raised = (zero.to(tl.uint32) | 0x4B000000).to(tl.float32, bitcast=True)
-    return raised
+        lifted = (number.to(tl.uint32) | 0x4B000000).to(tl.float32, bitcast=True)
+    return lifted

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from quantpress.kernels.expand import raised_codes, raised_zero
+from quantpress.kernels.expand import expand, raised
 from quantpress.kernels.launch import Launch, Problem, check_device
 from quantpress.kernels.packed import PackedWeight
 from quantpress.kernels.workspace import counters
@@ -154,46 +154,46 @@ def _tiles(  # type: ignore[no-untyped-def]
 
     tiles = tl.cdiv(columns, block_k)
     low, high = part * tiles // split_k * block_k, (part + 1) * tiles // split_k * block_k
+    whole: tl.constexpr = whole_rows and whole_columns
     total = tl.zeros((block_n, block_m), tl.float32)
-    following = tl.load(scale + low // group_size * rows + read_output)
+    # scales and zeros of the next tile are under way while a tile is summed
+    step = tl.load(scale + low // group_size * rows + read_output)
+    middle = _middle(zero, low // group_size * rows + read_output, dtype, bits)
     for start in range(low, high, block_k):
         place = start + tl.arange(0, block_k)
-        weights = raised_codes(
-            words, read_output, start, rows, word_rows, dtype, bits, block_n, block_k, whole_rows and whole_columns
-        )
+        next_step, next_middle = step, middle
+        if grouping == 1:
+            after = tl.minimum(start + block_k, columns - 1) // group_size * rows + read_output
+            next_step = tl.load(scale + after)
+            next_middle = _middle(zero, after, dtype, bits)
         if grouping == 2:
             at = (tl.minimum(place, columns - 1) // group_size)[None, :] * rows + read_output[:, None]
+            weights = expand(
+                words, read_output, start, rows, word_rows, None, None, dtype, bits, block_n, block_k, whole
+            )
+            weights -= _middle(zero, at, dtype, bits)
+            wide = tl.load(scale + at)
+            weights *= wide if wide.dtype == weights.dtype and rounded else wide.to(tl.float32)
         else:
-            at = (start // group_size * rows + read_output)[:, None]
-        if zero is None:
-            weights -= raised_zero(tl.full((1, 1), 1 << (bits - 1), tl.uint8), dtype, bits)
-        else:
-            weights -= raised_zero(tl.load(zero + at), dtype, bits)
+            weights = expand(
+                words, read_output, start, rows, word_rows, middle[:, None], step[:, None] if rounded else None, dtype,
+                bits, block_n, block_k, whole,
+            )  # fmt: skip
         if whole_columns:
             inputs = tl.load(x_row + place[:, None])
         else:
             inputs = tl.load(x_row + place[:, None], mask=(place < columns)[:, None], other=0.0)
             # what the last word holds past the last place would be multiplied with 0, which infinity does not survive
             weights = tl.where((place < columns)[None, :], weights, 0.0)
-        if rounded:
-            # scales of x's type: one rounding, as that of the float32 product, for |code - zero| has 9 bits at most
-            step = tl.load(scale + at)
-            step = step if step.dtype == weights.dtype else step.to(tl.float32)
-            weights = (weights * step).to(dtype)
-            total = tl.dot(weights, inputs, total, input_precision="ieee")
-        elif grouping == 2:
-            weights = weights.to(tl.float32) * tl.load(scale + at).to(tl.float32)
+        if grouping == 1 and not rounded:
+            total += tl.dot(weights, inputs, input_precision="ieee") * step[:, None].to(tl.float32)
+        elif grouping == 2 and not rounded:
             total = tl.dot(weights, inputs.to(tl.float32), total, input_precision="ieee")
-        elif grouping == 1:
-            # the next tile's scales are under way while this tile is summed
-            step = following
-            after = tl.minimum(start + block_k, columns - 1) // group_size
-            following = tl.load(scale + after * rows + read_output)
-            total += tl.dot(weights.to(dtype), inputs, input_precision="ieee") * step[:, None].to(tl.float32)
         else:
             total = tl.dot(weights.to(dtype), inputs, total, input_precision="ieee")
+        step, middle = next_step, next_middle
     if grouping == 0 and not rounded:
-        total *= following[:, None].to(tl.float32)
+        total *= step[:, None].to(tl.float32)
 
     if split_k > 1:
         # a block of outputs is summed by the program that comes last, over all parts in their order
@@ -211,6 +211,15 @@ def _tiles(  # type: ignore[no-untyped-def]
             tl.store(arrived + block, 0)
     else:
         _finish(total, bias, out, output, row_in, rows_in, rows)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _middle(zero, at, dtype: tl.constexpr, bits: tl.constexpr):  # type: ignore[no-untyped-def]
+    if zero is None:
+        middle = tl.full(at.shape, 1 << (bits - 1), tl.uint8)
+    else:
+        middle = tl.load(zero + at)
+    return raised(middle, dtype, bits)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
