@@ -1,0 +1,127 @@
+"""Up to four input rows times a matrix in bitsandbytes' 4-bit levels: each thread reads 32 neighbouring codes of a row.
+
+A program takes `block_n` outputs; its threads lie along K, which is what is contiguous, 16 bytes of codes each. The 32
+values of a thread share one absmax (blocks have 32 values or more and begin where 32 values begin), so it multiplies
+the sum of 32 products, and nothing is rounded to less than float32. Inputs are read once for all outputs.
+
+A level is looked up in a table of 16 float32 by a shuffle between the threads of a warp, or with several warps from
+shared memory, whose 16 entries lie in different banks. Either goes through the load and store unit, which takes 32
+lanes per clock: that is what bounds the kernel, at about 26 weights per clock and multiprocessor with the loads beside
+them, where 16.5 bytes per clock of memory bring 29 (0.5625 bytes per weight in blocks of 64). K is a constant of the
+build: distances between the rows of a tile become immediate operands, and addresses cost next to nothing. Compiled for
+sm_90 (8 outputs, one warp, one input row) the loop takes 4.2 instructions per weight, of which a shift, a mask, the
+lookup and the multiply-add are 4. These are figures of the compiler and arithmetic; not timed on hardware yet.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from quantpress.kernels.launch import Launch
+from quantpress.kernels.nf4_levels import levels_of_words
+from quantpress.kernels.slabs import sum_slabs, workspace
+
+__all__ = ["WIDEST", "nf4_gemv"]
+
+WIDEST = 4  # input rows; each takes a register per output and thread
+_LANE = 32  # values of a row that a thread takes at a time
+
+
+def nf4_gemv(
+    x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, levels: torch.Tensor, bias: torch.Tensor | None,
+    out: torch.Tensor, blocksize: int, launch: Launch,
+) -> None:  # fmt: skip
+    """Fills `out` (M, N); what is given fits each other and K is a multiple of 32 (`nf4_matmul` checks it).
+
+    Args:
+        x: (M, K), M from 1 to 4.
+        packed: (N * K / 2,) uint8, aligned to 16 bytes.
+        absmax: float32, one for each block.
+        levels: (16,) float32.
+        bias: (N,) of x's type, or None.
+        out: (M, N) of x's type.
+        blocksize: values that share an absmax.
+        launch: `block_n` outputs of a program, `warps` along K, `split_k`.
+    """
+    (rows_in, columns), rows = x.shape, out.shape[1]
+    blocks = triton.cdiv(rows, launch.block_n)
+    slabs, arrived = workspace(x.device, launch.split_k, rows_in, rows, blocks)
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        _gemv[(blocks, launch.split_k)](
+            x, packed.view(torch.int32), absmax, levels, bias, out, slabs, arrived, rows_in, rows, rows_in * rows,
+            columns, blocksize, launch.split_k, triton.next_power_of_2(rows_in), launch.block_n, 32 * launch.warps,
+            num_warps=launch.warps,
+        )  # fmt: skip
+
+
+@triton.jit
+def _eight(values):  # type: ignore[no-untyped-def]
+    """Splits (a, b, 2, 2, 2) into eight (a, b), the last of all the slowest."""
+    even, odd = tl.split(values)
+    zero_four, two_six = tl.split(even)
+    one_five, three_seven = tl.split(odd)
+    v0, v4 = tl.split(zero_four)
+    v2, v6 = tl.split(two_six)
+    v1, v5 = tl.split(one_five)
+    v3, v7 = tl.split(three_seven)
+    return v0, v1, v2, v3, v4, v5, v6, v7
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _gemv(  # type: ignore[no-untyped-def]
+    x, words, absmax, levels, bias, out, slabs, arrived, rows_in, rows, slab_size, columns: tl.constexpr,
+    blocksize: tl.constexpr, splits: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr, block_q: tl.constexpr,
+):  # fmt: skip
+    # a quad is the 32 values of 16 bytes
+    quads: tl.constexpr = columns // 32
+    quads_of_block: tl.constexpr = blocksize // 32
+    each: tl.constexpr = (quads + splits * block_q - 1) // (splits * block_q) * block_q
+    split = tl.program_id(1)
+    row = tl.program_id(0).to(tl.int64) * block_n + tl.arange(0, block_n)
+    line, eight, four = tl.arange(0, block_m), tl.arange(0, 8), tl.arange(0, 4)
+    inside, given = row < rows, line < rows_in
+    table = tl.load(levels + tl.arange(0, 16))
+    sums = tl.zeros((block_m, block_n, block_q), tl.float32)
+    for step in range(0, each, block_q):
+        quad = split * each + step + tl.arange(0, block_q)
+        held = inside[:, None] & (quad < quads)[None, :]
+        codes = tl.load(
+            words + (row[:, None] * quads + quad[None, :])[:, :, None] * 4 + four[None, None, :],
+            mask=held[:, :, None], other=0, eviction_policy="evict_first",
+        ).to(tl.uint32, bitcast=True)  # fmt: skip
+        if columns % blocksize == 0:
+            place = row[:, None] * (columns // blocksize) + (quad // quads_of_block)[None, :]
+        else:
+            place = (row[:, None] * quads + quad[None, :]) // quads_of_block
+        scale = tl.load(absmax + place, mask=held, other=0.0)
+        even, odd = tl.split(codes.reshape(block_n, block_q, 2, 2))
+        word0, word2 = tl.split(even)
+        word1, word3 = tl.split(odd)
+        part = tl.zeros((block_m, block_n, block_q), tl.float32)
+        for number in tl.static_range(4):
+            word = word0 if number == 0 else word1 if number == 1 else word2 if number == 2 else word3
+            inputs = tl.load(
+                x + line[:, None, None] * columns + quad[None, :, None] * 32 + (number * 8 + eight)[None, None, :],
+                mask=given[:, None, None] & (quad < quads)[None, :, None], other=0.0, eviction_policy="evict_last",
+            )  # fmt: skip
+            x0, x1, x2, x3, x4, x5, x6, x7 = _eight(inputs.to(tl.float32).reshape(block_m, block_q, 2, 2, 2))
+            v0, v1, v2, v3, v4, v5, v6, v7 = _eight(levels_of_words(word, table, block_n, block_q))
+            part += x0[:, None, :] * v0[None, :, :]
+            part += x1[:, None, :] * v1[None, :, :]
+            part += x2[:, None, :] * v2[None, :, :]
+            part += x3[:, None, :] * v3[None, :, :]
+            part += x4[:, None, :] * v4[None, :, :]
+            part += x5[:, None, :] * v5[None, :, :]
+            part += x6[:, None, :] * v6[None, :, :]
+            part += x7[:, None, :] * v7[None, :, :]
+        sums += part * scale[None, :, :]
+    result = tl.sum(sums, axis=2)
+    place = line[:, None].to(tl.int64) * rows + row[None, :]
+    inside = given[:, None] & inside[None, :]
+    result, last = sum_slabs(result, slabs, arrived, tl.program_id(0), split, place, inside, slab_size, splits)
+    if last:
+        if bias is not None:
+            result += tl.load(bias + row, mask=row < rows, other=0.0).to(tl.float32)[None, :]
+        tl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
