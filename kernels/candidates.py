@@ -7,9 +7,11 @@ leave most multiprocessors idle or add up more partial sums than that needs.
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ __all__ = ["H200", "Device", "candidates", "device_facts", "shared_bytes"]
 _FEW = 4  # input rows that the GEMV unrolls
 _SMALL = 64  # input rows up to which K is split
 _ACCUMULATED = 128  # float32 sums that a thread may hold: half of its registers
+_GEMV_WORDS = 16  # words that a thread of the GEMV holds for one input row; the sums of more rows take their place
 _WAVES = 8  # programs for a multiprocessor; where outputs alone give so many, K is not split
 
 
@@ -78,59 +81,69 @@ def candidates(problem: Problem, device: Device) -> list[Launch]:
     return list(dict.fromkeys(found))
 
 
-def shared_bytes(problem: Problem, launch: Launch) -> int:
-    """Estimates the shared memory of a program of the tiled kernel, from above.
+def shared_bytes(problem: Problem, launch: Launch, device: Device) -> int:
+    """Gives the shared memory of a program, as Triton 3.6 and 3.9 lay it out.
 
-    Tiles of input and words are under way `stages` at a time; the expanded weights lie there once, because both
-    operands of a tensor core's product come from shared memory. The GEMV keeps its sums there only at its end.
+    Of the tiled kernel: tiles of input and words are under way, one fewer than there are stages; on tensor cores that
+    read shared memory by themselves (compute capability 9) an input is kept for one stage more. Expanded weights lie
+    there once. Of the GEMV: words that are fetched ahead, and the sums of its warps. Dequantizing takes none to speak
+    of.
     """
+    if launch.kernel == "dense":
+        return 0
+    ahead = max(launch.stages - 1, 0)
+    words = launch.block_k * launch.block_n * problem.bits // 8
+    if launch.kernel == "gemv":
+        return (ahead * words if ahead else 0) + 4 * launch.warps * min(16 * launch.warps, launch.block_n)
     size = 4 if problem.dtype == "float32" else 2
-    if launch.kernel != "tiled":
-        return 4 * launch.block_n * launch.warps * min(problem.rows_in, _FEW)
     inputs = launch.block_m * launch.block_k * size
-    words = launch.block_k * launch.block_n * _stored_bits(problem) // 8
-    weights = launch.block_k * launch.block_n * size
-    under_way = max(launch.stages - 1, 1) * (inputs + words)
-    return max(under_way + weights, launch.block_m * launch.block_n * 4)
-
-
-def _stored_bits(problem: Problem) -> int:
-    return 4 if problem.bits == 3 else problem.bits
+    kept = inputs if device.capability >= (9, 0) else 0
+    return max(ahead, 1) * (inputs + words) + kept + launch.block_k * launch.block_n * size
 
 
 def _gemv(problem: Problem, device: Device) -> Iterator[Launch]:
-    widths, steps, splits, warps = (32, 64, 128, 256, 512), (16, 32, 64, 128, 256), (1, 2, 4, 8, 16), (1, 2, 4, 8)
-    for block_n, block_k, split_k, count in itertools.product(widths, steps, splits, warps):
-        launch = Launch("gemv", 1, block_n, block_k, split_k, count, 1)
-        words = block_n * block_k * _stored_bits(problem) // 32 // (32 * count)  # that a thread loads at once
-        if _suits(problem, launch) and 1 <= words <= 16 and _fills(problem, launch, device):
-            yield from (replace(launch, stages=stages) for stages in (1, 3))
+    unit_codes, unit_words = (32, 3) if problem.bits == 3 else (32 // problem.bits, 1)
+    held = [words for words in (2, 4, 8, 16) if words * problem.rows_in <= _GEMV_WORDS]
+    sizes = itertools.product((32, 64, 128, 256), held, (1, 2, 4, 8, 16), (1, 2, 4, 8), (1, 3))
+    for block_n, words, split_k, warps, stages in sizes:
+        units = words * 32 * warps // (block_n * (unit_words + 1) // 2)
+        launch = Launch("gemv", 1, block_n, units * unit_codes, split_k, warps, stages)
+        whole = units > 0 and 16 * warps <= 2 * block_n and launch.block_k <= _above(problem.columns)
+        if whole and shared_bytes(problem, launch, device) <= device.shared_bytes:
+            if block_n <= max(32, _above(problem.rows)) and _fills(problem, launch, device):
+                yield launch
 
 
 def _tiled(problem: Problem, device: Device) -> Iterator[Launch]:
-    heights = (16,) if problem.rows_in <= 16 else (16, 32, 64) if problem.rows_in <= _SMALL else (64, 128, 256)
-    splits = (1, 2, 4, 8, 16) if problem.rows_in <= _SMALL else (1,)
-    for block_m, block_n, block_k, split_k in itertools.product(heights, (32, 64, 128, 256), (32, 64, 128), splits):
-        for warps, stages in itertools.product((4, 8), (2, 3, 4, 5)):
-            launch = Launch("tiled", block_m, block_n, block_k, split_k, warps, stages)
-            fits = shared_bytes(problem, launch) <= device.shared_bytes
-            held = block_m * block_n <= _ACCUMULATED * 32 * warps and block_m * block_n >= 16 * 8 * warps
-            if fits and held and _suits(problem, launch) and _fills(problem, launch, device):
-                yield launch
+    few = problem.rows_in <= _SMALL
+    heights = [size for size in ((8, 16, 32, 64) if few else (64, 128, 256)) if size <= max(8, _above(problem.rows_in))]
+    widths, steps = (32, 64, 128, 256), (32, 64, 128)
+    if problem.dtype == "float32":  # greater tiles are made smaller by the kernel
+        heights, widths, steps = [size for size in heights if size <= 64], (16, 32), (16, 32)
+    splits = (1, 2, 4, 8, 16) if few else (1,)
+    for launch in itertools.starmap(
+        functools.partial(Launch, "tiled"), itertools.product(heights, widths, steps, splits, (4, 8), (2, 3, 4, 5))
+    ):
+        held = launch.block_m * launch.block_n // (32 * launch.warps)
+        if not 1 <= held <= _ACCUMULATED or shared_bytes(problem, launch, device) > device.shared_bytes:
+            continue
+        if _suits(problem, launch) and _fills(problem, launch, device):
+            yield launch
 
 
 def _suits(problem: Problem, launch: Launch) -> bool:
     """Whether tiles are no larger than the matrix, and steps along K stay within a group."""
-    if launch.block_m > max(16, triton.next_power_of_2(problem.rows_in)):
+    least = 32 if problem.bits == 3 else 16
+    if launch.block_n > max(32, _above(problem.rows)) or launch.block_k > max(least, _above(problem.columns)):
         return False
-    if launch.block_n > max(32, triton.next_power_of_2(problem.rows)):
-        return False
-    group = min(problem.group_size, problem.columns)
-    if launch.block_k > max(16, triton.next_power_of_2(group)):
-        return False
-    whole_rows = problem.group_size >= problem.columns
-    # groups that no power of two divides take the general path, whatever the step is
-    return bool(whole_rows or not group % launch.block_k or group % 16 or launch.block_k <= 16)
+    # a step that does not divide the groups is made smaller by the kernel, which the smaller one is here already; groups
+    # that no step divides are computed with any
+    shared = math.gcd(problem.group_size, launch.block_k)
+    return launch.block_k >= least and (problem.group_size >= problem.columns or not least <= shared < launch.block_k)
+
+
+def _above(size: int) -> int:
+    return int(triton.next_power_of_2(size))
 
 
 def _fills(problem: Problem, launch: Launch, device: Device) -> bool:

@@ -208,7 +208,7 @@ def _chosen(problem: Problem, device_name: str) -> Launch:
 @functools.lru_cache(maxsize=16)
 def _tables(device_name: str, own: Path) -> tuple[Table, ...]:
     shipped = read_table(shipped_file(device_name))
-    return (read_table(own), shipped) if own.exists() else (shipped,)
+    return (read_table(own), shipped) if device_name and own.exists() else (shipped,)
 
 
 def _nearest(problem: Problem, rows: Iterable[Tuned]) -> Tuned | None:
