@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import os
@@ -26,6 +27,8 @@ def _interpret_kernels() -> None:
     try:
         for module in pkgutil.iter_modules(quantpress.kernels.__path__, "quantpress.kernels."):
             importlib.import_module(module.name)
+        with contextlib.suppress(ImportError):  # newer versions import it at the first launch, and want the variable
+            importlib.import_module("triton.experimental.gluon")
     finally:
         del os.environ["TRITON_INTERPRET"]
 
