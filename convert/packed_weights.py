@@ -15,7 +15,7 @@ from quantpress.convert.weights import CheckpointWeights, canonical
 from quantpress.kernels.linear import linear
 from quantpress.kernels.packed import PackedWeight, reference_dequantize
 from quantpress.quant.errors import LayoutError
-from quantpress.quant.packed import packed_weight
+from quantpress.quant.packed import packed_streams, packed_weight
 from quantpress.quant.qtensor import QuantizedForm, group_count
 
 __all__ = ["PackedLinear", "PackedWeights", "form_bytes", "packed_decoder"]
@@ -91,10 +91,8 @@ class PackedWeights:
         if (slot, layer) not in self._found:
             return None
         row, lazy = self._found[slot, layer]
-        tensor = lazy.read()
-        try:
-            weight = packed_weight(tensor)
-        except LayoutError:  # groups of uneven sizes: the decoder then takes the numbers that the codes stand for
+        weight = _packed(lazy)
+        if weight is None:
             return None
         return PackedLinear(_ordered(weight, row, self.checked.hyper).to(self.device), self.deterministic)
 
@@ -130,6 +128,20 @@ def packed_decoder(
     return Decoder(
         weights, checked.spec, checked.hyper, device=device, dtype=dtype, resident=True, linears=linears
     )  # fmt: skip
+
+
+def _packed(lazy: LazyQuantized) -> PackedWeight | None:
+    form = lazy.form
+    if lazy.streams is not None:
+        found = lazy.streams()
+        return packed_streams(
+            found.words, found.scale, found.zero, form.bits, form.group_size, columns=form.shape[1]
+        )  # fmt: skip
+    tensor = lazy.read()
+    try:
+        return packed_weight(tensor)
+    except LayoutError:  # groups of uneven sizes: the decoder then takes the numbers that the codes stand for
+        return None
 
 
 def _ordered(weight: PackedWeight, row: TensorSpec, hyper: Hyperparameters) -> PackedWeight:

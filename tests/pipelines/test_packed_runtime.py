@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -19,7 +19,6 @@ from quantpress.convert.open import open_checkpoint
 from quantpress.convert.packed_weights import PackedWeights
 from quantpress.convert.preflight import preflight
 from quantpress.pipelines.torch_runtime import TorchRuntime
-from quantpress.quant.qtensor import QuantizedTensor
 from tests.packed_folder import rounded
 from tests.packed_models import Codes, quantized_model, reference
 from tests.tiny import tiny_checkpoint
@@ -30,6 +29,7 @@ WINDOWS = [np.arange(start, start + 32, dtype=np.int32) for start in (1, 50, 99,
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:FutureWarning")
 
+Read = TypeVar("Read")
 Model = tuple[Path, Path, Codes]
 
 
@@ -44,14 +44,18 @@ def counted(checkpoint: Checkpoint) -> tuple[Checkpoint, Counter[str]]:
     """Gives the checkpoint and how often the codes of each weight are read."""
     reads: Counter[str] = Counter()
 
-    def reader(name: str, read: Callable[[], QuantizedTensor]) -> Callable[[], QuantizedTensor]:
-        def counting() -> QuantizedTensor:
+    def reader(name: str, read: Callable[[], Read] | None) -> Callable[[], Read]:
+        def counting() -> Read:
+            assert read is not None
             reads[name] += 1
             return read()
 
         return counting
 
-    lazies = {name: replace(lazy, read=reader(name, lazy.read)) for name, lazy in checkpoint.quantized.items()}
+    lazies = {
+        name: replace(lazy, read=reader(name, lazy.read), streams=reader(name, lazy.streams))
+        for name, lazy in checkpoint.quantized.items()
+    }
     return replace(checkpoint, quantized=lazies), reads
 
 
