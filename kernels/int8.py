@@ -110,13 +110,13 @@ def check_input(kernel: Any, x: torch.Tensor) -> None:
     check_device(kernel, x)
 
 
-def row_launch(columns: int) -> tuple[int, int]:
-    """Gives how many columns of a row a program takes at a time, and its warps."""
-    block = min(triton.next_power_of_2(columns), _WIDEST)
+def row_launch(columns: int, widest: int = _WIDEST) -> tuple[int, int]:
+    """Gives how many columns of a row a program takes at a time, at most `widest`, and its warps."""
+    block = min(triton.next_power_of_2(columns), widest)
     return block, min(max(block // 512, 1), 16)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _codes(values, step):  # type: ignore[no-untyped-def]
     if values.dtype == tl.float32:
         steps = tl.div_rn(values, step)

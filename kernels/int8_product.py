@@ -156,7 +156,7 @@ def _sizes(
     return (rows_in, columns), rows
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _add_kept(values, inputs, weights, kept):  # type: ignore[no-untyped-def]
     """Adds the products of the columns in `kept`, with the codes as they are: a 16-bit float holds each exactly."""
     count = tl.load(kept)
@@ -197,7 +197,7 @@ def _multiply(  # type: ignore[no-untyped-def]
             inside = start + place < columns
             a = tl.load(left, mask=inside[None, :], other=0)
             b = tl.load(right, mask=inside[:, None], other=0)
-        sums = tl.dot(a, b, sums)
+        sums = tl.dot(a, b, sums, out_dtype=tl.int32)
         left += block_k
         right += block_k
     stored = (place_m < rows_in)[:, None] & (place_n < rows)[None, :]

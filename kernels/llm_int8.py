@@ -23,6 +23,8 @@ from quantpress.kernels.workspace import counters
 
 __all__ = ["llm_int8", "quantize_split"]
 
+_BLOCK = 4096  # columns that a program takes at a time: what more there is of a row it finds in the cache again
+
 
 def quantize_split(x: torch.Tensor, threshold: float = OUTLIER) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rounds each row to int8 apart from columns with an outlier, as `int8_plain.reference_quantize_split` does.
@@ -45,7 +47,7 @@ def quantize_split(x: torch.Tensor, threshold: float = OUTLIER) -> tuple[torch.T
     kept = torch.empty(1 + columns, dtype=torch.int32, device=x.device)
     if not rows:
         return codes, scale, kept.zero_()
-    block, warps = row_launch(columns)
+    block, warps = row_launch(columns, _BLOCK)
     limit = torch.tensor(threshold if threshold > 0 else torch.inf, dtype=x.dtype).item()
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         _quantize_row[(rows,)](
@@ -130,9 +132,11 @@ def _list_columns(kept, flags, columns, block: tl.constexpr):  # type: ignore[no
     for start in range(0, columns, block):
         inside = start + place < columns
         found = tl.load(flags + start + place, mask=inside, other=0, cache_modifier=".cg")
-        tl.store(kept + count + tl.cumsum(found, axis=0), start + place, mask=found != 0)
-        tl.store(flags + start + place, 0, mask=found != 0)
-        count += tl.sum(found, axis=0)
+        more = tl.sum(found, axis=0)
+        if more > 0:
+            tl.store(kept + count + tl.cumsum(found, axis=0), start + place, mask=found != 0)
+            tl.store(flags + start + place, 0, mask=found != 0)
+        count += more
     tl.store(kept, count)
 
 
