@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from quantpress.kernels.packed import PackedWeight
 
-__all__ = ["packed_streams", "packed_weight"]
+__all__ = ["pack_down", "packed_streams", "packed_weight"]
 
 Array = NDArray[Any]
 
@@ -47,7 +47,7 @@ def packed_weight(tensor: QuantizedTensor, device: str | torch.device = "cpu") -
         codes = codes[order]
     zero = None if tensor.zero is None else np.ascontiguousarray(tensor.zero.T)
     packed = packed_streams(
-        _words(codes, tensor.bits), np.ascontiguousarray(tensor.scale.T), zero, tensor.bits, tensor.group_size,
+        pack_down(codes, tensor.bits), np.ascontiguousarray(tensor.scale.T), zero, tensor.bits, tensor.group_size,
         columns=tensor.columns,
     )  # fmt: skip
     if order is not None:
@@ -81,7 +81,7 @@ def packed_streams(
     )  # fmt: skip
 
 
-def _words(codes: NDArray[np.uint8], bits: int) -> NDArray[np.int32]:
+def pack_down(codes: NDArray[np.uint8], bits: int) -> NDArray[np.int32]:
     """Packs (K, N) codes down the columns: (ceil(K * bits / 32), N)."""
     columns, rows = codes.shape
     padded = np.zeros((-(-columns // _WHOLE) * _WHOLE, rows), np.uint8)

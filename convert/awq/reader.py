@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from quantpress.convert.awq.pack import BITS, PER_WORD, activation_scales, unpacked_words
 from quantpress.convert.checkpoint import Checkpoint, LazyTensor
@@ -24,8 +25,9 @@ from quantpress.convert.packed_parts import (
     read_finite,
     word_modules,
 )
-from quantpress.convert.quantized import LazyQuantized, with_quantized
+from quantpress.convert.quantized import LazyQuantized, Streams, with_quantized
 from quantpress.quant.errors import InputError
+from quantpress.quant.packed import pack_down
 from quantpress.quant.qtensor import QuantizedForm, QuantizedTensor, group_count
 
 __all__ = ["is_awq", "opened"]
@@ -122,16 +124,29 @@ class _Module:
     def lazy(self) -> LazyQuantized:
         columns, words = self.qweight.shape
         form = QuantizedForm((words * PER_WORD, columns), BITS, self.group_size, self.symmetric, self.scales.dtype)
-        return LazyQuantized(f"{self.name}.weight", form, self.qweight.source, self.read)
+        return LazyQuantized(f"{self.name}.weight", form, self.qweight.source, self.read, self.streams)
 
     def read(self) -> QuantizedTensor:
         codes = np.ascontiguousarray(unpacked_words(self.qweight.read()).T)
-        zeros = unpacked_words(self.qzeros.read())
         scales = np.ascontiguousarray(read_finite(self.scales).T)
+        zeros = self._zeros()
+        zero = None if zeros is None else np.ascontiguousarray(zeros.T)
+        return QuantizedTensor(codes, scales, zero, BITS, self.group_size)
+
+    def streams(self) -> Streams:
+        words = pack_down(unpacked_words(self.qweight.read()), BITS)
+        return Streams(words, read_finite(self.scales), self._zeros())
+
+    def _zeros(self) -> NDArray[np.uint8] | None:
+        """The zero of each group, (G, N), None where it is 8 for all.
+
+        Raises:
+            InputError: the configuration says that it is, and it is not.
+        """
+        zeros = unpacked_words(self.qzeros.read())
         if self.symmetric and (zeros != 1 << (BITS - 1)).any():
             raise InputError(
                 f"{self.qzeros.source}: tensor {shown(self.qzeros.name)} has zeros from {zeros.min()} to {zeros.max()},"
                 f" wanted 8 everywhere because {SETTINGS} says that the weights are symmetric"
             )
-        zero = None if self.symmetric else np.ascontiguousarray(zeros.T)
-        return QuantizedTensor(codes, scales, zero, BITS, self.group_size)
+        return None if self.symmetric else np.ascontiguousarray(zeros)

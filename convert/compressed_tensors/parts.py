@@ -11,6 +11,7 @@ from quantpress.convert.checkpoint import Array, LazyTensor
 from quantpress.convert.compressed_tensors.scheme import Scheme
 from quantpress.convert.compressed_tensors.words import DENSE, layout_in, layout_of, unpack, words_of
 from quantpress.convert.files import shown
+from quantpress.convert.quantized import Streams
 from quantpress.quant.errors import InputError
 from quantpress.quant.floats import count_nonfinite
 from quantpress.quant.qtensor import QuantizedForm, QuantizedTensor, group_count
@@ -18,6 +19,7 @@ from quantpress.quant.qtensor import QuantizedForm, QuantizedTensor, group_count
 __all__ = ["Parts", "open_weight"]
 
 _SCALES = ("F16", "BF16", "F32")
+_PER_WORD = 4  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,30 @@ class Parts:
             layout, codes = DENSE, _from_bytes(self.weight, stored, form.bits)
         zero = None if self.zero is None or zeros is None else self._zeros(self.zero, zeros, layout)
         return QuantizedTensor(codes, self._scale(), zero, form.bits, form.group_size, self.g_idx)
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the codes of a row are one stream of bits, columns in the order of their groups."""
+        if self.g_idx is not None:
+            return False
+        if self.weight.dtype == "I32":
+            return self.layout == DENSE
+        return self.form.bits == 8 and self.form.shape[1] % _PER_WORD == 0
+
+    def streams(self) -> Streams:
+        """Gives the weight without unpacking its codes, where it is `streamed`.
+
+        Raises:
+            InputError: scales that are not finite, or zeros beyond their bits.
+        """
+        stored = self.weight.read()
+        if self.weight.dtype != "I32":
+            stored = _from_bytes(self.weight, stored, self.form.bits).view(np.int32)
+        zero = None if self.zero is None else self._zeros(self.zero, self.zero.read(), DENSE)
+        return Streams(
+            np.ascontiguousarray(stored.T), np.ascontiguousarray(self._scale().T),
+            None if zero is None else np.ascontiguousarray(zero.T),
+        )  # fmt: skip
 
     def _scale(self) -> Array:
         scale = self.scale.read()

@@ -61,7 +61,10 @@ def opened(checkpoint: Checkpoint) -> Checkpoint:
         scheme = schemes.of(module)
         other_inputs |= scheme.other_inputs
         parts = open_weight(checkpoint.name, tensors, module, scheme)
-        quantized[f"{module}.weight"] = LazyQuantized(f"{module}.weight", parts.form, parts.weight.source, parts.read)
+        streams = parts.streams if parts.streamed else None
+        quantized[f"{module}.weight"] = LazyQuantized(
+            f"{module}.weight", parts.form, parts.weight.source, parts.read, streams
+        )
     dropped = [name for name in tensors if name.rpartition(".")[2] in _ACTIVATIONS]
     for name in dropped:
         del tensors[name]

@@ -14,6 +14,7 @@ import torch
 from quantpress.convert.awq.pack import FORMAT as AWQ
 from quantpress.convert.checkpoint import Checkpoint
 from quantpress.convert.compressed_tensors.pack import FORMAT as COMPRESSED
+from quantpress.convert.compressed_tensors.reader import opened
 from quantpress.convert.gptq.pack import GPTQ_V1, GPTQ_V2
 from quantpress.convert.model import Decoder
 from quantpress.convert.open import open_checkpoint
@@ -22,8 +23,8 @@ from quantpress.convert.preflight import preflight
 from quantpress.convert.quantized import LazyQuantized
 from quantpress.convert.weights import CheckpointWeights
 from quantpress.quant.grid import Grid, round_to_nearest
-from quantpress.quant.packed import packed_weight
-from tests.packed_folder import rounded
+from quantpress.quant.packed import packed_streams, packed_weight
+from tests.packed_folder import lazy_array, rounded
 from tests.packed_models import Codes, ordered, quantized_model, reference
 from tests.tiny import tiny_checkpoint
 
@@ -200,3 +201,37 @@ def test_resident_bytes_count_codes_once_and_the_rest_in_its_width(gptq: Model) 
     packed = sum(packed_weight(tensor).nbytes for tensor in codes.values())
     found = PackedWeights(checkpoint, preflight(checkpoint)).resident_bytes(2)
     assert found == packed + 2 * others
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_files_keep_packed_is_what_their_codes_pack_to(name: str, make: Make, tmp_path: Path) -> None:
+    family, options, fmt, quantize = CASES[name]
+    quantized_model(make(family, **options), tmp_path / "q", fmt, quantize)
+    for lazy in open_checkpoint(tmp_path / "q").quantized.values():
+        assert (lazy.streams is None) == lazy.form.ordered
+        if lazy.streams is None:
+            continue
+        found = lazy.streams()
+        wanted = packed_weight(lazy.read())
+        kept = packed_streams(
+            found.words, found.scale, found.zero, lazy.form.bits, lazy.form.group_size, columns=lazy.form.shape[1]
+        )
+        assert (kept.columns, kept.bits, kept.group_size) == (wanted.columns, wanted.bits, wanted.group_size)
+        for one, other in ((kept.words, wanted.words), (kept.scale, wanted.scale), (kept.zero, wanted.zero)):
+            assert (one is None) == (other is None)
+            assert one is None or other is None or torch.equal(one, other)
+
+
+@pytest.mark.parametrize("columns", [96, 33])
+def test_bytes_of_int8_checkpoints_are_taken_as_words_where_they_fill_them(columns: int, tmp_path: Path) -> None:
+    weight = np.random.default_rng(0).standard_normal((32, columns)).astype(np.float32)
+    tensor = round_to_nearest(weight, Grid(8, -1, scale_type="F32"))
+    form = replace(tensor.form, input_bits=8)
+    stored = COMPRESSED.pack("a.weight", tensor, form)
+    settings = COMPRESSED.settings({"a.weight": form}, [], {})
+    tensors = {name: lazy_array(name, values) for name, values in stored.items()}
+    config = {"model_type": "x", "architectures": ["X"], "quantization_config": settings}
+    lazy = opened(Checkpoint(str(tmp_path), config, tensors)).quantized["a.weight"]
+    assert (lazy.streams is not None) == (columns == 96)
+    if lazy.streams is not None:
+        assert torch.equal(torch.from_numpy(lazy.streams().words), packed_weight(tensor).words)
