@@ -97,29 +97,32 @@ def shared_bytes(problem: Problem, launch: Launch, device: Device) -> int:
         return (ahead * words if ahead else 0) + 4 * launch.warps * min(16 * launch.warps, launch.block_n)
     size = 4 if problem.dtype == "float32" else 2
     inputs = launch.block_m * launch.block_k * size
-    kept = inputs if device.capability >= (9, 0) else 0
-    return max(ahead, 1) * (inputs + words) + kept + launch.block_k * launch.block_n * size
+    kept = inputs if device.capability >= (9, 0) and problem.dtype != "float32" else 0
+    under_way = max(ahead, 1) * (inputs + words) + kept + launch.block_k * launch.block_n * size
+    # sums may be laid out anew on their way out, when all else is done with
+    return max(under_way, launch.block_m * launch.block_n * (4 if launch.split_k > 1 else size))
 
 
 def _gemv(problem: Problem, device: Device) -> Iterator[Launch]:
     unit_codes, unit_words = (32, 3) if problem.bits == 3 else (32 // problem.bits, 1)
     held = [words for words in (2, 4, 8, 16) if words * problem.rows_in <= _GEMV_WORDS]
-    sizes = itertools.product((32, 64, 128, 256), held, (1, 2, 4, 8, 16), (1, 2, 4, 8), (1, 3))
+    sizes = itertools.product((32, 64, 128, 256), held, (1, 2, 3, 4, 6, 8, 12, 16, 24), (1, 2, 4, 8), (1, 3))
     for block_n, words, split_k, warps, stages in sizes:
         units = words * 32 * warps // (block_n * (unit_words + 1) // 2)
         launch = Launch("gemv", 1, block_n, units * unit_codes, split_k, warps, stages)
-        whole = units > 0 and 16 * warps <= 2 * block_n and launch.block_k <= _above(problem.columns)
-        if whole and shared_bytes(problem, launch, device) <= device.shared_bytes:
-            if block_n <= max(32, _above(problem.rows)) and _fills(problem, launch, device):
-                yield launch
+        if not units or 8 * warps > block_n or shared_bytes(problem, launch, device) > device.shared_bytes:
+            continue
+        small = block_n <= max(32, _above(problem.rows)) and launch.block_k <= max(unit_codes, _above(problem.columns))
+        if small and _fills(problem, launch, device):
+            yield launch
 
 
 def _tiled(problem: Problem, device: Device) -> Iterator[Launch]:
     few = problem.rows_in <= _SMALL
     heights = [size for size in ((8, 16, 32, 64) if few else (64, 128, 256)) if size <= max(8, _above(problem.rows_in))]
-    widths, steps = (32, 64, 128, 256), (32, 64, 128)
+    widths, steps = [32, 64, 128, 256], [32, 64, 128] if problem.group_size % 32 == 0 else [16, 32, 64, 128]
     if problem.dtype == "float32":  # greater tiles are made smaller by the kernel
-        heights, widths, steps = [size for size in heights if size <= 64], (16, 32), (16, 32)
+        heights, widths, steps = [size for size in heights if size <= 64], [16, 32], [16, 32]
     splits = (1, 2, 4, 8, 16) if few else (1,)
     for launch in itertools.starmap(
         functools.partial(Launch, "tiled"), itertools.product(heights, widths, steps, splits, (4, 8), (2, 3, 4, 5))
@@ -136,10 +139,11 @@ def _suits(problem: Problem, launch: Launch) -> bool:
     least = 32 if problem.bits == 3 else 16
     if launch.block_n > max(32, _above(problem.rows)) or launch.block_k > max(least, _above(problem.columns)):
         return False
-    # a step that does not divide the groups is made smaller by the kernel, which the smaller one is here already; groups
+    if launch.block_k < least or problem.group_size >= problem.columns:
+        return launch.block_k >= least
+    # a step that does not divide the groups is made smaller by the kernel, and that one is a candidate already; groups
     # that no step divides are computed with any
-    shared = math.gcd(problem.group_size, launch.block_k)
-    return launch.block_k >= least and (problem.group_size >= problem.columns or not least <= shared < launch.block_k)
+    return not least <= math.gcd(problem.group_size, launch.block_k) < launch.block_k
 
 
 def _above(size: int) -> int:

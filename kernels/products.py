@@ -12,11 +12,12 @@ from collections.abc import Callable
 import torch
 from triton.errors import TritonError
 
+from quantpress.kernels.dispatch import run
 from quantpress.kernels.launch import Launch, Problem
 from quantpress.kernels.packed import PackedWeight, reference_dequantize
 from quantpress.kernels.search import Refused
 
-__all__ = ["DTYPES", "Products", "random_weight", "run", "weight_bytes"]
+__all__ = ["DTYPES", "Products", "random_weight", "weight_bytes"]
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _CHECKED = 32  # outputs at each end of the matrix that are compared with a product in float64
@@ -50,28 +51,6 @@ def weight_bytes(problem: Problem) -> int:
     return problem.rows * (4 * words + groups * (2 if problem.symmetric else 3))
 
 
-def run(x: torch.Tensor, weight: PackedWeight, launch: Launch, *, deterministic: bool = False) -> torch.Tensor:
-    """Multiplies with the kernel that a launch names; (M, N) of the type of `x`.
-
-    Args:
-        x: (M, K), contiguous.
-        weight: (N, K).
-        launch: "gemv", "tiled" or "dense".
-        deterministic: see the kernels.
-    """
-    if launch.kernel == "gemv":
-        from quantpress.kernels.gemv import gemv
-
-        return gemv(x, weight, launch=launch, deterministic=deterministic)
-    if launch.kernel == "tiled":
-        from quantpress.kernels.tiled import tiled
-
-        return tiled(x, weight, launch=launch, deterministic=deterministic)
-    from quantpress.kernels.dequantize import dequantize
-
-    return x @ dequantize(weight, x.dtype).T
-
-
 class Products:
     """One problem on a device: an input, and weights that take turns."""
 
@@ -99,7 +78,7 @@ class Products:
         if launch not in self._checked:
             self.check(launch)
             self._checked.add(launch)
-        return [functools.partial(run, self.x, weight, launch) for weight in self.weights]
+        return [functools.partial(run, self.x, weight, launch=launch) for weight in self.weights]
 
     def check(self, launch: Launch) -> None:
         """Runs a launch once and compares the first and last outputs with a product in float64.
@@ -108,7 +87,7 @@ class Products:
             Refused: the launch does not compile, does not fit the device or gives a wrong result.
         """
         try:
-            found = run(self.x, self.weights[0], launch)
+            found = run(self.x, self.weights[0], launch=launch)
         except (RuntimeError, ValueError, TritonError) as error:
             if "CUDA error" in str(error):  # nothing runs on this device any more
                 raise

@@ -46,7 +46,7 @@ def copies(nbytes: int, cache_bytes: int) -> int:
     return 1 + math.ceil(_CACHES * cache_bytes / max(nbytes, 1 << 16))
 
 
-def graph_seconds(runs: Sequence[Callable[[], object]], *, replays: int = 25) -> list[float]:
+def graph_seconds(runs: Sequence[Callable[[], object]], replays: int = 25) -> list[float]:
     """Measures launches in a CUDA graph.
 
     Args:

@@ -198,7 +198,7 @@ def _chosen(problem: Problem, device_name: str) -> Launch:
     for table in tables:
         row = _nearest(problem, table.launches)
         if row is not None:
-            return row.launch
+            return _fitted(problem, row)
     for table in tables:
         if problem.rows_in >= table.dense_from.get(problem.dtype, math.inf):
             return Launch("dense")
@@ -209,6 +209,18 @@ def _chosen(problem: Problem, device_name: str) -> Launch:
 def _tables(device_name: str, own: Path) -> tuple[Table, ...]:
     shipped = read_table(shipped_file(device_name))
     return (read_table(own), shipped) if device_name and own.exists() else (shipped,)
+
+
+def _fitted(problem: Problem, row: Tuned) -> Launch:
+    """Gives the launch of a row for another shape: K is split so that about as many programs run."""
+    launch = row.launch
+    if launch.split_k == 1 or (problem.rows, problem.columns) == (row.problem.rows, row.problem.columns):
+        return launch
+    found, wanted = (math.ceil(each.rows / launch.block_n) for each in (row.problem, problem))
+    most = math.ceil(problem.columns / launch.block_k)
+    split_k = max(1, min(round(launch.split_k * found / wanted), most))
+    # the tiled kernel's sums are shared by a power of two of programs
+    return replace(launch, split_k=split_k if launch.kernel == "gemv" else 1 << (split_k.bit_length() - 1))
 
 
 def _nearest(problem: Problem, rows: Iterable[Tuned]) -> Tuned | None:

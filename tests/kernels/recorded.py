@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from compiling import Compiled
+from triton.runtime.jit import JITFunction
 
 _TYPES = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64",
@@ -19,34 +20,24 @@ _TYPES = {
 _OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "num_ctas", "maxnreg")
 
 
-class _Recorder:
-    """Stands for a kernel."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel, self.launched = kernel, []
-
-    def __getitem__(self, grid: Any) -> Callable[..., None]:
-        return lambda *values, **options: self.launched.append((values, options))
-
-
-def recorded(name: str, module: ModuleType, kernel: str, call: Callable[[], object]) -> Compiled:
-    """Gives the case of the only launch of `module.kernel` that `call` makes.
+def recorded(name: str, module: ModuleType, call: Callable[[], object]) -> Compiled:
+    """Gives the case of the only launch that `call`, a launcher of `module`, makes.
 
     Integers are specialized as Triton does at a launch: 1 is a constant, multiples of 16 are known to be such.
     """
-    recorder, check = _Recorder(getattr(module, kernel)), module.check_device
-    setattr(module, kernel, recorder)
+    launched: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+    run, check = JITFunction.run, module.check_device
+    JITFunction.run = lambda kernel, *values, grid, warmup, **options: launched.append((kernel, values, options))
     module.check_device = lambda *given: None  # "meta" is no CUDA device
     try:
         call()
     finally:
-        setattr(module, kernel, recorder.kernel)
-        module.check_device = check
-    ((values, options),) = recorder.launched
-    given = dict(zip(recorder.kernel.arg_names, values, strict=False)) | options
-    constants = {each.name: given[each.name] for each in recorder.kernel.params if each.is_constexpr}
+        JITFunction.run, module.check_device = run, check
+    ((kernel, values, options),) = launched
+    given = dict(zip(kernel.arg_names, values, strict=False)) | options
+    constants = {each.name: given[each.name] for each in kernel.params if each.is_constexpr}
     types, divisible = {}, []
-    for key in recorder.kernel.arg_names:
+    for key in kernel.arg_names:
         value = given[key]
         if key in constants or value is None or (type(value) is int and value == 1):
             constants[key] = value
@@ -57,5 +48,5 @@ def recorded(name: str, module: ModuleType, kernel: str, call: Callable[[], obje
             types[key] = "fp32" if isinstance(value, float) else "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
             divisible += [key] if type(value) is int and value % 16 == 0 else []
     return Compiled(
-        name, recorder.kernel, types, constants, {key: given[key] for key in _OPTIONS if key in given}, tuple(divisible)
+        name, kernel, types, constants, {key: given[key] for key in _OPTIONS if key in given}, tuple(divisible)
     )

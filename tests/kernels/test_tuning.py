@@ -32,14 +32,14 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def number(value: int) -> Launch:
-    """A launch that is told from others by its split."""
-    return Launch("tiled", split_k=value)
+    """A launch that is told from others by its stages."""
+    return Launch("tiled", stages=value)
 
 
 def stored(rows: dict[Problem, int], **head: Any) -> Path:
     """Writes the file of the test's GPU."""
     path = tuning.device_file(GPU)
-    write_table(path, Table(GPU, True, tuple(Tuned(each, number(split)) for each, split in rows.items()), **head))
+    write_table(path, Table(GPU, True, tuple(Tuned(each, number(value)) for each, value in rows.items()), **head))
     tuning.forget()
     return path
 
@@ -62,7 +62,7 @@ def test_input_rows_between_two_sizes_get_the_launch_of_the_greater(rows_in: int
 def test_a_shape_that_was_not_measured_gets_the_launch_of_the_nearest() -> None:
     stored({replace(LAYER, rows=1000): 3, replace(LAYER, rows=4000): 5, replace(LAYER, rows=9000): 11})
     near = {2000: 3, 2001: 5, 5999: 5, 6001: 11}  # between sizes the middle is their geometric mean
-    assert {rows: choose(replace(LAYER, rows=rows), GPU).split_k for rows in near} == near
+    assert {rows: choose(replace(LAYER, rows=rows), GPU).stages for rows in near} == near
 
 
 @pytest.mark.parametrize(
@@ -85,6 +85,30 @@ def test_launches_of_shorter_groups_serve_longer_ones_and_not_the_reverse(monkey
     stored({whole: 8})
     assert choose(LAYER, GPU) == number(99)
     assert choose(replace(whole, columns=4000, group_size=4000), GPU) == number(8)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "split", "rows", "columns", "wanted"),
+    [
+        ("gemv", 12, 4096, 8192, 12),  # K matters only where it has fewer tiles than that
+        ("gemv", 12, 6144, 4096, 8),
+        ("gemv", 12, 2730, 4096, 18),
+        ("tiled", 8, 6144, 4096, 4),  # 5.3 programs
+        ("tiled", 8, 2048, 4096, 16),
+        ("gemv", 12, 16384, 4096, 3),
+        ("gemv", 40, 2048, 4096, 64),  # of 80 programs, of which 64 have a tile
+        ("gemv", 1, 2048, 4096, 1),
+    ],
+)
+def test_for_another_shape_k_is_split_so_that_as_many_programs_run(
+    kernel: str, split: int, rows: int, columns: int, wanted: int
+) -> None:
+    path = stored({})
+    launch = Launch(kernel, split_k=split)
+    write_table(path, Table(GPU, True, (Tuned(LAYER, launch),)))
+    tuning.forget()
+    assert choose(LAYER, GPU) == launch
+    assert choose(replace(LAYER, rows=rows, columns=columns), GPU) == replace(launch, split_k=wanted)
 
 
 def test_the_same_type_and_kind_of_codes_is_nearer_than_another() -> None:
