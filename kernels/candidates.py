@@ -25,6 +25,7 @@ _FEW = 4  # input rows that the GEMV unrolls
 _SMALL = 64  # input rows up to which K is split
 _ACCUMULATED = 128  # float32 sums that a thread may hold: half of its registers
 _GEMV_WORDS = 16  # words that a thread of the GEMV holds for one input row; the sums of more rows take their place
+_GEMV_SPLITS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 32)
 _WAVES = 8  # programs for a multiprocessor; where outputs alone give so many, K is not split
 
 
@@ -106,7 +107,7 @@ def shared_bytes(problem: Problem, launch: Launch, device: Device) -> int:
 def _gemv(problem: Problem, device: Device) -> Iterator[Launch]:
     unit_codes, unit_words = (32, 3) if problem.bits == 3 else (32 // problem.bits, 1)
     held = [words for words in (2, 4, 8, 16) if words * problem.rows_in <= _GEMV_WORDS]
-    sizes = itertools.product((32, 64, 128, 256), held, (1, 2, 3, 4, 6, 8, 12, 16, 24), (1, 2, 4, 8), (1, 3))
+    sizes = itertools.product((32, 64, 128, 256), held, _GEMV_SPLITS, (1, 2, 4, 8), (1, 3))
     for block_n, words, split_k, warps, stages in sizes:
         units = words * 32 * warps // (block_n * (unit_words + 1) // 2)
         launch = Launch("gemv", 1, block_n, units * unit_codes, split_k, warps, stages)
