@@ -8,6 +8,8 @@ times each, but from the L2 cache, because all columns of a block of outputs fol
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -19,8 +21,9 @@ from quantpress.kernels.packed import PackedWeight
 __all__ = ["dequantize"]
 
 _TYPES = (torch.float16, torch.bfloat16, torch.float32)
-_TILE = (64, 64)  # outputs and places: rows of 128 bytes are written, 32 weights per thread
-_GATHERED = (64, 32)
+_OUTPUTS = 64  # of a tile
+_PLACES = 128  # of a tile: rows of 256 bytes are written, 64 weights by a thread
+_GATHERED = 32  # columns of a tile whose words are gathered
 _WARPS = 4
 
 
@@ -53,7 +56,9 @@ def dequantize(
     if weight.order is not None and ordered:
         place = torch.empty(weight.columns, dtype=torch.int32, device=device)
         place[weight.order] = torch.arange(weight.columns, dtype=torch.int32, device=device)
-    block_n, block_k = _TILE if place is None else _GATHERED
+    block_n, block_k = _OUTPUTS, _GATHERED if place is not None else _PLACES
+    if place is None and weight.groups > 1 and math.gcd(weight.group_size, _PLACES) >= 32:
+        block_k = math.gcd(weight.group_size, _PLACES)  # one scale for each output of a tile
     blocks = triton.cdiv(weight.rows, block_n) * triton.cdiv(weight.columns, block_k)
     whole = weight.rows % block_n == 0 and weight.columns % block_k == 0
     with torch.cuda.device_of(out):  # type: ignore[no-untyped-call]

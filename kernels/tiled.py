@@ -132,8 +132,8 @@ def tiled_launch(problem: Problem) -> Launch:
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _tiles(  # type: ignore[no-untyped-def]
-    x, words, scale, zero, bias, out, slabs, arrived, rows_in, rows, columns, word_rows,
-    group_size: tl.constexpr, bits: tl.constexpr, grouping: tl.constexpr, rounded: tl.constexpr, whole_rows: tl.constexpr,
+    x, words, scale, zero, bias, out, slabs, arrived, rows_in, rows, columns, word_rows, group_size: tl.constexpr,
+    bits: tl.constexpr, grouping: tl.constexpr, rounded: tl.constexpr, whole_rows: tl.constexpr,
     whole_columns: tl.constexpr, split_k: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr,
     block_k: tl.constexpr, band: tl.constexpr,
 ):  # fmt: skip
@@ -215,9 +215,8 @@ def _tiles(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _middle(zero, at, dtype: tl.constexpr, bits: tl.constexpr):  # type: ignore[no-untyped-def]
-    if zero is None:
-        middle = tl.full(at.shape, 1 << (bits - 1), tl.uint8)
-    else:
+    middle = tl.full(at.shape, 1 << (bits - 1), tl.uint8)
+    if zero is not None:
         middle = tl.load(zero + at)
     return raised(middle, dtype, bits)
 
