@@ -36,9 +36,8 @@ _BAND = 8  # blocks of rows that are worked on together, so that they find the w
 def int8_launch(problem: Problem, count: int = 132, capability: int = 9) -> Launch:
     """Gives sensible launch parameters for a product of int8 codes, by arithmetic; nothing of it is measured.
 
-    Per multiprocessor of an H200 and clock: 4096 multiply-adds, 16 bytes from memory and about 48 from the L2 cache. A
-    program's tile costs the greatest of these, and a program about three tiles more to start and to finish. Chosen is
-    what makes the multiprocessor with the most programs finish first.
+    Per multiprocessor of an H200 and clock: 4096 multiply-adds, about 48 bytes from the L2 cache, and 16 from memory
+    where 24 KB are under way. Chosen is what makes the multiprocessor with the most programs finish first.
 
     Args:
         problem: M, N and K; the other fields are of no matter.
@@ -49,19 +48,32 @@ def int8_launch(problem: Problem, count: int = 132, capability: int = 9) -> Laun
     for tile in _tiles(problem.rows_in):
         if capability < 9 and tile.block_n > 128:
             continue
-        blocks = triton.cdiv(problem.rows_in, tile.block_m) * triton.cdiv(problem.rows, tile.block_n)
         steps = triton.cdiv(problem.columns, tile.block_k)
-        work = tile.block_m * tile.block_n * tile.block_k / 4096
-        cached = (tile.block_m + tile.block_n) * tile.block_k / 48
-        fresh = tile.block_n * tile.block_k / 16 if problem.rows_in <= tile.block_m else 0.0
         for split in (1, 2, 4, 8, 16):
             if split > 1 and steps < 4 * split:
                 break
-            turns = triton.cdiv(blocks * split, count) * (triton.cdiv(steps, split) + 3)
-            cost = turns * max(work, cached, fresh)
+            cost = _clocks(problem, tile, split, count)
             if cost < 0.97 * least:
                 best, least = replace(tile, split_k=split), cost
     return best
+
+
+def _clocks(problem: Problem, tile: Launch, split: int, count: int) -> float:
+    blocks = triton.cdiv(problem.rows_in, tile.block_m) * triton.cdiv(problem.rows, tile.block_n)
+    programs = triton.cdiv(blocks * split, count)  # of the busiest multiprocessor
+    steps = triton.cdiv(triton.cdiv(problem.columns, tile.block_k), split)
+    size = (tile.block_m + tile.block_n) * tile.block_k
+    at_once = min(programs, max(200_000 // (tile.stages * size), 1))
+    underway = at_once * (tile.stages - 1) * tile.block_n * tile.block_k
+    memory = problem.rows * problem.columns / (16 * count * min(underway / 24576, 1.0))
+    # a program waits for its first tile; of those that share sums each writes them, and the last one reads them all
+    ends = programs / at_once * (1500 if split == 1 else 2500)
+    if split > 1:
+        ends += (1 + split) * min(tile.block_m, problem.rows_in) * tile.block_n * 4 / 48
+    products = tile.block_m * tile.block_n * tile.block_k / 4096
+    busy: float = programs * steps * max(products, size / 48)
+    whole = programs * steps * tile.block_n * tile.block_k / (16 * min(underway / 24576, 1.0))
+    return ends + max(memory, busy, whole if problem.rows_in <= tile.block_m else 0.0)
 
 
 def _tiles(rows_in: int) -> list[Launch]:

@@ -105,7 +105,7 @@ def _quantize_row(  # type: ignore[no-untyped-def]
             wide = tl.where(outlier, 0.0, wide)
         greatest, bad = tl.maximum(greatest, tl.abs(wide)), bad + wide * 0.0  # what is not finite makes a NaN
     absmax = tl.max(greatest, axis=0)
-    factor = tl.div_rn(1.0, absmax) * 127.0
+    factor = tl.div_rn(1.0, tl.where(absmax == 0.0, 1.0, absmax)) * 127.0
     # where it overflows, torch makes zeros of the infinities and NaNs that come of it
     factor = tl.where(factor == float("inf"), 0.0, factor)
     tl.store(scale + row, tl.div_rn(absmax, 127.0) + tl.sum(bad, axis=0))
