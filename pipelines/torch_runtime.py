@@ -22,7 +22,6 @@ from quantpress.convert.model import Decoder, Linears
 from quantpress.convert.packed_weights import PackedWeights
 from quantpress.convert.preflight import Preflight, check_tied_head, preflight
 from quantpress.convert.weights import CheckpointWeights, Weight
-from quantpress.pipelines.gguf_readback import read_back
 from quantpress.pipelines.machine import free_memory
 from quantpress.pipelines.rounded_inputs import rounded_inputs
 from quantpress.quant.gptq_cuda import full_float32
@@ -128,6 +127,8 @@ class TorchRuntime:
         Raises:
             InputError: the package cannot read the file, or its metadata make no sense.
         """
+        from quantpress.pipelines.gguf_readback import read_back  # the package is needed for nothing else here
+
         read = read_back(path)
         return cls(
             read.weight, read.spec, read.hyper, nbytes=read.parameters * FLOAT32_BYTES, device=device,
