@@ -71,9 +71,10 @@ def _clocks(problem: Problem, tile: Launch, split: int, count: int) -> float:
     if split > 1:
         ends += (1 + split) * min(tile.block_m, problem.rows_in) * tile.block_n * 4 / 48
     products = tile.block_m * tile.block_n * tile.block_k / 4096
-    busy: float = programs * steps * max(products, size / 48)
+    busy = programs * steps * max(products, size / 48)
     whole = programs * steps * tile.block_n * tile.block_k / (16 * min(underway / 24576, 1.0))
-    return ends + max(memory, busy, whole if problem.rows_in <= tile.block_m else 0.0)
+    clocks: float = ends + max(memory, busy, whole if problem.rows_in <= tile.block_m else 0.0)
+    return clocks
 
 
 def _tiles(rows_in: int) -> list[Launch]:
