@@ -21,7 +21,7 @@ from quantpress.kernels.nf4_gemv import WIDEST, nf4_gemv
 from quantpress.kernels.nf4_tiled import nf4_dense, nf4_tiled
 
 __all__ = [
-    "BLOCKSIZES", "check_nf4", "nf4_dequantize", "nf4_launch", "nf4_matmul", "reference_nf4_dequantize",
+    "BLOCKSIZES", "check_input", "check_nf4", "nf4_dequantize", "nf4_launch", "nf4_matmul", "reference_nf4_dequantize",
 ]  # fmt: skip
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -103,7 +103,7 @@ def nf4_dequantize(
 def nf4_matmul(
     x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, levels: torch.Tensor, rows: int, columns: int,
     blocksize: int, bias: torch.Tensor | None = None, *, launch: Launch | None = None, deterministic: bool = True,
-    out: torch.Tensor | None = None,
+    rounding: torch.dtype | None = None, out: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Multiplies input rows with the matrix: x @ W.T + bias.
 
@@ -118,6 +118,8 @@ def nf4_matmul(
         bias: (N,) of x's type.
         launch: "gemv" for up to four input rows, "tiled", or "dense"; by default `nf4_launch`.
         deterministic: nothing else is implemented: shared sums are always added in one order.
+        rounding: float16 or bfloat16: weights are rounded to it whatever the type of x is, as where a checkpoint says
+            what its weights were dequantized to; None: see the module.
         out: (M, N) of x's type to fill.
 
     Returns:
@@ -128,26 +130,27 @@ def nf4_matmul(
     """
     del deterministic
     check_nf4(packed, absmax, levels, rows, columns, blocksize)
-    _check_input(x, bias, rows, columns)
+    check_input(x, bias, rows, columns, rounding)
     check_device(_any, x, packed, bias)
     out = _output(out, (len(x), rows), x.dtype, x.device)
     if not out.numel():
         return out
     chosen = launch or nf4_launch(_problem(x, rows, blocksize))
     if chosen.kernel == "dense" and x.dtype != torch.float32:
-        dense = nf4_dequantize(packed, absmax, levels, rows, columns, blocksize, x.dtype)
+        dense = nf4_dequantize(packed, absmax, levels, rows, columns, blocksize, rounding or x.dtype).to(x.dtype)
         if bias is None:
             return torch.mm(x, dense.T, out=out)
         return torch.addmm(bias, x, dense.T, out=out)
+    kept = None if rounding is None else str(rounding).removeprefix("torch.")
     # rows begin in the middle of words, or words are not where the device can read them
     if columns % 32 or packed.data_ptr() % 16:
-        nf4_any(x, packed, absmax, levels, bias, out, blocksize)
+        nf4_any(x, packed, absmax, levels, bias, out, blocksize, kept)
     elif chosen.kernel == "gemv":
         if len(x) > WIDEST:
             raise ValueError(f"{len(x)} input rows: gemv takes up to {WIDEST}")
-        nf4_gemv(x, packed, absmax, levels, bias, out, blocksize, chosen)
+        nf4_gemv(x, packed, absmax, levels, bias, out, blocksize, kept, chosen)
     else:
-        nf4_tiled(x, packed, absmax, levels, bias, out, blocksize, chosen)
+        nf4_tiled(x, packed, absmax, levels, bias, out, blocksize, kept, chosen)
     return out
 
 
@@ -190,13 +193,24 @@ def _problem(x: torch.Tensor, rows: int, blocksize: int) -> Problem:
     return Problem(len(x), rows, x.shape[1], 4, blocksize, dtype, symmetric=True, kind="nf4")
 
 
-def _check_input(x: torch.Tensor, bias: torch.Tensor | None, rows: int, columns: int) -> None:
+def check_input(
+    x: torch.Tensor, bias: torch.Tensor | None, rows: int, columns: int, rounding: torch.dtype | None
+) -> None:
+    """Checks what a matrix is multiplied with, and the type that its weights are rounded to.
+
+    Raises:
+        ValueError: something does not fit.
+    """
     if x.dtype not in _TYPES or x.dim() != 2 or x.shape[1] != columns or not x.is_contiguous():
         raise ValueError(
             f"x is {x.dtype} of shape {tuple(x.shape)}, wanted (M, {columns}) float16, bfloat16 or float32, contiguous"
         )
-    if bias is not None and (bias.dtype, tuple(bias.shape)) != (x.dtype, (rows,)):
-        raise ValueError(f"bias is {bias.dtype} of shape {tuple(bias.shape)}, wanted {x.dtype} of {(rows,)}")
+    if bias is not None and (bias.dtype, tuple(bias.shape), bias.device) != (x.dtype, (rows,), x.device):
+        raise ValueError(
+            f"bias is {bias.dtype} of shape {tuple(bias.shape)} on {bias.device}, wanted {x.dtype} of {(rows,)}"
+        )
+    if rounding not in (None, torch.float16, torch.bfloat16):
+        raise ValueError(f"rounding to {rounding}: wanted float16, bfloat16 or None")
 
 
 def _output(out: torch.Tensor | None, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from quantpress.kernels.launch import Launch
-from quantpress.kernels.nf4_levels import levels_of_words
+from quantpress.kernels.nf4_levels import levels_of_words, rounded
 from quantpress.kernels.slabs import sum_slabs, workspace
 
 __all__ = ["WIDEST", "nf4_gemv"]
@@ -31,7 +31,7 @@ _LANE = 32  # values of a row that a thread takes at a time
 
 def nf4_gemv(
     x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, levels: torch.Tensor, bias: torch.Tensor | None,
-    out: torch.Tensor, blocksize: int, launch: Launch,
+    out: torch.Tensor, blocksize: int, rounding: str | None, launch: Launch,
 ) -> None:  # fmt: skip
     """Fills `out` (M, N); what is given fits each other and K is a multiple of 32 (`nf4_matmul` checks it).
 
@@ -43,7 +43,8 @@ def nf4_gemv(
         bias: (N,) of x's type, or None.
         out: (M, N) of x's type.
         blocksize: values that share an absmax.
-        launch: `block_n` outputs of a program, `warps` along K, `split_k`.
+        rounding: "float16" or "bfloat16", to which weights are rounded; None: they are not.
+        launch: `block_n` outputs of a program (1, 2, 4 or 8), `warps` along K, `split_k`.
     """
     (rows_in, columns), rows = x.shape, out.shape[1]
     blocks = triton.cdiv(rows, launch.block_n)
@@ -51,8 +52,8 @@ def nf4_gemv(
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         _gemv[(blocks, launch.split_k)](
             x, packed.view(torch.int32), absmax, levels, bias, out, slabs, arrived, rows_in, rows, rows_in * rows,
-            columns, blocksize, launch.split_k, triton.next_power_of_2(rows_in), launch.block_n, 32 * launch.warps,
-            num_warps=launch.warps,
+            columns, blocksize, rounding, launch.split_k, triton.next_power_of_2(rows_in), launch.block_n,
+            32 * launch.warps, num_warps=launch.warps,
         )  # fmt: skip
 
 
@@ -70,44 +71,105 @@ def _eight(values):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _scales(  # type: ignore[no-untyped-def]
+    absmax, row, rows, quad, columns: tl.constexpr, blocksize: tl.constexpr
+):
+    """The absmax (block_q,) of the quads of a row."""
+    quads_of_block: tl.constexpr = blocksize // 32
+    if columns % blocksize == 0:
+        place = row * (columns // blocksize) + quad // quads_of_block
+    else:
+        place = (row * (columns // 32) + quad) // quads_of_block
+    return tl.load(absmax + place, mask=quad < tl.where(row < rows, columns // 32, 0), other=0.0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _tile_of_scales(  # type: ignore[no-untyped-def]
+    absmax, row, rows, quad, columns: tl.constexpr, blocksize: tl.constexpr, count: tl.constexpr
+):
+    """The absmax (count, block_q) of `count` rows from `row` (int64) on.
+
+    Loaded row by row: a tile of pointers has no neighbours in either direction, and compilers differ in how they lay
+    out such a tile.
+    """
+    first = _scales(absmax, row, rows, quad, columns, blocksize)
+    if count == 1:
+        return first[None, :]
+    one = _scales(absmax, row + 1, rows, quad, columns, blocksize)
+    if count == 2:
+        return tl.trans(tl.join(first, one))
+    two = _scales(absmax, row + 2, rows, quad, columns, blocksize)
+    three = _scales(absmax, row + 3, rows, quad, columns, blocksize)
+    if count == 4:
+        return tl.trans(tl.join(tl.join(first, two), tl.join(one, three)).reshape(quad.shape[0], 4))
+    four = _scales(absmax, row + 4, rows, quad, columns, blocksize)
+    five = _scales(absmax, row + 5, rows, quad, columns, blocksize)
+    six = _scales(absmax, row + 6, rows, quad, columns, blocksize)
+    seven = _scales(absmax, row + 7, rows, quad, columns, blocksize)
+    even = tl.join(tl.join(first, four), tl.join(two, six))
+    odd = tl.join(tl.join(one, five), tl.join(three, seven))
+    return tl.trans(tl.join(even, odd).reshape(quad.shape[0], 8))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _line(x, line, place, columns: tl.constexpr):  # type: ignore[no-untyped-def]
+    inside = place < columns
+    return tl.load(x + line * columns + place, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _inputs(x, rows_in, place, columns: tl.constexpr, count: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Inputs (count, block_q, 2, 2, 2) float32 at the places (block_q, 8) of each input row."""
+    first = _line(x, 0, place, columns)
+    if count == 1:
+        tile = first[None, :, :]
+    else:
+        one = _line(x, 1, place, columns)
+        if count == 2:
+            tile = tl.permute(tl.join(first, one), (2, 0, 1))
+        else:
+            two = _line(x, 2, place, columns)
+            three = _line(x, rows_in - 1, place, columns)  # of three rows the last one again
+            both = tl.join(tl.join(first, two), tl.join(one, three))
+            tile = tl.permute(both.reshape(place.shape[0], 8, 4), (2, 0, 1))
+    return tile.reshape(count, place.shape[0], 2, 2, 2)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _gemv(  # type: ignore[no-untyped-def]
     x, words, absmax, levels, bias, out, slabs, arrived, rows_in, rows, slab_size, columns: tl.constexpr,
-    blocksize: tl.constexpr, splits: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr, block_q: tl.constexpr,
+    blocksize: tl.constexpr, rounding: tl.constexpr, splits: tl.constexpr, block_m: tl.constexpr,
+    block_n: tl.constexpr, block_q: tl.constexpr,
 ):  # fmt: skip
     # a quad is the 32 values of 16 bytes
     quads: tl.constexpr = columns // 32
-    quads_of_block: tl.constexpr = blocksize // 32
     each: tl.constexpr = (quads + splits * block_q - 1) // (splits * block_q) * block_q
     split = tl.program_id(1)
-    row = tl.program_id(0).to(tl.int64) * block_n + tl.arange(0, block_n)
-    line, eight, four = tl.arange(0, block_m), tl.arange(0, 8), tl.arange(0, 4)
-    inside, given = row < rows, line < rows_in
+    first_row = tl.program_id(0).to(tl.int64) * block_n
+    row, line = first_row + tl.arange(0, block_n), tl.arange(0, block_m)
     table = tl.load(levels + tl.arange(0, 16))
     sums = tl.zeros((block_m, block_n, block_q), tl.float32)
     for step in range(0, each, block_q):
-        quad = split * each + step + tl.arange(0, block_q)
-        held = inside[:, None] & (quad < quads)[None, :]
+        start = split * each + step
+        quad, word = start + tl.arange(0, block_q), start * 4 + tl.arange(0, block_q * 4)
         codes = tl.load(
-            words + (row[:, None] * quads + quad[None, :])[:, :, None] * 4 + four[None, None, :],
-            mask=held[:, :, None], other=0, eviction_policy="evict_first",
+            words + (row[:, None] * (quads * 4) + word[None, :]), other=0, eviction_policy="evict_first",
+            mask=(row < rows)[:, None] & (word < quads * 4)[None, :],
         ).to(tl.uint32, bitcast=True)  # fmt: skip
-        if columns % blocksize == 0:
-            place = row[:, None] * (columns // blocksize) + (quad // quads_of_block)[None, :]
-        else:
-            place = (row[:, None] * quads + quad[None, :]) // quads_of_block
-        scale = tl.load(absmax + place, mask=held, other=0.0)
+        scale = _tile_of_scales(absmax, first_row, rows, quad, columns, blocksize, block_n)
         even, odd = tl.split(codes.reshape(block_n, block_q, 2, 2))
         word0, word2 = tl.split(even)
         word1, word3 = tl.split(odd)
         part = tl.zeros((block_m, block_n, block_q), tl.float32)
         for number in tl.static_range(4):
             word = word0 if number == 0 else word1 if number == 1 else word2 if number == 2 else word3
-            inputs = tl.load(
-                x + line[:, None, None] * columns + quad[None, :, None] * 32 + (number * 8 + eight)[None, None, :],
-                mask=given[:, None, None] & (quad < quads)[None, :, None], other=0.0, eviction_policy="evict_last",
-            )  # fmt: skip
-            x0, x1, x2, x3, x4, x5, x6, x7 = _eight(inputs.to(tl.float32).reshape(block_m, block_q, 2, 2, 2))
-            v0, v1, v2, v3, v4, v5, v6, v7 = _eight(levels_of_words(word, table, block_n, block_q))
+            place = quad[:, None] * 32 + (number * 8 + tl.arange(0, 8))[None, :]
+            inputs = _inputs(x, rows_in, place, columns, block_m)
+            values = levels_of_words(word, table, block_n, block_q)
+            if rounding is not None:
+                values = rounded(values * scale[:, :, None, None, None], rounding)
+            x0, x1, x2, x3, x4, x5, x6, x7 = _eight(inputs)
+            v0, v1, v2, v3, v4, v5, v6, v7 = _eight(values)
             part += x0[:, None, :] * v0[None, :, :]
             part += x1[:, None, :] * v1[None, :, :]
             part += x2[:, None, :] * v2[None, :, :]
@@ -116,10 +178,12 @@ def _gemv(  # type: ignore[no-untyped-def]
             part += x5[:, None, :] * v5[None, :, :]
             part += x6[:, None, :] * v6[None, :, :]
             part += x7[:, None, :] * v7[None, :, :]
-        sums += part * scale[None, :, :]
+        if rounding is None:
+            part *= scale[None, :, :]
+        sums += part
     result = tl.sum(sums, axis=2)
     place = line[:, None].to(tl.int64) * rows + row[None, :]
-    inside = given[:, None] & inside[None, :]
+    inside = (line < rows_in)[:, None] & (row < rows)[None, :]
     result, last = sum_slabs(result, slabs, arrived, tl.program_id(0), split, place, inside, slab_size, splits)
     if last:
         if bias is not None:

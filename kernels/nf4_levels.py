@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["levels_of_words"]
+__all__ = ["levels_of_words", "rounded"]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -20,3 +20,15 @@ def levels_of_words(words, table, rows: tl.constexpr, count: tl.constexpr):  # t
     odd = tl.join(tl.join(words, words >> 16), tl.join(words >> 8, words >> 24))
     codes = (tl.join(even, odd) & 15).to(tl.int32)
     return tl.gather(table, codes.reshape(rows * count * 8), 0).reshape(rows, count, 2, 2, 2)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def rounded(values, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Rounds float32 to "float16" or "bfloat16", ties to even, and gives float32; None leaves it as it is."""
+    if dtype == "float16":
+        values = values.to(tl.float16).to(tl.float32)
+    elif dtype == "bfloat16":
+        # by its bits, because the interpreter cuts them off
+        bits = values.to(tl.uint32, bitcast=True)
+        values = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return values

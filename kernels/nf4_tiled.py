@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from quantpress.kernels.launch import Launch
-from quantpress.kernels.nf4_levels import levels_of_words
+from quantpress.kernels.nf4_levels import levels_of_words, rounded
 from quantpress.kernels.slabs import sum_slabs, workspace
 
 __all__ = ["nf4_dense", "nf4_tiled"]
@@ -23,7 +23,7 @@ _VALUES = 4096  # values of a program of `nf4_dense`
 
 def nf4_tiled(
     x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, levels: torch.Tensor, bias: torch.Tensor | None,
-    out: torch.Tensor, blocksize: int, launch: Launch,
+    out: torch.Tensor, blocksize: int, rounding: str | None, launch: Launch,
 ) -> None:  # fmt: skip
     """Fills `out` (M, N); arguments as in `nf4_gemv`, with any M.
 
@@ -37,7 +37,7 @@ def nf4_tiled(
         _tiled[(lines * blocks, launch.split_k)](
             x, packed.view(torch.int32), absmax, levels, bias, out, slabs, arrived, rows_in, rows, rows_in * rows,
             columns // 32, columns % blocksize == 0, columns % (launch.block_k * launch.split_k) == 0, blocksize,
-            launch.split_k, _BAND, launch.block_m, launch.block_n, launch.block_k, num_warps=launch.warps,
+            rounding, launch.split_k, _BAND, launch.block_m, launch.block_n, launch.block_k, num_warps=launch.warps,
             num_stages=launch.stages,
         )  # fmt: skip
 
@@ -86,8 +86,8 @@ def _weights(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def _tiled(  # type: ignore[no-untyped-def]
     x, words, absmax, levels, bias, out, slabs, arrived, rows_in, rows, slab_size, quads, whole_blocks: tl.constexpr,
-    even: tl.constexpr, blocksize: tl.constexpr, splits: tl.constexpr, band: tl.constexpr, block_m: tl.constexpr,
-    block_n: tl.constexpr, block_k: tl.constexpr,
+    even: tl.constexpr, blocksize: tl.constexpr, rounding: tl.constexpr, splits: tl.constexpr, band: tl.constexpr,
+    block_m: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr,
 ):  # fmt: skip
     split, number = tl.program_id(1), tl.program_id(0)
     lines, blocks = tl.cdiv(rows_in, block_m), tl.cdiv(rows, block_n)
@@ -109,7 +109,7 @@ def _tiled(  # type: ignore[no-untyped-def]
         )
         held = (line < rows_in)[:, None] & (even | (column < columns))[None, :]
         inputs = tl.load(x + (line[:, None] * columns + column[None, :]), mask=held, other=0.0)
-        sums = tl.dot(inputs, tl.trans(weight.to(x.dtype.element_ty)), sums, input_precision="ieee")
+        sums = tl.dot(inputs, tl.trans(rounded(weight, rounding).to(x.dtype.element_ty)), sums, input_precision="ieee")
     place = line[:, None] * rows + row[None, :]
     inside = (line < rows_in)[:, None] & (row < rows)[None, :]
     sums, last = sum_slabs(sums, slabs, arrived, number, split, place, inside, slab_size, splits)

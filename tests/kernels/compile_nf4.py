@@ -23,7 +23,10 @@ def _shared() -> dict[str, str]:
 
 def gemv(dtype: str, rows_in: int, columns: int, splits: int, block_n: int, warps: int) -> Compiled:
     """A build of the vector kernel; one input row is a constant 1, as at a launch."""
-    types, constants = _types(dtype) | _shared(), {"columns": columns, "blocksize": 64, "splits": splits}
+    types, constants = (
+        _types(dtype) | _shared(),
+        {"columns": columns, "blocksize": 64, "rounding": None, "splits": splits},
+    )
     constants |= {"block_m": rows_in, "block_n": block_n, "block_q": 32 * warps}
     if rows_in == 1:
         del types["rows_in"]
@@ -38,7 +41,8 @@ def tiled(
 ) -> Compiled:
     """A build of the kernel on tensor cores."""
     types = _types(dtype) | _shared() | {"quads": "i32"}
-    constants: dict[str, Any] = {"whole_blocks": True, "even": even, "blocksize": 64, "splits": splits, "band": 8}
+    constants: dict[str, Any] = {"whole_blocks": True, "even": even, "blocksize": 64, "rounding": None}
+    constants |= {"splits": splits, "band": 8}
     constants |= dict(zip(("block_m", "block_n", "block_k"), blocks, strict=True))
     divisible = tuple(name for name in _DIVISIBLE if name in types)
     options = {"num_warps": warps, "num_stages": stages}
@@ -54,7 +58,7 @@ CASES = [
     tiled("fp32", (16, 32, 32), 2, 4, 3, even=False),
     Compiled(
         "any bf16", _any, _types("bf16", "packed") | dict.fromkeys(("rows_in", "rows", "columns"), "i32"),
-        {"blocksize": 64, "block_m": 4, "block_n": 8, "block_k": 64}, {"num_warps": 2},
+        {"blocksize": 64, "rounding": "bfloat16", "block_m": 4, "block_n": 8, "block_k": 64}, {"num_warps": 2},
     ),
     Compiled(
         "dense bf16", _dense, {**_types("bf16", "packed"), "size": "i64"}, {"blocksize": 64, "values": 4096},
