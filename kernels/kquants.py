@@ -24,6 +24,7 @@ from quantpress.kernels.launch import check_device
 
 __all__ = ["quantize"]
 
+_SUB_BLOCKS = 1 << 24  # that are under way at once: 20 bytes each, and offsets within them stay below 2^31
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -56,8 +57,10 @@ def quantize(
     out = _checked(values, kind, importance, out)
     if not values.numel():
         return out
+    rows = max(_SUB_BLOCKS * kind.size // values.shape[1], 1)
     with torch.cuda.device_of(values):  # type: ignore[no-untyped-call]
-        _launch(values, kind, importance, out, block)
+        for start in range(0, len(values), rows):
+            _launch(values[start : start + rows], kind, importance, out[start : start + rows], block)
     return out
 
 

@@ -5,13 +5,21 @@ give back the codes of the search, which a file holds where the scale is stored 
 (value - offset))), or for `search_q3` 16 codes of 4 bits.
 """
 
+# ruff: noqa: RUF005 (Triton compiles no starred elements)
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
 from quantpress.kernels.kquants_search import (
-    farthest, improve, load_four, load_values, load_weights, nearest, ordered_sum, search_signed,
+    farthest,
+    improve,
+    load_four,
+    load_values,
+    load_weights,
+    nearest,
+    ordered_sum,
+    search_signed,
 )  # fmt: skip
 
 __all__ = ["mean_squares", "search_minimum", "search_q3", "search_scale"]
@@ -196,7 +204,7 @@ def search_q3(values, work, total, block: tl.constexpr):  # type: ignore[no-unty
         sum_lx += weight[index] * value[index] * number
         sum_l2 += weight[index] * number * number
     # a round that moves nothing is followed by others that move nothing
-    for _ in tl.static_range(5):
+    for _ in range(5):
         code, sum_lx, sum_l2 = improve(value, weight, code, sum_lx, sum_l2, 16, -4, 3, True)
     nothing = tl.abs(extreme) < _TINY
     inside = lane < total

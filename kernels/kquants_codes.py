@@ -5,6 +5,7 @@ So a lane is a place, of 32, of a super-block, and finds the codes of its 8 plan
 ggml-common.h.
 """
 
+# ruff: noqa: RUF005 (Triton compiles no starred elements)
 from __future__ import annotations
 
 import triton

@@ -7,7 +7,6 @@ and sums run from the first weight to the last. Rows below are sub-blocks (S, si
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -50,14 +49,14 @@ def _quantize_with_minimum(blocks: Array, kind: KQuant, importance: Array | None
         if kind.size == 32:
             weights = np.sqrt(_ordered_sum(sub * sub) / _F(32))[:, None] + weights
         scale, minimum, codes = _search_with_minimum(sub, weights, kind.top, kind.plain, bounded=False)
-        encode: Callable[[Array], tuple[Array, Array]] = lambda part: _scales_by_maximum(part, kind)
+        total = None
     else:
         weights = _importance(blocks, kind, importance)
         total = _ordered_sum(weights).reshape(shape)
         scale, minimum, codes = _search_with_minimum(sub, weights, kind.top, kind.weighted, bounded=True)
-        encode = lambda part: _scales_by_search(part, total, kind.scale_top)
-    (d, scale_codes), (d_min, min_codes) = encode(scale.reshape(shape)), encode(minimum.reshape(shape))
-    if kind.name == "Q5_K" or importance is None and kind.size == 32:
+    d, scale_codes = _scales_with_minimum(scale.reshape(shape), total, kind)
+    d_min, min_codes = _scales_with_minimum(minimum.reshape(shape), total, kind)
+    if kind.name == "Q5_K" or (importance is None and kind.size == 32):
         scale_codes, min_codes = np.minimum(scale_codes, kind.scale_top), np.minimum(min_codes, kind.scale_top)
     half, half_min = d.astype(np.float16), d_min.astype(np.float16)
     if kind.size == 16:
@@ -213,8 +212,10 @@ def _improve(
     return sum_lx, sum_l2
 
 
-def _scales_by_maximum(values: Array, kind: KQuant) -> tuple[Array, Array]:
-    """Step (B,) and codes (B, sub-blocks) of scales or minima, by the greatest."""
+def _scales_with_minimum(values: Array, weights: Array | None, kind: KQuant) -> tuple[Array, Array]:
+    """Step (B,) and codes (B, sub-blocks) of scales or minima; by the greatest where there are no weights."""
+    if weights is not None:
+        return _scales_by_search(values, weights, kind.scale_top)
     greatest = np.where(values > 0, values, _F(0)).max(axis=1)
     inverse = np.where(greatest > 0, _F(kind.scale_top) / greatest, _F(0))
     codes = _nearest(inverse[:, None] * values) & 255

@@ -4,12 +4,16 @@ A lane keeps its weights in registers, as a tuple of tensors with one element fo
 the C code. Whatever is called here is compiled into the kernel that calls it.
 """
 
+# ruff: noqa: RUF005 (Triton compiles no starred elements)
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-__all__ = ["farthest", "improve", "load_four", "load_values", "load_weights", "nearest", "ordered_sum", "search_signed"]
+__all__ = [
+    "farthest", "improve", "load_four", "load_values", "load_weights", "nearest", "ordered_sum", "search_signed",
+    "store_values",
+]  # fmt: skip
 
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to a whole number, ties to even
 _TINY = tl.constexpr(1e-15)  # TINY of kquants_types
@@ -23,6 +27,23 @@ def load_four(source, place):  # type: ignore[no-untyped-def]
     first, third = tl.split(even)
     second, fourth = tl.split(odd)
     return first, second, third, fourth
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def store_four(target, place, first, second, third, fourth, inside):  # type: ignore[no-untyped-def]
+    """Stores elements place to place + 3 for each lane: Triton takes long to compile many small stores."""
+    halves = tl.join(tl.join(first, third), tl.join(second, fourth))
+    four = tl.reshape(halves, (first.shape[0], 4)).to(target.dtype.element_ty)
+    tl.store(target + place[:, None] + tl.arange(0, 4)[None, :], four, mask=inside[:, None])
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def store_values(target, place, values, inside, count: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Stores a tuple as elements place to place + count - 1 of each lane."""
+    for start in tl.static_range(0, count, 4):
+        store_four(
+            target, place + start, values[start], values[start + 1], values[start + 2], values[start + 3], inside
+        )
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -142,10 +163,7 @@ def improve(  # type: ignore[no-untyped-def]
         new = code.to(tl.float32)
         new_lx = rest_lx + weight * value * new
         new_l2 = rest_l2 + weight * new * new
-        if signed:
-            positive = new_l2 > 0.0
-        else:
-            positive = rest_l2 > 0.0
+        positive = new_l2 > 0.0 if signed else rest_l2 > 0.0
         better = (rest_lx > 0.0) & positive & (code != codes[index])
         better = better & (new_lx * new_lx * sum_l2 > sum_lx * sum_lx * new_l2)
         if not signed:

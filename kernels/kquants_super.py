@@ -5,12 +5,13 @@ are replaced by what a reader will multiply and subtract. Scale bytes and float1
 bytes of a block) uint8; layouts: block_q*_K in llama.cpp's ggml-common.h.
 """
 
+# ruff: noqa: RUF005 (Triton compiles no starred elements)
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from quantpress.kernels.kquants_search import farthest, improve, nearest, search_signed
+from quantpress.kernels.kquants_search import farthest, improve, load_values, nearest, search_signed, store_values
 
 __all__ = ["scales_with_minimum", "signed_scales"]
 
@@ -23,31 +24,35 @@ def scales_with_minimum(  # type: ignore[no-untyped-def]
     weighted: tl.constexpr, block_bytes: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """Q2_K (16 sub-blocks), Q4_K and Q5_K (8); `bounded`: codes stay below top, whatever the scales are."""
+    # two lanes for each super-block, one for the scales and one for the minima, which are fitted alike
+    pair = tl.arange(0, 2 * block)
+    owner = tl.minimum(tl.program_id(0).to(tl.int64) * block + pair // 2, supers - 1)
+    value = load_values(work, pair % 2 * total + owner * count, count)
+    if weighted:
+        both_steps, both = _fit_scales(value, load_values(work + 2 * total, owner * count, count), count, top)
+    else:
+        both_steps, both = _largest_to_top(value, count, top)
+    code = ()
+    offset_code = ()
+    for index in tl.static_range(count):
+        one, other = tl.split(tl.reshape(both[index], (block, 2)))
+        code = code + (one,)
+        offset_code = offset_code + (other,)
+    step, offset_step = tl.split(tl.reshape(both_steps, (block, 2)))
     lane = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     inside = lane < supers
     place = tl.minimum(lane, supers - 1)
-    scale = _load_all(work, place, count)
-    minimum = _load_all(work + total, place, count)
-    if weighted:
-        weight = _load_all(work + 2 * total, place, count)
-        step, code = _fit_scales(scale, weight, count, top)
-        offset_step, offset_code = _fit_scales(minimum, weight, count, top)
-    else:
-        step, code = _largest_to_top(scale, count, top)
-        offset_step, offset_code = _largest_to_top(minimum, count, top)
-    target = blocks + place * block_bytes
+    start = place * block_bytes
     if count == 16:
-        code, offset_code = _store_nibbles(target, code, offset_code, inside)
-        step = _store_half(target + 80, step, inside)
-        offset_step = _store_half(target + 82, offset_step, inside)
+        code, offset_code = _store_nibbles(blocks, start, code, offset_code, inside)
+        step = _store_half(blocks + start + 80, step, inside)
+        offset_step = _store_half(blocks + start + 82, offset_step, inside)
     else:
-        code, offset_code = _store_six_bits(target + 4, code, offset_code, inside, bounded)
-        step = _store_half(target, step, inside)
-        offset_step = _store_half(target + 2, offset_step, inside)
-    for index in tl.static_range(count):
-        sub = place * count + index
-        tl.store(work + sub, step * code[index].to(tl.float32), mask=inside)
-        tl.store(work + total + sub, offset_step * offset_code[index].to(tl.float32), mask=inside)
+        code, offset_code = _store_six_bits(blocks, start + 4, code, offset_code, inside, bounded)
+        step = _store_half(blocks + start, step, inside)
+        offset_step = _store_half(blocks + start + 2, offset_step, inside)
+    _store_products(work, place * count, step, code, inside, count)
+    _store_products(work + total, place * count, offset_step, offset_code, inside, count)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -58,20 +63,19 @@ def signed_scales(  # type: ignore[no-untyped-def]
     lane = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     inside = lane < supers
     place = tl.minimum(lane, supers - 1)
-    scale = _load_all(work, place, 16)
+    scale = load_values(work, place * 16, 16)
     if six:
         step, code = _farthest_to_end(scale, -128, 127, _TINY)
         # a block of zeros has no codes of a search either
         empty = inside & ~(tl.abs(farthest(scale, 16)) >= _TINY)
-        for index in tl.static_range(16):
-            tl.store(work + 3 * total + place * 16 + index, float("inf"), mask=empty)
-        target = blocks + place * 210 + 192
-        for index in tl.static_range(16):
-            tl.store(target + index, (code[index] & 255).to(tl.uint8), mask=inside)
-        step = _store_half(target + 16, step, inside)
+        for index in tl.static_range(4):
+            four = place[:, None] * 16 + 4 * index + tl.arange(0, 4)[None, :]
+            tl.store(work + 3 * total + four, float("inf"), mask=empty[:, None])
+        store_values(blocks, place * 210 + 192, code, inside, 16)
+        step = _store_half(blocks + place * 210 + 208, step, inside)
     else:
         if weighted:
-            weight = _load_all(work + 2 * total, place, 16)
+            weight = load_values(work + 2 * total, place * 16, 16)
             step, factor = search_signed(scale, weight, 16, 32)
             code = ()
             for index in tl.static_range(16):
@@ -79,19 +83,9 @@ def signed_scales(  # type: ignore[no-untyped-def]
                 code = code + (tl.where(factor == float("inf"), -32, number),)
         else:
             step, code = _farthest_to_end(scale, -32, 31, 0.0)
-        target = blocks + place * 110 + 96
-        _store_q3_scales(target, code, inside)
-        step = _store_half(target + 12, step, inside)
-    for index in tl.static_range(16):
-        tl.store(work + place * 16 + index, step * code[index].to(tl.float32), mask=inside)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _load_all(source, place, count: tl.constexpr):  # type: ignore[no-untyped-def]
-    found = ()
-    for index in tl.static_range(count):
-        found = found + (tl.load(source + place * count + index),)
-    return found
+        _store_q3_scales(blocks, place * 110 + 96, code, inside)
+        step = _store_half(blocks + place * 110 + 108, step, inside)
+    _store_products(work, place * 16, step, code, inside, 16)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -151,7 +145,7 @@ def _fit_scales(values, weight, count: tl.constexpr, top: tl.constexpr):  # type
         sum_lx += weight[index] * values[index] * number
         sum_l2 += weight[index] * number * number
         code = code + (found & 255,)
-    for _ in tl.static_range(5):
+    for _ in range(5):
         code, sum_lx, sum_l2 = improve(values, weight, code, sum_lx, sum_l2, count, 0, top, False)
     kept = ()
     for index in tl.static_range(count):
@@ -165,10 +159,7 @@ def _scale_error(values, weight, inverse, count: tl.constexpr, top: tl.constexpr
     error = tl.zeros_like(inverse)
     for index in tl.static_range(count):
         code = nearest(inverse * values[index])
-        if top == 255:
-            code = code & 255  # the C code keeps the first codes as bytes
-        else:
-            code = tl.minimum(code, top)
+        code = code & 255 if top == 255 else tl.minimum(code, top)  # the C code keeps the first codes as bytes
         off = values[index] - size * code.to(tl.float32)
         error += weight[index] * off * off
     return error
@@ -185,56 +176,67 @@ def _store_half(target, step, inside):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _store_nibbles(target, code, offset_code, inside):  # type: ignore[no-untyped-def]
+def _store_products(target, place, step, code, inside, count: tl.constexpr):  # type: ignore[no-untyped-def]
+    product = ()
+    for index in tl.static_range(count):
+        product = product + (step * code[index].to(tl.float32),)
+    store_values(target, place, product, inside, count)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _store_nibbles(blocks, start, code, offset_code, inside):  # type: ignore[no-untyped-def]
     """Q2_K: a byte holds a scale and, above it, a minimum. Gives back what a reader finds."""
+    byte = ()
     read = ()
     read_offset = ()
     for index in tl.static_range(16):
-        byte = (code[index] | (offset_code[index] << 4)) & 255
-        tl.store(target + index, byte.to(tl.uint8), mask=inside)
-        read = read + (byte & 15,)
-        read_offset = read_offset + (byte >> 4,)
+        byte = byte + ((code[index] | (offset_code[index] << 4)) & 255,)
+        read = read + (byte[index] & 15,)
+        read_offset = read_offset + (byte[index] >> 4,)
+    store_values(blocks, start, byte, inside, 16)
     return read, read_offset
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _store_six_bits(target, code, offset_code, inside, bounded: tl.constexpr):  # type: ignore[no-untyped-def]
+def _store_six_bits(blocks, start, code, offset_code, inside, bounded: tl.constexpr):  # type: ignore[no-untyped-def]
     """Q4_K and Q5_K: 8 scales and 8 minima of 6 bits in 12 bytes. Gives back what a reader finds."""
-    scale = ()
-    minimum = ()
-    for index in tl.static_range(8):
-        if bounded:
+    if bounded:
+        scale = ()
+        minimum = ()
+        for index in tl.static_range(8):
             scale = scale + (tl.minimum(code[index], 63),)
             minimum = minimum + (tl.minimum(offset_code[index], 63),)
-        else:
-            scale = scale + (code[index],)
-            minimum = minimum + (offset_code[index],)
-    head = ()
-    head_min = ()
-    tail = ()
-    tail_min = ()
+    else:
+        scale = code
+        minimum = offset_code
+    first = ()
+    second = ()
+    low = ()
     for index in tl.static_range(4):
-        first = (scale[index] | ((scale[index + 4] >> 4) << 6)) & 255
-        second = (minimum[index] | ((minimum[index + 4] >> 4) << 6)) & 255
-        low = (scale[index + 4] & 15) | ((minimum[index + 4] & 15) << 4)
-        tl.store(target + index, first.to(tl.uint8), mask=inside)
-        tl.store(target + 4 + index, second.to(tl.uint8), mask=inside)
-        tl.store(target + 8 + index, low.to(tl.uint8), mask=inside)
-        head = head + (first & 63,)
-        head_min = head_min + (second & 63,)
-        tail = tail + ((low & 15) | ((first >> 6) << 4),)
-        tail_min = tail_min + ((low >> 4) | ((second >> 6) << 4),)
-    return head + tail, head_min + tail_min
+        first = first + ((scale[index] | ((scale[index + 4] >> 4) << 6)) & 255,)
+        second = second + ((minimum[index] | ((minimum[index + 4] >> 4) << 6)) & 255,)
+        low = low + ((scale[index + 4] & 15) | ((minimum[index + 4] & 15) << 4),)
+    store_values(blocks, start, first + second + low, inside, 12)
+    read = ()
+    read_offset = ()
+    for index in tl.static_range(4):
+        read = read + (first[index] & 63,)
+        read_offset = read_offset + (second[index] & 63,)
+    for index in tl.static_range(4):
+        read = read + ((low[index] & 15) | ((first[index] >> 6) << 4),)
+        read_offset = read_offset + ((low[index] >> 4) | ((second[index] >> 6) << 4),)
+    return read, read_offset
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _store_q3_scales(target, code, inside):  # type: ignore[no-untyped-def]
+def _store_q3_scales(blocks, start, code, inside):  # type: ignore[no-untyped-def]
     """Q3_K: 16 scales of 6 bits, from -32 on: low halves in 8 bytes, high pairs in 4."""
+    byte = ()
     for index in tl.static_range(8):
-        byte = ((code[index] + 32) & 15) | (((code[index + 8] + 32) & 15) << 4)
-        tl.store(target + index, byte.to(tl.uint8), mask=inside)
+        byte = byte + (((code[index] + 32) & 15) | (((code[index + 8] + 32) & 15) << 4),)
     for index in tl.static_range(4):
-        byte = (code[index] + 32) >> 4
+        pairs = (code[index] + 32) >> 4
         for plane in tl.static_range(1, 4):
-            byte |= ((code[index + 4 * plane] + 32) >> 4) << (2 * plane)
-        tl.store(target + 8 + index, byte.to(tl.uint8), mask=inside)
+            pairs |= ((code[index + 4 * plane] + 32) >> 4) << (2 * plane)
+        byte = byte + (pairs,)
+    store_values(blocks, start, byte, inside, 12)
