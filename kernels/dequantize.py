@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from quantpress.kernels.expand import expand, raised
+from quantpress.kernels.expand import expand, halves, raised
 from quantpress.kernels.launch import check_device
 from quantpress.kernels.packed import PackedWeight
 
@@ -64,6 +64,7 @@ def dequantize(
     with torch.cuda.device_of(out):  # type: ignore[no-untyped-call]
         _dequantize[(blocks,)](
             weight.words, weight.scale, weight.zero, place, out, weight.rows, weight.columns, weight.words.shape[0],
+            halves(weight.bits),
             weight.group_size, weight.group_size % block_k == 0 or weight.groups == 1, weight.bits, whole, block_n,
             block_k, num_warps=_WARPS,
         )  # fmt: skip
@@ -72,7 +73,7 @@ def dequantize(
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _dequantize(  # type: ignore[no-untyped-def]
-    words, scale, zero, place_of, out, rows, columns, word_rows, group_size, one_group: tl.constexpr,
+    words, scale, zero, place_of, out, rows, columns, word_rows, masks, group_size, one_group: tl.constexpr,
     bits: tl.constexpr, whole: tl.constexpr, block_n: tl.constexpr, block_k: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = out.dtype.element_ty
@@ -88,13 +89,15 @@ def _dequantize(  # type: ignore[no-untyped-def]
         if zero is not None:
             middle = tl.load(zero + at, mask=(output < rows)[:, None], other=0)
         weights = expand(
-            words, output, start, rows, word_rows, raised(middle, dtype, bits), step, dtype, bits, block_n, block_k,
-            whole,
+            words, output, start, rows, word_rows, masks, raised(middle, dtype, bits), step, dtype, bits, block_n,
+            block_k, whole,
         )  # fmt: skip
     else:
         place = column
         if place_of is None:
-            weights = expand(words, output, start, rows, word_rows, None, None, dtype, bits, block_n, block_k, whole)
+            weights = expand(
+                words, output, start, rows, word_rows, masks, None, None, dtype, bits, block_n, block_k, whole
+            )
         else:
             place = tl.load(place_of + column, mask=column < columns, other=0)
             weights = _gathered(words, output, place, rows, word_rows, dtype, bits, inside)

@@ -16,12 +16,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["expand", "raised"]
+__all__ = ["expand", "halves", "raised"]
+
+
+def halves(bits: int) -> int:
+    """Gives the argument `masks` of `expand` for a number of bits."""
+    return ((1 << bits) - 1) * 0x10001
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def expand(  # type: ignore[no-untyped-def]
-    words, output, start, rows, word_rows, middle, step, dtype: tl.constexpr, bits: tl.constexpr,
+    words, output, start, rows, word_rows, masks, middle, step, dtype: tl.constexpr, bits: tl.constexpr,
     block_n: tl.constexpr, block_k: tl.constexpr, whole: tl.constexpr,
 ):  # fmt: skip
     """Gives the numbers of `output` at places start to start + block_k: (block_n, block_k) of `dtype`.
@@ -34,6 +39,8 @@ def expand(  # type: ignore[no-untyped-def]
         start: first place; it and block_k are multiples of 16, of 32 for 3 bits: a tile begins and ends with a word.
         rows: N.
         word_rows: rows of `words`.
+        masks: 2^bits - 1 in each half of 32 bits, as an argument of the kernel: were it a constant, it would be put
+            into a register anew for each use, because an instruction takes one constant and the float's bits are one.
         middle: (block_n, 1), zeros made by `raised`; None: nothing is taken off.
         step: (block_n, 1) scales that code - zero is multiplied with, rounded to `dtype` once; None: they are not.
         dtype: float16, bfloat16 or float32.
@@ -48,22 +55,25 @@ def expand(  # type: ignore[no-untyped-def]
         first = _words(words, output, row, rows, word_rows, whole)
         second = _words(words, output, row + 1, rows, word_rows, whole)
         third = _words(words, output, row + 2, rows, word_rows, whole)
-        low = tl.join(_eight(first, middle, step, dtype), _eight((first >> 24) | (second << 8), middle, step, dtype))
+        low = tl.join(
+            _eight(first, masks, middle, step, dtype), _eight((first >> 24) | (second << 8), masks, middle, step, dtype)
+        )
         high = tl.join(
-            _eight((second >> 16) | (third << 16), middle, step, dtype), _eight(third >> 8, middle, step, dtype)
+            _eight((second >> 16) | (third << 16), masks, middle, step, dtype),
+            _eight(third >> 8, masks, middle, step, dtype),
         )
         numbers = tl.permute(tl.join(low, high), (0, 1, 6, 5, 2, 3, 4))
     else:
         row = start // (32 // bits) + tl.arange(0, block_k // (32 // bits))
         held = _words(words, output, row, rows, word_rows, whole)
         if bits == 2:
-            even = _four(held, 0, 4, middle, step, dtype, bits)
-            numbers = tl.join(even, _four(held, 2, 4, middle, step, dtype, bits))
+            even = _four(held, 0, 4, masks, middle, step, dtype, bits)
+            numbers = tl.join(even, _four(held, 2, 4, masks, middle, step, dtype, bits))
         elif bits == 4:
-            numbers = _four(held, 0, 4, middle, step, dtype, bits)
+            numbers = _four(held, 0, 4, masks, middle, step, dtype, bits)
         else:
-            first = _pair(held, 0, middle, step, dtype, bits)
-            numbers = tl.join(first, _pair(held, 8, middle, step, dtype, bits))
+            first = _pair(held, 0, masks, middle, step, dtype, bits)
+            numbers = tl.join(first, _pair(held, 8, masks, middle, step, dtype, bits))
     return tl.reshape(numbers, (block_n, block_k))
 
 
@@ -78,36 +88,38 @@ def _words(words, output, row, rows, word_rows, whole: tl.constexpr):  # type: i
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _eight(held, middle, step, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+def _eight(held, masks, middle, step, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
     """Gives the eight 3-bit codes of 24 bits, raised, in new last dimensions."""
     halves = (held & 0xFFF) | ((held << 4) & 0xFFF0000)  # the upper four to the upper half
-    return _four(halves, 0, 3, middle, step, dtype, 3)
+    return _four(halves, 0, 3, masks, middle, step, dtype, 3)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _four(  # type: ignore[no-untyped-def]
-    held, first: tl.constexpr, apart: tl.constexpr, middle, step, dtype: tl.constexpr, bits: tl.constexpr
+    held, first: tl.constexpr, apart: tl.constexpr, masks, middle, step, dtype: tl.constexpr, bits: tl.constexpr
 ):
     """Gives four codes of each half of a word: new dimensions for the half and for which of four, 2 by 2."""
     even = tl.join(
-        _pair(held, first, middle, step, dtype, bits), _pair(held, first + 2 * apart, middle, step, dtype, bits)
+        _pair(held, first, masks, middle, step, dtype, bits),
+        _pair(held, first + 2 * apart, masks, middle, step, dtype, bits),
     )
     odd = tl.join(
-        _pair(held, first + apart, middle, step, dtype, bits), _pair(held, first + 3 * apart, middle, step, dtype, bits)
+        _pair(held, first + apart, masks, middle, step, dtype, bits),
+        _pair(held, first + 3 * apart, masks, middle, step, dtype, bits),
     )
     return tl.join(even, odd)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _pair(held, shift: tl.constexpr, middle, step, dtype: tl.constexpr, bits: tl.constexpr):  # type: ignore[no-untyped-def]
+def _pair(held, shift: tl.constexpr, masks, middle, step, dtype: tl.constexpr, bits: tl.constexpr):  # type: ignore[no-untyped-def]
     """Gives the numbers whose codes begin `shift` bits into the halves of a word, in a new last dimension."""
-    mask: tl.constexpr = (1 << bits) - 1
     if dtype == tl.float16 or (dtype == tl.bfloat16 and bits < 8):
         magic: tl.constexpr = 0x6400 if dtype == tl.float16 else 0x4300
-        both = ((held >> shift) & (mask | mask << 16)) | (magic | magic << 16)
+        both = ((held >> shift) & masks) | (magic | magic << 16)
         low = both.to(tl.uint16).to(dtype, bitcast=True)
         high = (both >> 16).to(tl.uint16).to(dtype, bitcast=True)
     else:
+        mask: tl.constexpr = (1 << bits) - 1
         low = (((held >> shift) & mask) | 0x4B000000).to(tl.float32, bitcast=True)
         high = (((held >> (shift + 16)) & mask) | 0x4B000000).to(tl.float32, bitcast=True)
     return tl.join(_scaled(low, middle, step, dtype), _scaled(high, middle, step, dtype))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 
-from quantpress.kernels.expand import expand, raised
+from quantpress.kernels.expand import expand, halves, raised
 from quantpress.kernels.launch import Launch, Problem, check_device
 from quantpress.kernels.packed import PackedWeight
 from quantpress.kernels.workspace import counters
@@ -69,9 +70,9 @@ def tiled(
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         _tiles[(blocks_m * blocks_n * split_k,)](
             x, weight.words, weight.scale, weight.zero, bias, out, slabs, arrived, rows_in, rows, weight.columns,
-            weight.words.shape[0], weight.group_size, weight.bits, grouping, rounded, rows % block_n == 0,
-            weight.columns % block_k == 0, split_k, block_m, block_n, block_k, _BAND, num_warps=launch.warps,
-            num_stages=launch.stages,
+            weight.words.shape[0], halves(weight.bits), weight.group_size, weight.bits, grouping, rounded,
+            rows % block_n == 0, weight.columns % block_k == 0, split_k, block_m, block_n, block_k, _BAND,
+            num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip
     return out
 
@@ -107,35 +108,36 @@ def _tile(weight: PackedWeight, launch: Launch, *, plain: bool, rounded: bool) -
 
 
 def tiled_launch(problem: Problem) -> Launch:
-    """Gives launch parameters by arithmetic, for a GPU of 132 processors of 227 KiB; not measured."""
-    least = 32 if problem.bits == 3 else 16
-    block_m = max(8, min(triton.next_power_of_2(problem.rows_in), 64))
+    """Gives launch parameters by arithmetic, for a GPU of 132 processors of 227 KiB; not measured.
+
+    Two programs for a processor: one expands codes while the other's sums run. Parts have at least 4 tiles.
+    """
     if problem.rows_in > EXACT_ROWS:
-        block_n, block_k, wanted = 128, 64, 132
-        block_m = 128 if problem.rows_in > 256 else 64
+        # of tiles of 128 sums for a thread the one that reads least: an input has 16 bits, a code 4
+        launch = Launch("tiled", 128, 128, 64, 1, 4, 3)
     else:
-        block_n, block_k, wanted = 64, 128, 4 * 132
+        block_m = max(16, triton.next_power_of_2(problem.rows_in))
+        launch = Launch("tiled", block_m, 128, 128, 1, 8 if block_m == 64 else 4, 3 if block_m == 64 else 4)
     if problem.dtype == "float32":
-        block_m, block_n, block_k = min(block_m, _PLAIN[0]), _PLAIN[1], _PLAIN[2]
+        launch = replace(launch, block_m=min(launch.block_m, 64), block_n=_PLAIN[1], block_k=_PLAIN[2], warps=4)
+    block_k = launch.block_k
     if problem.group_size < problem.columns:
         shared = math.gcd(problem.group_size, block_k)
-        block_k = shared if shared >= least else block_k
-    blocks = triton.cdiv(problem.rows_in, block_m) * triton.cdiv(problem.rows, block_n)
-    # parts of at least 4 tiles, in powers of two up to 16: enough for all processors, and no more sums to share
+        block_k = shared if shared >= (32 if problem.bits == 3 else 16) else block_k
+    blocks = triton.cdiv(problem.rows_in, launch.block_m) * triton.cdiv(problem.rows, launch.block_n)
     most = min(16, max(1, triton.cdiv(problem.columns, block_k) // 4))
     split_k = 1
-    while split_k * 2 <= most and split_k * blocks < wanted:
+    while split_k * 2 <= most and split_k * blocks < 2 * 132:
         split_k *= 2
-    warps = 8 if block_m * block_n >= 128 * 128 else 4
-    return Launch("tiled", block_m, block_n, block_k, split_k, warps, 4 if problem.rows_in <= EXACT_ROWS else 3)
+    return replace(launch, block_k=block_k, split_k=split_k)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _tiles(  # type: ignore[no-untyped-def]
-    x, words, scale, zero, bias, out, slabs, arrived, rows_in, rows, columns, word_rows, group_size: tl.constexpr,
-    bits: tl.constexpr, grouping: tl.constexpr, rounded: tl.constexpr, whole_rows: tl.constexpr,
-    whole_columns: tl.constexpr, split_k: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr,
-    block_k: tl.constexpr, band: tl.constexpr,
+    x, words, scale, zero, bias, out, slabs, arrived, rows_in, rows, columns, word_rows, masks,
+    group_size: tl.constexpr, bits: tl.constexpr, grouping: tl.constexpr, rounded: tl.constexpr,
+    whole_rows: tl.constexpr, whole_columns: tl.constexpr, split_k: tl.constexpr, block_m: tl.constexpr,
+    block_n: tl.constexpr, block_k: tl.constexpr, band: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = x.dtype.element_ty
     blocks_m, blocks_n = tl.cdiv(rows_in, block_m), tl.cdiv(rows, block_n)
@@ -169,15 +171,15 @@ def _tiles(  # type: ignore[no-untyped-def]
         if grouping == 2:
             at = (tl.minimum(place, columns - 1) // group_size)[None, :] * rows + read_output[:, None]
             weights = expand(
-                words, read_output, start, rows, word_rows, None, None, dtype, bits, block_n, block_k, whole
+                words, read_output, start, rows, word_rows, masks, None, None, dtype, bits, block_n, block_k, whole
             )
             weights -= _middle(zero, at, dtype, bits)
             wide = tl.load(scale + at)
             weights *= wide if wide.dtype == weights.dtype and rounded else wide.to(tl.float32)
         else:
             weights = expand(
-                words, read_output, start, rows, word_rows, middle[:, None], step[:, None] if rounded else None, dtype,
-                bits, block_n, block_k, whole,
+                words, read_output, start, rows, word_rows, masks, middle[:, None], step[:, None] if rounded else None,
+                dtype, bits, block_n, block_k, whole,
             )  # fmt: skip
         if whole_columns:
             inputs = tl.load(x_row + place[:, None])
@@ -221,7 +223,7 @@ def _middle(zero, at, dtype: tl.constexpr, bits: tl.constexpr):  # type: ignore[
     return raised(middle, dtype, bits)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _finish(total, bias, out, output, row_in, rows_in, rows):  # type: ignore[no-untyped-def]
     if bias is not None:
         total += tl.load(bias + output, mask=output < rows, other=0.0).to(tl.float32)[:, None]
