@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from quantpress.convert.layer import Layer, Linear
-from quantpress.convert.packed_weights import PackedLinear
+from quantpress.convert.packed_weights import Int8Linear, PackedLinear
 
 __all__ = ["fused", "side_by_side"]
 
@@ -35,8 +35,12 @@ def fused(layer: Layer) -> Layer:
     return replace(layer, traits=traits, weights=weights, linears=linears)
 
 
-def side_by_side(linears: Sequence[Linear | None]) -> PackedLinear | None:
+def side_by_side(linears: Sequence[Linear | None]) -> PackedLinear | Int8Linear | None:
     """Gives one linear with the outputs of all, None if their codes have not the same form."""
+    int8 = [linear for linear in linears if isinstance(linear, Int8Linear)]
+    if len(int8) == len(linears):
+        alike = len({(linear.codes.shape[1], linear.scale.dtype) for linear in int8}) == 1
+        return _int8_together(int8) if alike else None
     packed = [linear for linear in linears if isinstance(linear, PackedLinear)]
     weights = [linear.weight for linear in packed]
     forms = {(one.columns, one.bits, one.group_size, one.scale.dtype, one.zero is None) for one in weights}
@@ -49,6 +53,10 @@ def side_by_side(linears: Sequence[Linear | None]) -> PackedLinear | None:
         scale=torch.cat([one.scale for one in weights], dim=1), zero=torch.cat(zeros, dim=1) if zeros else None,
     )  # fmt: skip
     return PackedLinear(whole, packed[0].deterministic)
+
+
+def _int8_together(linears: Sequence[Int8Linear]) -> Int8Linear:
+    return Int8Linear(torch.cat([one.codes for one in linears]), torch.cat([one.scale for one in linears]))
 
 
 def _joined(weights: dict[str, torch.Tensor], linears: dict[str, Linear], names: Sequence[str], target: str) -> bool:

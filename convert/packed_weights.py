@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 
 from quantpress.convert.arch.spec import Hyperparameters, Layout, Role, TensorSpec
@@ -11,14 +12,16 @@ from quantpress.convert.checkpoint import Checkpoint
 from quantpress.convert.model import Decoder
 from quantpress.convert.preflight import Preflight, check_tied_head, preflight
 from quantpress.convert.quantized import LazyQuantized
-from quantpress.convert.weights import CheckpointWeights, canonical
+from quantpress.convert.weights import CheckpointWeights, as_torch, canonical
+from quantpress.kernels import int8_linear as _operators  # noqa: F401 - registers torch.ops.quantpress.w8a8_linear
+from quantpress.kernels.int8_plain import LONGEST
 from quantpress.kernels.linear import linear
 from quantpress.kernels.packed import PackedWeight, reference_dequantize
 from quantpress.quant.errors import LayoutError
 from quantpress.quant.packed import packed_streams, packed_weight
 from quantpress.quant.qtensor import QuantizedForm, group_count
 
-__all__ = ["PackedLinear", "PackedWeights", "form_bytes", "packed_decoder"]
+__all__ = ["Int8Linear", "PackedLinear", "PackedWeights", "form_bytes", "packed_decoder"]
 
 _SCALE_BYTES = {"F16": 2, "BF16": 2, "F32": 4}
 _ROLES = (Role.LINEAR, Role.HEAD)  # an embedding is looked up row by row, which the packed form does not give
@@ -46,6 +49,29 @@ class PackedLinear:
         return reference_dequantize(self.weight)
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Int8Linear:
+    """A linear whose inputs are rounded to int8 too, as W8A8 checkpoints are served; a `layer.Linear`.
+
+    Attributes:
+        codes: (N, K) int8, outputs in the decoder's order.
+        scale: (N,) floating-point.
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+
+    def run(self, values: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Gives (..., N) in the type of `values` (..., K); the bias is (N,)."""
+        wanted = bias if bias is None else bias.to(values.dtype)
+        found: torch.Tensor = torch.ops.quantpress.w8a8_linear(values, self.codes, self.scale, wanted)
+        return found
+
+    def dense(self) -> torch.Tensor:
+        """Gives the weight itself, (N, K) float32."""
+        return self.codes.float() * self.scale.float()[:, None]
+
+
 def form_bytes(form: QuantizedForm) -> int:
     """Gives the bytes that a matrix of this form takes when it is packed for the kernels."""
     rows, columns = form.shape
@@ -63,12 +89,15 @@ class PackedWeights:
         checked: its tensors by the family's table.
         device: where the weights are kept.
         deterministic: of the products.
+        as_served: round inputs where the form says so. Who rounds them by another way, as the judge's runtime does, or
+            wants a yardstick, leaves it off.
     """
 
     checkpoint: Checkpoint
     checked: Preflight
     device: str | torch.device = "cpu"
     deterministic: bool = True
+    as_served: bool = False
     _found: dict[tuple[str, int], tuple[TensorSpec, LazyQuantized]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -81,7 +110,7 @@ class PackedWeights:
         }
         object.__setattr__(self, "_found", found)
 
-    def __call__(self, slot: str, layer: int) -> PackedLinear | None:
+    def __call__(self, slot: str, layer: int) -> PackedLinear | Int8Linear | None:
         """Gives a linear in codes, None if it is not quantized or in a way that the kernels do not have.
 
         Raises:
@@ -91,10 +120,12 @@ class PackedWeights:
         if (slot, layer) not in self._found:
             return None
         row, lazy = self._found[slot, layer]
+        if self.as_served and _rounds_inputs(lazy.form):
+            return _int8(lazy, _order(row, self.checked.hyper), self.device)
         weight = _packed(lazy)
         if weight is None:
             return None
-        return PackedLinear(_ordered(weight, row, self.checked.hyper).to(self.device), self.deterministic)
+        return PackedLinear(_ordered(weight, _order(row, self.checked.hyper)).to(self.device), self.deterministic)
 
     def resident_bytes(self, width: int) -> int:
         """Gives the bytes of all weights: packed ones as they are, of others `width` bytes a value."""
@@ -109,6 +140,7 @@ def packed_decoder(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     deterministic: bool = False,
+    as_served: bool = True,
 ) -> Decoder:
     """Gives a decoder that keeps all weights on a device, those that are quantized in codes.
 
@@ -117,6 +149,7 @@ def packed_decoder(
         device: where to compute.
         dtype: to compute in, and of the weights that are not quantized.
         deterministic: see `PackedLinear`.
+        as_served: round the inputs of linears to int8 where the checkpoint is made for that.
 
     Raises:
         InputError: it does not fit its family.
@@ -124,7 +157,7 @@ def packed_decoder(
     checked = preflight(checkpoint)
     check_tied_head(checked)
     weights = CheckpointWeights(checkpoint, checked.spec, checked.hyper)
-    linears = PackedWeights(checkpoint, checked, device, deterministic)
+    linears = PackedWeights(checkpoint, checked, device, deterministic, as_served)
     return Decoder(
         weights, checked.spec, checked.hyper, device=device, dtype=dtype, resident=True, linears=linears
     )  # fmt: skip
@@ -144,14 +177,33 @@ def _packed(lazy: LazyQuantized) -> PackedWeight | None:
         return None
 
 
-def _ordered(weight: PackedWeight, row: TensorSpec, hyper: Hyperparameters) -> PackedWeight:
-    """Brings outputs into the decoder's order, as `canonical` does with the numbers.
+def _rounds_inputs(form: QuantizedForm) -> bool:
+    plain = form.bits == 8 and form.per_row and form.symmetric and not form.ordered
+    return form.input_bits == 8 and plain and form.shape[1] <= LONGEST
+
+
+def _int8(lazy: LazyQuantized, order: torch.Tensor | None, device: str | torch.device) -> Int8Linear:
+    tensor = lazy.read()
+    codes = as_torch((tensor.codes - np.uint8(128)).view(np.int8))
+    scale = as_torch(np.ascontiguousarray(tensor.scale[:, 0]))
+    if order is not None:
+        codes, scale = codes[order], scale[order]
+    return Int8Linear(codes.to(device), scale.to(device))
+
+
+def _order(row: TensorSpec, hyper: Hyperparameters) -> torch.Tensor | None:
+    """Gives where the outputs come from in the decoder's order, None where they stand in it; see `canonical`.
 
     Codes are (N, K) whatever way round a family stores its weights, so that Conv1D needs nothing.
     """
     if row.layout is not Layout.HEADS_QKV:
+        return None
+    return canonical(torch.arange(hyper.dims[row.shape[0]]), row, hyper)
+
+
+def _ordered(weight: PackedWeight, order: torch.Tensor | None) -> PackedWeight:
+    if order is None:
         return weight
-    order = canonical(torch.arange(weight.rows), row, hyper)
     zero = weight.zero
     return replace(
         weight, words=weight.words[:, order].contiguous(), scale=weight.scale[:, order].contiguous(),

@@ -18,14 +18,15 @@ from quantpress.convert.compressed_tensors.reader import opened
 from quantpress.convert.gptq.pack import GPTQ_V1, GPTQ_V2
 from quantpress.convert.model import Decoder
 from quantpress.convert.open import open_checkpoint
-from quantpress.convert.packed_weights import PackedLinear, PackedWeights, form_bytes, packed_decoder
+from quantpress.convert.packed_weights import Int8Linear, PackedLinear, PackedWeights, form_bytes, packed_decoder
 from quantpress.convert.preflight import preflight
 from quantpress.convert.quantized import LazyQuantized
+from quantpress.convert.static_decode import StaticDecoder
 from quantpress.convert.weights import CheckpointWeights
 from quantpress.quant.grid import Grid, round_to_nearest
 from quantpress.quant.packed import packed_streams, packed_weight
 from tests.packed_folder import lazy_array, rounded
-from tests.packed_models import Codes, ordered, quantized_model, reference
+from tests.packed_models import Codes, ordered, quantized_model, reference, values_of
 from tests.tiny import tiny_checkpoint
 
 LENGTH = 40
@@ -125,6 +126,53 @@ def test_computing_in_bfloat16_is_as_near_as_transformers_in_bfloat16(gptq: Mode
     found = packed_decoder(open_checkpoint(folder), dtype=torch.bfloat16).logits(tokens())
     # both round to 8 bits some 20 times; ours does not round the weights
     assert (found - exact).pow(2).mean().sqrt() < 1.5 * theirs
+
+
+@pytest.mark.parametrize("family", ["llama", "gptneox"])
+@torch.no_grad()
+def test_inputs_of_w8a8_weights_are_rounded_as_compressed_tensors_rounds_them(
+    family: str, make: Make, tmp_path: Path
+) -> None:
+    forward = pytest.importorskip("compressed_tensors.quantization.lifecycle.forward")
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+
+    source = make(family)
+    quantize = rounded(8, -1, symmetric=True, scale_type="F32")
+    codes = quantized_model(source, tmp_path / "q", COMPRESSED, quantize, input_bits=8)
+    model = reference(source, codes)
+    settings = QuantizationArgs(num_bits=8, symmetric=True, strategy="token", dynamic=True)
+
+    def round_inputs(_module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        scale, zero = compute_dynamic_scales_and_zp(inputs[0], settings, None)
+        return (forward.fake_quantize(inputs[0], scale, zero, settings), *inputs[1:])
+
+    for name in codes:
+        model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(round_inputs)
+    wanted = model(tokens()).logits
+    checkpoint = open_checkpoint(tmp_path / "q")
+    ours = packed_decoder(checkpoint)
+    exact = packed_decoder(checkpoint, as_served=False).logits(tokens())
+    effect = (exact - wanted).pow(2).mean().sqrt()
+
+    def near(found: torch.Tensor, expected: torch.Tensor) -> bool:
+        # where a token's greatest input is negative it stands at -127.5 steps, so that what differs by a float's last
+        # bit may take the other code: one of 64 inputs by a step, the others were rounded by a step / sqrt(12) each
+        return bool((found - expected).pow(2).mean().sqrt() < 0.6 * effect)
+
+    assert near(ours.logits(tokens()), wanted)
+    values = torch.randn(1, 3, 64, generator=torch.Generator().manual_seed(0))
+    linear = ours._kept_linears["ffn_up.weight", 1]
+    name = next(name for name in codes if "layers.1" in name and ("up_proj" in name or "h_to_4h" in name))
+    product = round_inputs(None, (values,))[0] @ torch.from_numpy(values_of(codes[name])).float().T
+    torch.testing.assert_close(linear.run(values, None), product, atol=1e-5, rtol=0)
+    assert all(isinstance(linear, Int8Linear) for linear in ours._kept_linears.values() if linear is not None)
+    static = StaticDecoder(packed_decoder(checkpoint), LENGTH + 1)
+    static.prefill(tokens()[:1, :-1])
+    static.token.copy_(tokens()[:1, -1:])
+    static.step()
+    assert near(static.logits, wanted[:1, -1])
+    assert static._layers[0].linears["attn_qkv.weight"].dense().shape == (192 if family == "gptneox" else 128, 64)
 
 
 @torch.no_grad()
