@@ -66,13 +66,15 @@ def device_facts(device: torch.device | str = "cuda") -> Device:
 
 
 def candidates(problem: Problem, device: Device) -> list[Launch]:
-    """Gives the launches that are worth measuring, without duplicates.
+    """Gives the launches that are worth measuring, without duplicates; none for other kinds than "packed".
 
     Args:
         problem: the product.
         device: where it would run.
     """
     found: list[Launch] = []
+    if problem.kind != "packed":
+        return found
     if problem.rows_in <= _FEW:
         found.extend(_gemv(problem, device))
     if problem.rows_in > 1:

@@ -27,6 +27,7 @@ SHAPES = {
 """Inputs and outputs (K, N) of models' layers: queries, keys and values together, output of the attention, gate and up
 projection together, down projection."""
 
+_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # of bitsandbytes' codes
 _ROWS_IN = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 _GREATEST = 1 << 20  # inputs, outputs or input rows: far above any model's, and of 64 GiB at most in 8 bits
 
@@ -42,6 +43,7 @@ class BenchOptions:
         group_size: columns that share a scale; 0 for all of them.
         dtype: "float16", "bfloat16" or "float32".
         symmetric: without zeros.
+        kind: "packed"; "w8a8" for int8 codes of weights and inputs; "nf4" for bitsandbytes' four-bit codes.
     """
 
     bits: tuple[int, ...] = (4,)
@@ -50,6 +52,7 @@ class BenchOptions:
     group_size: int = 128
     dtype: str = "bfloat16"
     symmetric: bool = True
+    kind: str = "packed"
 
     def __post_init__(self) -> None:
         """Checks numbers.
@@ -62,13 +65,26 @@ class BenchOptions:
         sizes = [*itertools.chain(*self.shapes), *self.rows_in]
         if not all(1 <= size <= _GREATEST for size in sizes) or not 0 <= self.group_size <= _GREATEST:
             raise UsageError(f"shapes, input rows and groups are numbers from 1 to {_GREATEST}")
+        wanted = {"packed": self.bits, "w8a8": (8,), "nf4": (4,)}[self.kind]
+        if self.bits != wanted or (self.kind != "packed" and not self.symmetric):
+            raise UsageError(f"--kind {self.kind} has {wanted[0]} bits and no zeros")
+        if self.kind == "nf4" and self.group_size not in _BLOCKS:
+            raise UsageError(
+                f"--group-size {self.group_size}: bitsandbytes has blocks of {', '.join(map(str, _BLOCKS))}"
+            )
 
     def problems(self) -> list[Problem]:
         """Gives the products, those of one matrix after each other."""
         from quantpress.kernels.launch import Problem
 
+        def group(columns: int) -> int:
+            """Size of the groups of such rows; nf4's run on over rows, w8a8's are whole rows."""
+            if self.kind == "nf4":
+                return self.group_size
+            return min(self.group_size or columns, columns) if self.kind == "packed" else columns
+
         return [
-            Problem(rows_in, rows, columns, bits, min(self.group_size or columns, columns), self.dtype, self.symmetric)
+            Problem(rows_in, rows, columns, bits, group(columns), self.dtype, self.symmetric, self.kind)
             for bits, (columns, rows), rows_in in itertools.product(self.bits, self.shapes, self.rows_in)
         ]
 
@@ -162,7 +178,8 @@ def keep(path: Path, gpu: str, row: Measured) -> None:
     Raises:
         OutputError: the file cannot be written.
     """
-    from quantpress.kernels.tuning import Table, Tuned, forget, merged, read_table, write_table
+    from quantpress.kernels.launch_tables import Table, Tuned, merged, read_table, write_table
+    from quantpress.kernels.tuning import forget
     from quantpress.pipelines.sidecar import version_of
 
     old = read_table(path) if path.exists() else Table(gpu, measured=True)

@@ -24,6 +24,7 @@ Examples:
   quantpress bench kernels
   quantpress bench kernels --tune --model llama-3-8b --bits 4 --bits 8
   quantpress bench kernels --shape 4096,14336 --rows-in 1 --rows-in 16 --json
+  quantpress bench kernels --kind nf4 --group-size 64
   quantpress bench kernels --tune --dry-run
 """
 _EXAMPLES = """
@@ -52,8 +53,17 @@ def command() -> None:
 
 
 @command.command(name="kernels", epilog=_EXAMPLES_OF_KERNELS)
+@click.option(
+    "--kind",
+    type=click.Choice(["packed", "w8a8", "nf4"]),
+    default="packed",
+    show_default=True,
+    help="Codes with scales of groups, int8 codes of weights and inputs, or bitsandbytes' four-bit codes.",
+)
 @click.option("--tune", is_flag=True, help="Search for the best launch parameters and keep them for this GPU.")
-@click.option("--bits", type=click.Choice(["2", "3", "4", "8"]), multiple=True, help="Of a code; 4 if not given.")
+@click.option(
+    "--bits", type=click.Choice(["2", "3", "4", "8"]), multiple=True, help="Of a code; 4 if not given (8: w8a8)."
+)
 @click.option("--model", type=click.Choice(sorted(SHAPES)), multiple=True, help="Shapes of this model's layers.")
 @click.option(
     "--shape", "shapes", metavar="K,N", multiple=True, callback=_shapes, help="Inputs and outputs of a layer."
@@ -67,7 +77,7 @@ def command() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_obj
 def kernels(
-    session: Session, /, tune: bool, bits: tuple[str, ...], model: tuple[str, ...],
+    session: Session, /, kind: str, tune: bool, bits: tuple[str, ...], model: tuple[str, ...],
     shapes: tuple[tuple[int, int], ...], rows_in: tuple[int, ...], group_size: int, dtype: str, asymmetric: bool,
     jobs: int | None, dry_run: bool, as_json: bool,
 ) -> None:  # fmt: skip
@@ -81,9 +91,11 @@ def kernels(
     if model or shapes:
         shapes = tuple(dict.fromkeys((*(shape for name in model for shape in SHAPES[name]), *shapes)))
     options = BenchOptions(
-        tuple(int(each) for each in bits) or given.bits, shapes or given.shapes, rows_in or given.rows_in, group_size,
-        dtype, not asymmetric,
+        tuple(int(each) for each in bits) or ((8,) if kind == "w8a8" else given.bits), shapes or given.shapes,
+        rows_in or given.rows_in, group_size, dtype, not asymmetric, kind,
     )  # fmt: skip
+    if tune and kind != "packed":
+        raise UsageError(f"--tune: launch parameters of {kind} are chosen by arithmetic, they are not searched for")
     if dry_run:
         _show_plan(*plan(options), tune=tune, as_json=as_json)
         return

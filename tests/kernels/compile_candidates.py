@@ -19,9 +19,7 @@ from quantpress.kernels.packed import PackedWeight
 
 PRODUCTS = [
     (Problem(8, 4096, 4096, 4, 128, "float16"), Launch("tiled", 8, 64, 128, 8, 4, 4)),
-    (Problem(64, 4096, 4096, 3, 4096, "bfloat16"), Launch("tiled", 64, 128, 64, 2, 8, 2)),
     (Problem(1024, 4096, 4096, 8, 64, "float16", False), Launch("tiled", 128, 128, 64, 1, 8, 3)),
-    (Problem(32, 4096, 4096, 4, 128, "float32"), Launch("tiled", 32, 32, 32, 4, 4, 3)),
     (Problem(1, 4096, 4096, 4, 128, "bfloat16"), Launch("gemv", 1, 128, 128, 2, 4, 3)),
 ]
 

@@ -16,7 +16,8 @@ pytest.importorskip("triton", reason="triton is not here: install the extra gpu"
 
 from quantpress.kernels import tuning
 from quantpress.kernels.launch import Launch, Problem
-from quantpress.kernels.tuning import Table, Tuned, TuningError, choose, read_table, write_table
+from quantpress.kernels.launch_tables import Table, Tuned, TuningError, merged, read_table, write_table
+from quantpress.kernels.tuning import choose
 
 GPU = "NVIDIA Test 9000"
 LAYER = Problem(1, 4096, 4096, 4, 128, "bfloat16")
@@ -200,7 +201,7 @@ def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, rows:
 def test_new_rows_take_the_place_of_old_ones() -> None:
     other = replace(LAYER, rows=5)
     old, new = (Tuned(LAYER, number(1)), Tuned(other, number(2))), (Tuned(LAYER, number(3)),)
-    assert tuning.merged(old, new) == (Tuned(LAYER, number(3)), Tuned(other, number(2)))
+    assert merged(old, new) == (Tuned(LAYER, number(3)), Tuned(other, number(2)))
 
 
 def _whole() -> dict[str, Any]:

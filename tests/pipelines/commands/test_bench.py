@@ -1,4 +1,4 @@
-"""`quantpress bench kernels`: plans, measuring and tuning with a clock that needs no GPU, and what is said without one."""
+"""`quantpress bench kernels`: plans, measuring and tuning with a clock that needs no GPU, and errors without one."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from quantpress.kernels import tuning
 from quantpress.kernels.ahead import Ahead
 from quantpress.kernels.candidates import H200, candidates
 from quantpress.kernels.launch import Launch, Problem
+from quantpress.kernels.launch_tables import read_table
 from quantpress.kernels.measuring import measure
 from quantpress.kernels.search import neighbours
 from quantpress.pipelines import kernel_bench
@@ -99,6 +100,10 @@ def test_shapes_of_models_are_their_layers() -> None:
         ["--dtype", "int8"],
         ["--model", "gpt-5"],
         ["--jobs", "0"],
+        ["--kind", "w8a8", "--bits", "4"],
+        ["--kind", "nf4", "--group-size", "33"],
+        ["--kind", "nf4", "--asymmetric"],
+        ["--kind", "w8a8", "--tune"],
     ],
 )
 def test_what_cannot_be_measured_ends_with_2_and_one_line(quantpress: Run, flags: list[str]) -> None:
@@ -106,6 +111,15 @@ def test_what_cannot_be_measured_ends_with_2_and_one_line(quantpress: Run, flags
     assert ended.code == 2
     assert ended.err.startswith("error:")
     assert ended.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("kind", "bits", "group"), [("w8a8", 8, 4096), ("nf4", 4, 64)])
+def test_other_kinds_are_planned_with_their_own_sizes(quantpress: Run, kind: str, bits: int, group: int) -> None:
+    flags = ("--kind", kind, "--group-size", "64", "--shape", "4096,512", "--rows-in", "2", "--dry-run", "--json")
+    ended = quantpress("bench", "kernels", *flags)
+    assert ended.code == 0, ended.err
+    (row,) = json.loads(ended.out)["products"]
+    assert (row["kind"], row["bits"], row["group_size"], row["candidates"]) == (kind, bits, group, 0)
 
 
 @WITHOUT_GPU
@@ -144,7 +158,7 @@ def test_tuning_keeps_the_best_launch_where_the_kernels_look_for_it() -> None:
     assert tuning.choose(PROBLEM, "Test GPU") == best
     other = replace(found, problem=replace(PROBLEM, bits=8), launch=Launch("gemv", block_n=32))
     kernel_bench.keep(path, "Test GPU", other)
-    table = tuning.read_table(path)
+    table = read_table(path)
     assert table.measured
     assert set(table.made_by) == {"quantpress", "torch", "triton"}
     assert [(row.problem, row.launch) for row in table.launches] == [
@@ -186,7 +200,7 @@ def test_the_whole_command_measures_tunes_and_prints(
     (row,) = report["products"]
     assert row["microseconds"] == 1.0
     assert row["tried"] > 1
-    assert tuning.read_table(path).launches[0].problem == PROBLEM
+    assert read_table(path).launches[0].problem == PROBLEM
     path.write_text("{}")
     tuning.forget()
     damaged = quantpress("bench", "kernels", *flags)
