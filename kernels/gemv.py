@@ -9,8 +9,8 @@ How a weight gets by with them:
 - Codes are not shifted out of their word. A code at bit p of a word, put by one `lop3` over the mantissa of 2^23, is
   the float 2^23 + code * 2^p; one multiply-add with 2^-p and -(2^(23 - p) + zero) gives code - zero, exactly, and a
   second one adds its product with the input. Codes above bit 22 take one shift of the word for all of them.
-- The exponent of 2^23 is an argument of the kernel: were it a constant, the compiler would move the mask of each code
-  into a register, one instruction more for each weight.
+- The exponent of 2^23 is computed so that the compiler does not see that it is a constant: it would move the mask of
+  each code into a register, one instruction more for each weight.
 - Inputs are loaded (from L1) and widened once for all the outputs that a thread holds: 4 neighbours, the 16 bytes of
   a load, times `block_n / width` parts of a block, which lie side by side in it.
 - Scales are multiplied once per word, after the sum over the word, and neighbouring words are added afterwards. Weights
@@ -37,7 +37,6 @@ from quantpress.kernels.workspace import counters
 __all__ = ["gemv", "gemv_launch", "reference_gemv"]
 
 _UNIT = {2: (16, 1), 3: (32, 3), 4: (8, 1), 8: (4, 1)}  # bits -> codes and words of the least that is whole words
-_EXPONENT = 0x4B000000  # of 2^23
 _MOST_ROWS = 4
 
 
@@ -84,7 +83,7 @@ def gemv(
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         gemv_kernel[(blocks, splits)](
             x, weight.words, weight.scale, weight.zero, weight.order, bias, out, partial, counter, weight.rows,
-            weight.columns, _EXPONENT, rows_in, weight.bits, weight.group_size if weight.groups > 1 else 0, units,
+            weight.columns, rows_in, weight.bits, weight.group_size if weight.groups > 1 else 0, units,
             width, launch.block_n // width, splits, triton.next_power_of_2(splits), launch.stages,
             weight.columns % launch.block_k == 0, weight.rows % launch.block_n == 0, num_warps=launch.warps,
             enable_fp_fusion=True,
@@ -95,17 +94,16 @@ def gemv(
 def gemv_launch(problem: Problem, multiprocessors: int = 132) -> Launch:
     """Gives launch parameters that arithmetic says are sensible; nothing has been measured.
 
-    A thread holds 16 words of a tile (128 weights of 4 bits; 24 words for 3 bits), half of them for each row more,
-    because sums take two registers per word and row. Of the ways to share the tiles along K, the one is taken with
-    which the busiest multiprocessor is done first: programs on it times their tiles, but never less than 4 programs,
-    which have 32 KB under way together (about 20 KB cover the time that memory takes to answer), and a tile's time for
-    start and end of each.
+    A thread holds 16 words of a tile (128 weights of 4 bits; 24 words for 3 bits, 8 for 2), and 8 where the sums of
+    more rows, two registers per word and row, would leave too few programs on a multiprocessor. Of the ways to share
+    the tiles along K, the one is taken with which the busiest multiprocessor is done first: programs on it times their
+    tiles, but never less than 4 programs, which have 32 KB under way together (about 20 KB cover the time that memory
+    takes to answer), and a tile's time for start and end of each.
     """
     unit_codes = _UNIT[problem.bits][0]
-    narrow = problem.rows_in > 2 or problem.rows < 128
-    block_n = min(64 if narrow else 128, max(16, triton.next_power_of_2(problem.rows)))
-    width = min(64, block_n)
-    units = max({1: 16, 2: 8}.get(problem.rows_in, 8) // (2 if problem.bits in (2, 3) else 1), 512 // width)
+    block_n = min(128, max(16, triton.next_power_of_2(problem.rows)))
+    many = problem.bits in (2, 3) or problem.rows_in > 2 or (problem.rows_in == 2 and not problem.symmetric)
+    units = max(8 if many else 16, 512 // block_n)  # 4 words side by side, the 16 bytes of a load, for 128 threads
     blocks, tiles = triton.cdiv(problem.rows, block_n), triton.cdiv(problem.columns, units * unit_codes)
 
     def cost(split_k: int) -> int:

@@ -18,16 +18,18 @@ __all__ = ["gemv_kernel"]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def gemv_kernel(  # type: ignore[no-untyped-def]
-    x, words, scale, zero, order, bias, out, partial, counter, rows, columns, exponent, rows_in: tl.constexpr,
+    x, words, scale, zero, order, bias, out, partial, counter, rows, columns, rows_in: tl.constexpr,
     bits: tl.constexpr, group_size: tl.constexpr, units: tl.constexpr, width: tl.constexpr, parts: tl.constexpr,
     splits: tl.constexpr, slabs: tl.constexpr, stages: tl.constexpr, even_k: tl.constexpr, even_n: tl.constexpr,
 ):  # fmt: skip
     """Multiplies a block of outputs over a share of the places along K; the last of a block's programs adds up.
 
-    `group_size` is 0 where all places of an output share a scale; `exponent` is that of 2^23; `slabs` is `splits` or
-    the power of two above; `even_k`, `even_n`: tiles divide K and blocks N.
+    `group_size` is 0 where all places of an output share a scale; `slabs` is `splits` or the power of two above;
+    `even_k`, `even_n`: tiles divide K and blocks N.
     """
     split = tl.program_id(1)
+    # that of 2^23, in a register: of a constant the compiler would make another instruction for each code
+    exponent = (tl.cast(columns, tl.int32) >> 31) + 0x4B000000
     column = tl.program_id(0) * (parts * width) + tl.arange(0, width)
     unit_words: tl.constexpr = 3 if bits == 3 else 1
     tile_columns: tl.constexpr = units * unit_words * 32 // bits
