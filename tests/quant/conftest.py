@@ -23,13 +23,23 @@ class LibGGML:
 
     library: ctypes.CDLL
 
-    def quantize(self, kind: GGMLType, rows: NDArray[np.float32]) -> NDArray[np.uint8]:
+    def quantize(
+        self, kind: GGMLType, rows: NDArray[np.float32], importance: NDArray[np.float32] | None = None
+    ) -> NDArray[np.uint8]:
         rows = np.ascontiguousarray(rows, np.float32)
+        weight = None if importance is None else np.ascontiguousarray(importance, np.float32)
         out = np.empty((len(rows), row_bytes(kind, rows.shape[1])), np.uint8)
         function = self.library.ggml_quantize_chunk
         function.restype = ctypes.c_size_t
         function.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p]
-        written = function(kind.type_id, rows.ctypes.data, out.ctypes.data, 0, *rows.shape, None)
+        written = function(
+            kind.type_id,
+            rows.ctypes.data,
+            out.ctypes.data,
+            0,
+            *rows.shape,
+            None if weight is None else weight.ctypes.data,
+        )
         assert written == out.nbytes
         return out
 
