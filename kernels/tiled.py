@@ -20,7 +20,6 @@ EXACT_ROWS = 64
 """Up to so many input rows the weights are not rounded."""
 
 _TYPES = (torch.float16, torch.bfloat16, torch.float32)
-_ROW, _TILE, _ANY = 0, 1, 2  # places that share a scale: all of them; those of a tile at least; any number
 _BAND = 8  # blocks of input rows that follow each other before the next outputs: they read the same words
 _PLAIN = (64, 32, 32)  # greatest tile where the sums are not for tensor cores
 
@@ -60,7 +59,7 @@ def tiled(
     if weight.order is not None:
         x = x.index_select(1, weight.order)
     rounded = rows_in > EXACT_ROWS
-    grouping, block_m, block_n, block_k = _tile(weight, launch, plain=x.dtype == torch.float32, rounded=rounded)
+    mixed, block_m, block_n, block_k = _tile(weight, launch, plain=x.dtype == torch.float32, rounded=rounded)
     blocks_m, blocks_n = triton.cdiv(rows_in, block_m), triton.cdiv(rows, block_n)
     split_k = min(launch.split_k, triton.cdiv(weight.columns, block_k))
     slabs = arrived = None
@@ -70,7 +69,7 @@ def tiled(
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         _tiles[(blocks_m * blocks_n * split_k,)](
             x, weight.words, weight.scale, weight.zero, bias, out, slabs, arrived, rows_in, rows, weight.columns,
-            weight.words.shape[0], halves(weight.bits), weight.group_size, weight.bits, grouping, rounded,
+            weight.words.shape[0], halves(weight.bits), weight.group_size, weight.bits, mixed, rounded,
             rows % block_n == 0, weight.columns % block_k == 0, split_k, block_m, block_n, block_k, _BAND,
             num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip
@@ -92,19 +91,19 @@ def _check(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, out
     return out
 
 
-def _tile(weight: PackedWeight, launch: Launch, *, plain: bool, rounded: bool) -> tuple[int, int, int, int]:
-    """Gives how scales are shared and the tile (block_m, block_n, block_k) that is run for a launch."""
+def _tile(weight: PackedWeight, launch: Launch, *, plain: bool, rounded: bool) -> tuple[bool, int, int, int]:
+    """Gives whether groups mix within a tile, and the tile (block_m, block_n, block_k) that is run for a launch."""
     least = 32 if weight.bits == 3 else 16
     for name, size, lowest in (("m", launch.block_m, 8), ("n", launch.block_n, 16), ("k", launch.block_k, least)):
         if size < lowest or size & (size - 1):
             raise ValueError(f"block_{name} is {size}, wanted a power of two from {lowest}")
-    grouping, block_k = _ROW, launch.block_k
+    mixed, block_k = False, launch.block_k
     if weight.groups > 1:
         shared = math.gcd(weight.group_size, block_k)
-        grouping, block_k = (_TILE, shared) if shared >= least else (_ANY, block_k)
-    if not plain and (grouping != _ANY or rounded):
-        return grouping, launch.block_m, launch.block_n, block_k
-    return grouping, min(launch.block_m, _PLAIN[0]), min(launch.block_n, _PLAIN[1]), min(block_k, _PLAIN[2])
+        mixed, block_k = (False, shared) if shared >= least else (True, block_k)
+    if not plain and (rounded or not mixed):
+        return mixed, launch.block_m, launch.block_n, block_k
+    return mixed, min(launch.block_m, _PLAIN[0]), min(launch.block_n, _PLAIN[1]), min(block_k, _PLAIN[2])
 
 
 def tiled_launch(problem: Problem) -> Launch:
@@ -135,7 +134,7 @@ def tiled_launch(problem: Problem) -> Launch:
 @triton.jit  # type: ignore[untyped-decorator]
 def _tiles(  # type: ignore[no-untyped-def]
     x, words, scale, zero, bias, out, slabs, arrived, rows_in, rows, columns, word_rows, masks,
-    group_size: tl.constexpr, bits: tl.constexpr, grouping: tl.constexpr, rounded: tl.constexpr,
+    group_size: tl.constexpr, bits: tl.constexpr, mixed: tl.constexpr, rounded: tl.constexpr,
     whole_rows: tl.constexpr, whole_columns: tl.constexpr, split_k: tl.constexpr, block_m: tl.constexpr,
     block_n: tl.constexpr, block_k: tl.constexpr, band: tl.constexpr,
 ):  # fmt: skip
@@ -146,29 +145,23 @@ def _tiles(  # type: ignore[no-untyped-def]
     # all outputs of a band of input rows before those of the next; within it input rows change first
     first_m = block // (band * blocks_n) * band
     in_band = tl.minimum(blocks_m - first_m, band)
-    block_of_m = first_m + block % (band * blocks_n) % in_band
-    block_of_n = block % (band * blocks_n) // in_band
-    output = (block_of_n * block_n + tl.arange(0, block_n)).to(tl.int64)
-    row_in = (block_of_m * block_m + tl.arange(0, block_m)).to(tl.int64)
+    row_in = ((first_m + block % (band * blocks_n) % in_band) * block_m + tl.arange(0, block_m)).to(tl.int64)
+    output = (block % (band * blocks_n) // in_band * block_n + tl.arange(0, block_n)).to(tl.int64)
+    # input rows and outputs that do not exist read the last one: their sums are not stored
+    read_row = tl.minimum(row_in, rows_in - 1)
     read_output = output if whole_rows else tl.minimum(output, rows - 1)
-    # input rows that do not exist read the last one: their sums are not stored
-    x_row = x + tl.minimum(row_in, rows_in - 1)[None, :] * columns
-
     tiles = tl.cdiv(columns, block_k)
     low, high = part * tiles // split_k * block_k, (part + 1) * tiles // split_k * block_k
     whole: tl.constexpr = whole_rows and whole_columns
-    total = tl.zeros((block_n, block_m), tl.float32)
+    total = tl.zeros((block_m, block_n) if rounded else (block_n, block_m), tl.float32)
     # scales and zeros of the next tile are under way while a tile is summed
     step = tl.load(scale + low // group_size * rows + read_output)
     middle = _middle(zero, low // group_size * rows + read_output, dtype, bits)
     for start in range(low, high, block_k):
+        after = tl.minimum(start + block_k, columns - 1) // group_size * rows + read_output
+        next_step, next_middle = tl.load(scale + after), _middle(zero, after, dtype, bits)
         place = start + tl.arange(0, block_k)
-        next_step, next_middle = step, middle
-        if grouping == 1:
-            after = tl.minimum(start + block_k, columns - 1) // group_size * rows + read_output
-            next_step = tl.load(scale + after)
-            next_middle = _middle(zero, after, dtype, bits)
-        if grouping == 2:
+        if mixed:
             at = (tl.minimum(place, columns - 1) // group_size)[None, :] * rows + read_output[:, None]
             weights = expand(
                 words, read_output, start, rows, word_rows, masks, None, None, dtype, bits, block_n, block_k, whole
@@ -181,38 +174,28 @@ def _tiles(  # type: ignore[no-untyped-def]
                 words, read_output, start, rows, word_rows, masks, middle[:, None], step[:, None] if rounded else None,
                 dtype, bits, block_n, block_k, whole,
             )  # fmt: skip
-        if whole_columns:
-            inputs = tl.load(x_row + place[:, None])
-        else:
-            inputs = tl.load(x_row + place[:, None], mask=(place < columns)[:, None], other=0.0)
+        if not whole_columns:
             # what the last word holds past the last place would be multiplied with 0, which infinity does not survive
             weights = tl.where((place < columns)[None, :], weights, 0.0)
-        if grouping == 1 and not rounded:
-            total += tl.dot(weights, inputs, input_precision="ieee") * step[:, None].to(tl.float32)
-        elif grouping == 2 and not rounded:
-            total = tl.dot(weights, inputs.to(tl.float32), total, input_precision="ieee")
+        if rounded:
+            inputs = _inputs(x, read_row[:, None] * columns, place[None, :], columns, whole_columns)
+            total = tl.dot(inputs, tl.trans(weights.to(dtype)), total, input_precision="ieee")
         else:
-            total = tl.dot(weights.to(dtype), inputs, total, input_precision="ieee")
+            inputs = _inputs(x, read_row[None, :] * columns, place[:, None], columns, whole_columns)
+            if mixed:
+                total = tl.dot(weights, inputs.to(tl.float32), total, input_precision="ieee")
+            else:
+                total += tl.dot(weights, inputs, input_precision="ieee") * step[:, None].to(tl.float32)
         step, middle = next_step, next_middle
-    if grouping == 0 and not rounded:
-        total *= step[:, None].to(tl.float32)
-
-    if split_k > 1:
-        # a block of outputs is summed by the program that comes last, over all parts in their order
-        place = tl.arange(0, block_n)[:, None] * block_m + tl.arange(0, block_m)[None, :]
-        size: tl.constexpr = block_n * block_m
-        slab = slabs + block.to(tl.int64) * (split_k * size)
-        tl.store(slab + part * size + place, total)
-        tl.debug_barrier()
-        before = tl.atomic_add(arrived + block, 1, sem="acq_rel")
-        if before == split_k - 1:
-            total = tl.zeros((block_n, block_m), tl.float32)
-            for other in range(split_k):
-                total += tl.load(slab + other * size + place, cache_modifier=".cg")
-            _finish(total, bias, out, output, row_in, rows_in, rows)
-            tl.store(arrived + block, 0)
+    if rounded:
+        _finish(total, bias, out, slabs, arrived, block, part, row_in[:, None], output[None, :], rows_in, rows, split_k)
     else:
-        _finish(total, bias, out, output, row_in, rows_in, rows)
+        _finish(total, bias, out, slabs, arrived, block, part, row_in[None, :], output[:, None], rows_in, rows, split_k)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _inputs(x, row, place, columns, whole: tl.constexpr):  # type: ignore[no-untyped-def]
+    return tl.load(x + row + place) if whole else tl.load(x + row + place, mask=place < columns, other=0.0)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -223,9 +206,31 @@ def _middle(zero, at, dtype: tl.constexpr, bits: tl.constexpr):  # type: ignore[
     return raised(middle, dtype, bits)
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def _finish(  # type: ignore[no-untyped-def]
+    total, bias, out, slabs, arrived, block, part, row_in, output, rows_in, rows, split_k: tl.constexpr
+):
+    if split_k > 1:
+        # a block of outputs is summed by the program that comes last, over all parts in their order
+        size: tl.constexpr = total.shape[0] * total.shape[1]
+        place = tl.arange(0, total.shape[0])[:, None] * total.shape[1] + tl.arange(0, total.shape[1])[None, :]
+        slab = slabs + block.to(tl.int64) * (split_k * size)
+        tl.store(slab + part * size + place, total)
+        tl.debug_barrier()  # all threads' stores come before the one that counts
+        if tl.atomic_add(arrived + block, 1, sem="acq_rel") == split_k - 1:
+            total = tl.zeros_like(total)
+            for other in range(split_k):
+                # past the first-level cache, which may hold what was there before
+                total += tl.load(slab + other * size + place, cache_modifier=".cg")
+            _store(total, bias, out, row_in, output, rows_in, rows)
+            tl.store(arrived + block, 0)
+    else:
+        _store(total, bias, out, row_in, output, rows_in, rows)
+
+
 @triton.jit
-def _finish(total, bias, out, output, row_in, rows_in, rows):  # type: ignore[no-untyped-def]
+def _store(total, bias, out, row_in, output, rows_in, rows):  # type: ignore[no-untyped-def]
     if bias is not None:
-        total += tl.load(bias + output, mask=output < rows, other=0.0).to(tl.float32)[:, None]
-    inside = (output < rows)[:, None] & (row_in < rows_in)[None, :]
-    tl.store(out + row_in[None, :] * rows + output[:, None], total.to(out.dtype.element_ty), mask=inside)
+        total += tl.load(bias + output, mask=output < rows, other=0.0).to(tl.float32)
+    inside = (output < rows) & (row_in < rows_in)
+    tl.store(out + row_in * rows + output, total.to(out.dtype.element_ty), mask=inside)

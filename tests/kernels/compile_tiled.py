@@ -23,7 +23,7 @@ def tiles(
     types = dict.fromkeys(("rows_in", "rows", "columns", "word_rows", "masks"), "i32")
     types |= {"x": f"*{dtype}", "words": "*i32", "scale": f"*{dtype}", "out": f"*{dtype}"}
     constants: dict[str, Any] = {
-        "group_size": group or 4096, "bits": bits, "grouping": 1 if group else 0, "rounded": rounded,
+        "group_size": group or 4096, "bits": bits, "mixed": False, "rounded": rounded,
         "whole_rows": True, "whole_columns": True, "split_k": split, "block_m": block_m, "block_n": block_n,
         "block_k": block_k, "band": 8, "bias": None,
     }  # fmt: skip
@@ -56,7 +56,8 @@ CASES = [
     tiles("few rows, bf16 with zeros", "bf16", 16, 128, 128, 4, split=4, stages=4, zero=True),
     tiles("three bits, one group", "fp16", 16, 64, 128, 3, group=0),
     tiles("eight bits, bf16", "bf16", 32, 64, 64, 8),
-    tiles("many rows", "bf16", 128, 128, 64, 4, rounded=True),
+    tiles("many rows, 4 warps", "bf16", 128, 128, 64, 4, rounded=True),
+    tiles("many rows, 8 warps", "fp16", 128, 128, 64, 4, rounded=True, warps=8, zero=True),
     dense("dequantize", "bf16", 4, 128, zero=True, order=False),
     dense("dequantize in order", "fp16", 3, 32, zero=False, order=True),
 ]
