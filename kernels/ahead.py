@@ -11,6 +11,7 @@ import functools
 import multiprocessing
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
 
 from quantpress.kernels.launch import Launch, Problem
@@ -51,8 +52,12 @@ class Ahead:
         if self._pool is None:
             # a process that has a GPU open cannot be forked
             self._pool = ProcessPoolExecutor(self._jobs, multiprocessing.get_context("spawn"))
-        for _ in self._pool.map(functools.partial(_run, problem, self._device), launches):
-            pass
+        try:
+            for _ in self._pool.map(functools.partial(_run, problem, self._device), launches):
+                pass
+        except BrokenProcessPool:  # a compiler that crashes, or no memory: the launches are met again one by one
+            self._pool.shutdown()
+            self._pool, self._jobs = None, 1
 
 
 def _run(problem: Problem, device: str, launch: Launch) -> None:

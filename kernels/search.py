@@ -1,8 +1,8 @@
 """Finds the fastest launch of a product among candidates, measuring few of them.
 
 From a launch that arithmetic chooses the search goes to the best of its neighbours, and on from there, until none is
-faster; neighbours differ in one parameter, or in two by one step each. Every launch is compiled and measured once; the
-few fastest are measured again, longer, and that decides.
+faster; neighbours are one or two steps of one parameter away, or one step of two. Every launch is compiled and measured
+once; the few fastest are measured again, longer, and that decides.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def search(
 
 
 def neighbours(launch: Launch, allowed: Sequence[Launch]) -> list[Launch]:
-    """Gives the candidates that differ from a launch in one parameter, or in two of them by one step each."""
+    """Gives the candidates that differ from a launch by one or two steps of one parameter, or by one each of two."""
     own, all_values = astuple(launch), list(zip(*map(astuple, allowed), strict=True))
     places = [
         {value: place for place, value in enumerate(sorted({*values, mine}))}
@@ -98,6 +98,6 @@ def neighbours(launch: Launch, allowed: Sequence[Launch]) -> list[Launch]:
     for other in allowed:
         steps = [abs(place[a] - place[b]) for place, a, b in zip(places, own, astuple(other), strict=True)]
         moved = [step for step in steps if step]
-        if other.kernel == launch.kernel and (len(moved) == 1 or moved == [1, 1]):
+        if other.kernel == launch.kernel and moved in ([1], [2], [1, 1]):
             found.append(other)
     return found
