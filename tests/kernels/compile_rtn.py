@@ -31,9 +31,7 @@ def choose(dtype: str, bits: int, *, packed: bool, symmetric: bool) -> Compiled:
 
 
 CASES = [
-    fit("fp16", symmetric=True),
-    fit("i16", symmetric=False),
-    choose("i16", 4, packed=True, symmetric=True),
+    fit("i16", symmetric=True),
+    fit("fp16", symmetric=False),
     choose("fp32", 3, packed=True, symmetric=False),
-    choose("fp16", 8, packed=False, symmetric=False),
 ]
