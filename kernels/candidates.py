@@ -22,7 +22,7 @@ from quantpress.kernels.launch import Launch, Problem
 __all__ = ["H200", "Device", "candidates", "device_facts", "shared_bytes"]
 
 _FEW = 4  # input rows that the GEMV unrolls
-_SMALL = 64  # input rows up to which K is split
+_SMALL = 64  # input rows up to which tiles are low, and K is split in up to 16
 _ACCUMULATED = 128  # float32 sums that a thread may hold: half of its registers
 _GEMV_WORDS = 16  # words that a thread of the GEMV holds for one input row; the sums of more rows take their place
 _GEMV_SPLITS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 32)
@@ -126,7 +126,7 @@ def _tiled(problem: Problem, device: Device) -> Iterator[Launch]:
     widths, steps = [32, 64, 128, 256], [32, 64, 128] if problem.group_size % 32 == 0 else [16, 32, 64, 128]
     if problem.dtype == "float32":  # greater tiles are made smaller by the kernel
         heights, widths, steps = [size for size in heights if size <= 64], [16, 32], [16, 32]
-    splits = (1, 2, 4, 8, 16) if few else (1,)
+    splits = (1, 2, 4, 8, 16) if few else (1, 2, 4, 8)
     for launch in itertools.starmap(
         functools.partial(Launch, "tiled"), itertools.product(heights, widths, steps, splits, (4, 8), (2, 3, 4, 5))
     ):

@@ -78,11 +78,11 @@ def measure(
 
     Args:
         problem: the product.
-        device: that it runs on.
+        device: that it runs on, which torch calls `place`.
         clock: takes the time.
         ahead: compiles candidates; with it, launch parameters are searched for.
         dense: whether to measure cuBLAS too.
-        place: torch's name of the device.
+        place: see `device`.
 
     Raises:
         Refused: no launch of the product can run.

@@ -57,34 +57,44 @@ def search(
     Raises:
         Refused: no launch that was tried can run.
     """
-    taken: dict[Launch, Timing] = {}
-    refused: dict[Launch, str] = {}
-
-    def measure(launches: Sequence[Launch]) -> list[Launch]:
-        new = [launch for launch in dict.fromkeys(launches) if launch not in taken and launch not in refused]
-        if prepare is not None:
-            prepare(new)
-        for launch in new:
-            try:
-                taken[launch] = timing(seconds(launch, _QUICK))
-            except Refused as error:  # noqa: PERF203 - beside a measurement its cost is nothing
-                refused[launch] = str(error)
-        return sorted((launch for launch in launches if launch in taken), key=lambda launch: taken[launch].median)
-
+    trials = _Trials(seconds, prepare)
     for start in starts:
         # what arithmetic chose may not run: then any candidate of its kernel may begin
-        at = measure([start]) or measure([launch for launch in allowed if launch.kernel == start.kernel])
+        at = trials.fastest([start]) or trials.fastest([each for each in allowed if each.kernel == start.kernel])
         while at:
             best = at[0]
-            at = measure([best, *neighbours(best, allowed)])
+            at = trials.fastest([best, *neighbours(best, allowed)])
             if at[0] == best:
                 break
-    if not taken:
-        raise Refused("; ".join(dict.fromkeys(refused.values())) or "no launch to try")
-    best_first = sorted(taken, key=lambda launch: taken[launch].median)
+    if not trials.taken:
+        raise Refused("; ".join(dict.fromkeys(trials.refused.values())) or "no launch to try")
+    best_first = trials.fastest(list(trials.taken))
     finals = {launch: timing(seconds(launch, _LONG)) for launch in best_first[:_FINALISTS]}
     launch = min(finals, key=lambda each: finals[each].median)
-    return Found(launch, finals[launch], len(taken), tuple(refused.items()))
+    return Found(launch, finals[launch], len(trials.taken), tuple(trials.refused.items()))
+
+
+class _Trials:
+    """Launches that were measured or refused, each once."""
+
+    def __init__(
+        self, seconds: Callable[[Launch, int], Sequence[float]], prepare: Callable[[Sequence[Launch]], None] | None
+    ) -> None:
+        self._seconds, self._prepare = seconds, prepare
+        self.taken: dict[Launch, Timing] = {}
+        self.refused: dict[Launch, str] = {}
+
+    def fastest(self, launches: Sequence[Launch]) -> list[Launch]:
+        """Measures those that are new; gives all that run, the fastest first."""
+        new = [each for each in dict.fromkeys(launches) if each not in self.taken and each not in self.refused]
+        if self._prepare is not None:
+            self._prepare(new)
+        for launch in new:
+            try:
+                self.taken[launch] = timing(self._seconds(launch, _QUICK))
+            except Refused as error:  # noqa: PERF203 - beside a measurement its cost is nothing
+                self.refused[launch] = str(error)
+        return sorted((each for each in launches if each in self.taken), key=lambda each: self.taken[each].median)
 
 
 def neighbours(launch: Launch, allowed: Sequence[Launch]) -> list[Launch]:
