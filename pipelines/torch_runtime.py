@@ -7,7 +7,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -19,17 +19,18 @@ from quantpress.convert.layer import Adapt, Observe
 from quantpress.convert.lora.ledger import Adapted
 from quantpress.convert.lora.unmerged import unmerged
 from quantpress.convert.model import Decoder, Linears
-from quantpress.convert.packed_weights import PackedWeights
 from quantpress.convert.preflight import Preflight, check_tied_head, preflight
 from quantpress.convert.weights import CheckpointWeights, Weight
 from quantpress.pipelines.machine import free_memory
 from quantpress.pipelines.rounded_inputs import rounded_inputs
 from quantpress.quant.gptq_cuda import full_float32
 
+if TYPE_CHECKING:
+    from quantpress.convert.packed_weights import PackedWeights
+
 FLOAT32_BYTES = 4
 UNMERGED = "torch (base + adapter, unmerged)"
 STREAM_BATCH = 4  # windows that run through a layer together when weights are streamed
-
 
 Read = TypeVar("Read")
 
@@ -204,6 +205,8 @@ def _packed(source: Checkpoint, checked: Preflight, device: str, limit: int) -> 
     dense = source.parameters * FLOAT32_BYTES
     if not source.quantized:
         return None, dense
+    from quantpress.convert.packed_weights import PackedWeights  # registers operators, which takes a tenth of a second
+
     linears = PackedWeights(source, checked, device)
     nbytes = linears.resident_bytes(FLOAT32_BYTES)
     kernels = _is_cuda(device) and find_spec("triton") is not None
@@ -211,4 +214,4 @@ def _packed(source: Checkpoint, checked: Preflight, device: str, limit: int) -> 
 
 
 def _is_cuda(device: str) -> bool:
-    return torch.device(device).type == "cuda"
+    return torch.device(device).type == "cuda" and torch.cuda.is_available()
