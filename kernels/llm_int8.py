@@ -3,10 +3,11 @@
 No step waits for the host. A program per row rounds it, outliers aside, and flags their columns; the last program to
 finish gathers the flags into a list of columns, in rising order, and takes the flags back. Where there are several rows
 their codes in such columns are cleared in a launch of its own. The product is that of int8_product.py, which adds the
-listed columns, 16 at a time, before the weight's scale is multiplied in: their number is read on the device, and few
-columns cost little, whatever K is.
+listed columns before the weight's scale is multiplied in, 16 at a time on tensor cores or one by one in float32: their
+number is read on the device, and few columns cost little, whatever K is.
 
 bitsandbytes rounds more often (see `int8_plain.reference_llm_int8`, which this follows) and reads the columns back.
+Nothing has been run or timed on hardware yet.
 """
 
 from __future__ import annotations

@@ -64,13 +64,20 @@ def split_rounding(name: str, block: int, warps: int, dtype: str) -> Compiled:
     return Compiled(name, llm_int8._quantize_row, types, {"split": True, "block": block}, options, whole)
 
 
+def clearing(name: str) -> Compiled:
+    """Codes of columns with outliers taken away."""
+    types = {"codes": "*i8", "kept": "*i32", "rows": "i32", "columns": "i32"}
+    return Compiled(name, llm_int8._clear, types, {"block": 64}, {"num_warps": 4}, ("codes", "kept", "columns"))
+
+
 # the launcher takes "wide" only for capability 9
 CASES = [
     product("product, one row", 16, 64, 4, 4, "bf16", split=4),
     product("product, 64 rows, K no multiple of a tile", 64, 64, 4, 4, "fp16", even=False),
     product("product, many rows, kept columns", 128, 128, 8, 3, "fp16", kept=True),
-    product("product, many rows, wide", 128, 256, 8, 3, "bf16", kept=True),
+    product("product, many rows, wide, float32", 128, 256, 8, 3, "fp32", kept=True),
     rounding("rounding, short", 4096, 8, "bf16", True),
     rounding("rounding, long", 16384, 16, "fp16", False),
     split_rounding("rounding, outliers", 4096, 8, "bf16"),
+    clearing("clearing"),
 ]

@@ -35,6 +35,7 @@ def test_codes_and_scales_are_those_of_a_run_of_compressed_tensors(
     x = inputs(rows_in, columns, dtype)
     codes, scale = int8.quantize_tokens(x)
     assert torch.equal(codes.to(dtype) * scale.to(dtype)[:, None], round_inputs(x))
+    assert rows_in < 3 or scale[1] == torch.finfo(dtype).eps == int8_plain.reference_quantize_tokens(x)[1][1]
     assert codes.amin() < -64 or codes.amax() > 64
 
 
@@ -139,7 +140,7 @@ def test_sums_on_a_processor_are_exact_with_and_without_its_int8_products(
         codes = weights(rows_in, columns)[0]
         weight = weights(rows, columns)[0]
         if rows_in and rows:
-            codes[0], weight[0] = -128, -128
+            codes[0], weight[0] = 127, 127  # odd products: float32 holds 1040 of them
         wanted = codes.numpy().astype(np.int64) @ weight.numpy().astype(np.int64).T
         assert np.array_equal(int8_plain.int8_sums(codes, weight).numpy(), wanted)
 
@@ -219,5 +220,5 @@ def test_compiled_for_gpus_it_runs_on_tensor_cores_without_spills() -> None:
             assert ("IGMMA" if grouped else "IMMA") in kinds, name
             assert any(kind.startswith("LDGSTS") and kind.endswith(".128") for kind in counts), name
             assert ("HGMMA" if grouped else "HMMA") in kinds or "kept" not in found["name"], name
-        else:
+        elif "rounding" in found["name"]:
             assert any(kind.startswith("LDG.E.128") for kind in counts), name

@@ -124,11 +124,11 @@ def in_float64(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias:
 
 
 def bound(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """What float32 may do: the sum in int8 is rounded twice, each kept column adds once, scale and bias once each."""
+    """What float32 may do: the sum in int8 is rounded twice, each kept column adds once, products, scale and bias."""
     codes, token_scale, columns = int8_plain.reference_quantize_split(x)
     rounded = torch.where(columns, x.double().abs(), codes.double().abs() * token_scale.double()[:, None])
     size = rounded @ (weight.double().abs() * scale.double()[:, None]).T + bias.double().abs()
-    return (int(columns.sum()) + 5) * 2.0**-24 * size + ROUNDING[x.dtype] * size
+    return (int(columns.sum()) + 6) * 2.0**-24 * size + ROUNDING[x.dtype] * size
 
 
 def test_the_product_is_that_of_bitsandbytes_up_to_its_roundings() -> None:
