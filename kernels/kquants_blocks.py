@@ -5,7 +5,9 @@ give back the codes of the search, which a file holds where the scale is stored 
 (value - offset))), or for `search_q3` 16 codes of 4 bits.
 """
 
-# ruff: noqa: RUF005 (Triton compiles no starred elements)
+# Triton functions have no types, their tuples grow, and starred elements are not compiled.
+# mypy: disable-error-code="assignment,no-untyped-def,untyped-decorator,var-annotated"
+# ruff: noqa: RUF005
 from __future__ import annotations
 
 import triton
@@ -28,8 +30,8 @@ _MAGIC = tl.constexpr(12582912.0)
 _TINY = tl.constexpr(1e-15)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def mean_squares(values, target, total, factor: tl.constexpr, block: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def mean_squares(values, target, total, factor: tl.constexpr, block: tl.constexpr):
     """Mean square of super-blocks, times 1 or 2: the part of a weight that neighbours share. One lane for each."""
     lane = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     place = tl.minimum(lane, total - 1) * 256
@@ -44,8 +46,8 @@ def mean_squares(values, target, total, factor: tl.constexpr, block: tl.constexp
     tl.store(target + lane, factor * found * 0.00390625, mask=lane < total)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def search_minimum(  # type: ignore[no-untyped-def]
+@triton.jit
+def search_minimum(
     values, importance, squares, work, total, columns, size: tl.constexpr, top: tl.constexpr, first: tl.constexpr,
     delta: tl.constexpr, last: tl.constexpr, absolute: tl.constexpr, weighted: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
@@ -68,8 +70,8 @@ def search_minimum(  # type: ignore[no-untyped-def]
     tl.store(work + 4 * total + lane, offset, mask=inside)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _plain_weights(value, size: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def _plain_weights(value, size: tl.constexpr):
     weight = ()
     if size == 16:
         for index in tl.static_range(size):
@@ -84,8 +86,8 @@ def _plain_weights(value, size: tl.constexpr):  # type: ignore[no-untyped-def]
     return weight
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _fit(  # type: ignore[no-untyped-def]
+@triton.jit
+def _fit(
     value, weight, size: tl.constexpr, top: tl.constexpr, first: tl.constexpr, delta: tl.constexpr,
     last: tl.constexpr, absolute: tl.constexpr, bounded: tl.constexpr,
 ):  # fmt: skip
@@ -110,20 +112,7 @@ def _fit(  # type: ignore[no-untyped-def]
     for _ in range(last + 1):
         inverse = tl.div_rn(delta * step + first + top, highest - minimum)
         code = _codes(value, inverse, minimum, size, top)
-        sum_l = tl.zeros_like(highest)
-        sum_l2 = tl.zeros_like(highest)
-        sum_xl = tl.zeros_like(highest)
-        for index in tl.static_range(size):
-            product = weight[index] * code[index]
-            sum_l += product
-            sum_l2 += product * code[index]
-            sum_xl += product * value[index]
-        divisor = sum_w * sum_l2 - sum_l * sum_l
-        new_scale = tl.div_rn(sum_w * sum_xl - sum_x * sum_l, divisor)
-        new_minimum = tl.div_rn(sum_l2 * sum_x - sum_l * sum_xl, divisor)
-        positive = new_minimum > 0.0
-        new_scale = tl.where(positive, tl.div_rn(sum_xl, sum_l2), new_scale)
-        new_minimum = tl.where(positive, 0.0, new_minimum)
+        divisor, new_scale, new_minimum = _line(value, weight, code, sum_w, sum_x, size)
         error = _distance(value, weight, code, new_scale, new_minimum, size, absolute)
         better = (divisor > 0.0) & (error < best) & ~flat
         if not bounded:
@@ -138,8 +127,27 @@ def _fit(  # type: ignore[no-untyped-def]
     return scale, minimum, factor, offset
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _codes(value, factor, minimum, size: tl.constexpr, top: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def _line(value, weight, code, sum_w, sum_x, size: tl.constexpr):
+    """Least squares of scale * code + minimum, the minimum not above 0; there is no solution where the divisor is 0."""
+    sum_l = tl.zeros_like(sum_w)
+    sum_l2 = tl.zeros_like(sum_w)
+    sum_xl = tl.zeros_like(sum_w)
+    for index in tl.static_range(size):
+        product = weight[index] * code[index]
+        sum_l += product
+        sum_l2 += product * code[index]
+        sum_xl += product * value[index]
+    divisor = sum_w * sum_l2 - sum_l * sum_l
+    scale = tl.div_rn(sum_w * sum_xl - sum_x * sum_l, divisor)
+    minimum = tl.div_rn(sum_l2 * sum_x - sum_l * sum_xl, divisor)
+    positive = minimum > 0.0
+    scale = tl.where(positive, tl.div_rn(sum_xl, sum_l2), scale)
+    return divisor, scale, tl.where(positive, 0.0, minimum)
+
+
+@triton.jit
+def _codes(value, factor, minimum, size: tl.constexpr, top: tl.constexpr):
     code = ()
     for index in tl.static_range(size):
         # bounds are whole numbers: it is the same to clamp before rounding; a maximum with NaN is the other number
@@ -148,8 +156,8 @@ def _codes(value, factor, minimum, size: tl.constexpr, top: tl.constexpr):  # ty
     return code
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _distance(value, weight, code, scale, minimum, size: tl.constexpr, absolute: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def _distance(value, weight, code, scale, minimum, size: tl.constexpr, absolute: tl.constexpr):
     error = tl.zeros_like(scale)
     for index in tl.static_range(size):
         off = scale * code[index] + minimum - value[index]
@@ -160,8 +168,8 @@ def _distance(value, weight, code, scale, minimum, size: tl.constexpr, absolute:
     return error
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def search_scale(  # type: ignore[no-untyped-def]
+@triton.jit
+def search_scale(
     values, importance, squares, work, total, columns, top: tl.constexpr, shared: tl.constexpr,
     weighted: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
@@ -185,8 +193,8 @@ def search_scale(  # type: ignore[no-untyped-def]
     tl.store(work + 3 * total + lane, factor, mask=inside)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def search_q3(values, work, total, block: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def search_q3(values, work, total, block: tl.constexpr):
     """make_q3_quants for sub-blocks of 16, with rmse."""
     lane = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     sub = tl.minimum(lane, total - 1)

@@ -5,7 +5,9 @@ So a lane is a place, of 32, of a super-block, and finds the codes of its 8 plan
 ggml-common.h.
 """
 
-# ruff: noqa: RUF005 (Triton compiles no starred elements)
+# Triton functions have no types, their tuples grow, and starred elements are not compiled.
+# mypy: disable-error-code="assignment,misc,no-untyped-def,untyped-decorator,var-annotated"
+# ruff: noqa: RUF005
 from __future__ import annotations
 
 import triton
@@ -20,8 +22,8 @@ FROM_TWO = tl.constexpr(2)  # round(factor * (value - offset))
 FROM_WORDS = tl.constexpr(3)  # 4 bits in the words that `search_q3` left
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def pack_codes(  # type: ignore[no-untyped-def]
+@triton.jit
+def pack_codes(
     values, work, blocks, total, supers, bits: tl.constexpr, size: tl.constexpr, kept: tl.constexpr,
     block_bytes: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
@@ -61,10 +63,8 @@ def pack_codes(  # type: ignore[no-untyped-def]
         _store_sixes(target, code, inside)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _code(  # type: ignore[no-untyped-def]
-    values, work, total, block_index, place, inside, bits: tl.constexpr, size: tl.constexpr, kept: tl.constexpr
-):
+@triton.jit
+def _code(values, work, total, block_index, place, inside, bits: tl.constexpr, size: tl.constexpr, kept: tl.constexpr):
     """One code for each lane, from 0 on."""
     value = tl.load(values + block_index * 256 + place, mask=inside, other=0.0).to(tl.float32)
     sub = block_index * (256 // size) + place // size
@@ -90,8 +90,8 @@ def _code(  # type: ignore[no-untyped-def]
     return code
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _store_pairs(target, code, inside):  # type: ignore[no-untyped-def]
+@triton.jit
+def _store_pairs(target, code, inside):
     for half in tl.static_range(2):
         byte = code[4 * half]
         for plane in tl.static_range(1, 4):
@@ -99,15 +99,15 @@ def _store_pairs(target, code, inside):  # type: ignore[no-untyped-def]
         tl.store(target + 32 * half, byte.to(tl.uint8), mask=inside)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _store_nibbles(target, code, inside):  # type: ignore[no-untyped-def]
+@triton.jit
+def _store_nibbles(target, code, inside):
     for pair in tl.static_range(4):
         byte = code[2 * pair] | (code[2 * pair + 1] << 4)
         tl.store(target + 32 * pair, byte.to(tl.uint8), mask=inside)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _store_sixes(target, code, inside):  # type: ignore[no-untyped-def]
+@triton.jit
+def _store_sixes(target, code, inside):
     for half in tl.static_range(2):
         high = code[4 * half] >> 4
         for plane in tl.static_range(1, 4):

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from quantpress.kernels.kquants_layouts import high_bits, join, pack_six_bits, planes, unpack_six_bits
 from quantpress.kernels.kquants_types import KQUANTS, SUPER, TINY, KQuant, Steps
 
 __all__ = ["reference_quantize"]
@@ -38,7 +39,8 @@ def reference_quantize(values: Array, name: str, importance: Array | None = None
         weight = np.broadcast_to(_F(importance), values.shape).reshape(-1, SUPER)
     with np.errstate(all="ignore"):
         quantizer = _quantize_signed if kind.plain is None else _quantize_with_minimum
-        return quantizer(blocks, kind, weight).reshape(len(values), -1)
+        found: Array = quantizer(blocks, kind, weight).reshape(len(values), -1)
+    return found
 
 
 def _quantize_with_minimum(blocks: Array, kind: KQuant, importance: Array | None) -> Array:
@@ -63,18 +65,18 @@ def _quantize_with_minimum(blocks: Array, kind: KQuant, importance: Array | None
         packed = (scale_codes | min_codes << 4) & 255
         scale_codes, min_codes = packed & 15, packed >> 4
     else:
-        packed = _pack_six_bits(scale_codes, min_codes)
-        scale_codes, min_codes = _unpack_six_bits(packed)
+        packed = pack_six_bits(scale_codes, min_codes)
+        scale_codes, min_codes = unpack_six_bits(packed)
     step = (half.astype(_F)[:, None] * scale_codes.astype(_F)).reshape(-1, 1)
     offset = (half_min.astype(_F)[:, None] * min_codes.astype(_F)).reshape(-1, 1)
     again = np.clip(_nearest((sub + offset) / step), 0, kind.top)
     codes = np.where(step == 0, codes, again).reshape(-1, 8, 32)
     heads = np.stack([half, half_min], axis=1).view(np.uint8)
     if kind.name == "Q2_K":
-        return _join(packed, _planes(codes, 2), heads)
+        return join(packed, planes(codes, 2), heads)
     if kind.name == "Q4_K":
-        return _join(heads, packed, _planes(codes, 4))
-    return _join(heads, packed, _high_bits(codes >> 4), _planes(codes & 15, 4))
+        return join(heads, packed, planes(codes, 4))
+    return join(heads, packed, high_bits(codes >> 4), planes(codes & 15, 4))
 
 
 def _quantize_signed(blocks: Array, kind: KQuant, importance: Array | None) -> Array:
@@ -96,7 +98,7 @@ def _quantize_signed(blocks: Array, kind: KQuant, importance: Array | None) -> A
     codes = np.where(step == 0, codes, again).reshape(-1, 8, 32)
     low = (scale_codes[:, :8] & 15) | (scale_codes[:, 8:] & 15) << 4
     high = np.bitwise_or.reduce((scale_codes >> 4).reshape(-1, 4, 4) << np.array([0, 2, 4, 6])[:, None], axis=1)
-    return _join(_high_bits(codes >> 2), _planes(codes & 3, 2), low, high, half[:, None].view(np.uint8))
+    return join(high_bits(codes >> 2), planes(codes & 3, 2), low, high, half[:, None].view(np.uint8))
 
 
 def _finish_q6(blocks: Array, scale: Array, codes: Array) -> Array:
@@ -109,14 +111,15 @@ def _finish_q6(blocks: Array, scale: Array, codes: Array) -> Array:
     codes = np.where(step == 0, codes, again).reshape(-1, 2, 4, 32)
     low = np.stack([codes[:, :, plane] & 15 | (codes[:, :, plane + 2] & 15) << 4 for plane in (0, 1)], axis=2)
     high = np.bitwise_or.reduce((codes >> 4) << np.array([0, 2, 4, 6])[:, None], axis=2)
-    packed = _join(low, high, scale_codes & 255, half[:, None].view(np.uint8))
+    packed = join(low, high, scale_codes & 255, half[:, None].view(np.uint8))
     packed[abs(extreme) < _F(TINY)] = 0
     return packed
 
 
 def _importance(blocks: Array, kind: KQuant, importance: Array) -> Array:
     energy = (_F(kind.energy) * _ordered_sum(blocks * blocks) / _F(SUPER))[:, None]
-    return (importance * np.sqrt(energy + blocks * blocks)).reshape(-1, kind.size)
+    weights: Array = importance * np.sqrt(energy + blocks * blocks)
+    return weights.reshape(-1, kind.size)
 
 
 def _search_with_minimum(
@@ -269,32 +272,3 @@ def _farthest(values: Array) -> Array:
     numbers = np.where(np.isnan(values), _F(0), values)
     found: Array = np.take_along_axis(numbers, abs(numbers).argmax(axis=1)[:, None], axis=1)[:, 0]
     return found
-
-
-def _planes(codes: Array, bits: int) -> Array:
-    """Codes (B, 8, 32) into bytes: plane after plane of 32 codes fills up the next `bits` bits of 32 bytes."""
-    each = 8 // bits
-    shifts = np.arange(0, 8, bits)[:, None]
-    return np.bitwise_or.reduce(codes.reshape(len(codes), 8 // each, each, 32) << shifts, axis=2)
-
-
-def _high_bits(bits: Array) -> Array:
-    return np.bitwise_or.reduce(bits << np.arange(8)[:, None], axis=1)
-
-
-def _pack_six_bits(scale: Array, minimum: Array) -> Array:
-    low = scale[:, 4:] & 15 | (minimum[:, 4:] & 15) << 4
-    first = scale[:, :4] | scale[:, 4:] >> 4 << 6
-    second = minimum[:, :4] | minimum[:, 4:] >> 4 << 6
-    return np.concatenate([first, second, low], axis=1) & 255
-
-
-def _unpack_six_bits(packed: Array) -> tuple[Array, Array]:
-    first, second, low = packed[:, :4], packed[:, 4:8], packed[:, 8:]
-    scale = np.concatenate([first & 63, low & 15 | first >> 6 << 4], axis=1)
-    return scale, np.concatenate([second & 63, low >> 4 | second >> 6 << 4], axis=1)
-
-
-def _join(*parts: Array) -> Array:
-    count = len(parts[0])
-    return np.concatenate([part.reshape(count, -1).astype(np.uint8) for part in parts], axis=1)

@@ -4,7 +4,9 @@ A lane keeps its weights in registers, as a tuple of tensors with one element fo
 the C code. Whatever is called here is compiled into the kernel that calls it.
 """
 
-# ruff: noqa: RUF005 (Triton compiles no starred elements)
+# Triton functions have no types, their tuples grow, and starred elements are not compiled.
+# mypy: disable-error-code="assignment,no-untyped-def,untyped-decorator,var-annotated"
+# ruff: noqa: RUF005
 from __future__ import annotations
 
 import triton
@@ -19,8 +21,8 @@ _MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to a whole num
 _TINY = tl.constexpr(1e-15)  # TINY of kquants_types
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def load_four(source, place):  # type: ignore[no-untyped-def]
+@triton.jit
+def load_four(source, place):
     """Loads elements place to place + 3 for each lane, in one instruction where they are aligned."""
     four = tl.load(source + place[:, None] + tl.arange(0, 4)[None, :]).to(tl.float32)
     even, odd = tl.split(tl.reshape(four, (four.shape[0], 2, 2)))
@@ -29,16 +31,16 @@ def load_four(source, place):  # type: ignore[no-untyped-def]
     return first, second, third, fourth
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def store_four(target, place, first, second, third, fourth, inside):  # type: ignore[no-untyped-def]
+@triton.jit
+def store_four(target, place, first, second, third, fourth, inside):
     """Stores elements place to place + 3 for each lane: Triton takes long to compile many small stores."""
     halves = tl.join(tl.join(first, third), tl.join(second, fourth))
     four = tl.reshape(halves, (first.shape[0], 4)).to(target.dtype.element_ty)
     tl.store(target + place[:, None] + tl.arange(0, 4)[None, :], four, mask=inside[:, None])
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def store_values(target, place, values, inside, count: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def store_values(target, place, values, inside, count: tl.constexpr):
     """Stores a tuple as elements place to place + count - 1 of each lane."""
     for start in tl.static_range(0, count, 4):
         store_four(
@@ -46,8 +48,8 @@ def store_values(target, place, values, inside, count: tl.constexpr):  # type: i
         )
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def load_values(source, place, count: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def load_values(source, place, count: tl.constexpr):
     """Loads elements place to place + count - 1 for each lane."""
     found = ()
     for start in tl.static_range(0, count, 4):
@@ -55,10 +57,8 @@ def load_values(source, place, count: tl.constexpr):  # type: ignore[no-untyped-
     return found
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def load_weights(  # type: ignore[no-untyped-def]
-    values, importance, place, columns, mean_square, count: tl.constexpr, bare: tl.constexpr
-):
+@triton.jit
+def load_weights(values, importance, place, columns, mean_square, count: tl.constexpr, bare: tl.constexpr):
     """Gives the weights with importance: it alone (`bare`), or times the root of mean square and square."""
     loaded = load_values(importance, place % columns, count)
     if bare:
@@ -70,15 +70,15 @@ def load_weights(  # type: ignore[no-untyped-def]
     return found
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def nearest(values):  # type: ignore[no-untyped-def]
+@triton.jit
+def nearest(values):
     """nearest_int of ggml-quants.c on a processor whose NaN is negative (x86): NaN gives 0, far numbers their bits."""
     bits = (values + _MAGIC).to(tl.int32, bitcast=True)
     return tl.where(values == values, (bits & 0x007FFFFF) - 0x00400000, 0)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def ordered_sum(terms, count: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def ordered_sum(terms, count: tl.constexpr):
     """Sums a tuple from the first to the last."""
     total = terms[0]
     for index in tl.static_range(1, count):
@@ -86,8 +86,8 @@ def ordered_sum(terms, count: tl.constexpr):  # type: ignore[no-untyped-def]
     return total
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def farthest(values, count: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def farthest(values, count: tl.constexpr):
     """Gives the value farthest from 0, the first of several; NaN does not count."""
     found = tl.zeros_like(values[0])
     distance = found
@@ -98,8 +98,8 @@ def farthest(values, count: tl.constexpr):  # type: ignore[no-untyped-def]
     return found
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def search_signed(values, weights, count: tl.constexpr, top: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def search_signed(values, weights, count: tl.constexpr, top: tl.constexpr):
     """make_qx_quants with rmse_type 1.
 
     Returns:
@@ -128,8 +128,8 @@ def search_signed(values, weights, count: tl.constexpr, top: tl.constexpr):  # t
     return tl.where(nothing, 0.0, scale), tl.where(nothing, float("inf"), chosen)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _signed_sums(values, weights, products, inverse, count: tl.constexpr, top: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def _signed_sums(values, weights, products, inverse, count: tl.constexpr, top: tl.constexpr):
     sum_lx = tl.zeros_like(inverse)
     sum_l2 = tl.zeros_like(inverse)
     for index in tl.static_range(count):
@@ -141,8 +141,8 @@ def _signed_sums(values, weights, products, inverse, count: tl.constexpr, top: t
     return sum_lx, sum_l2
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def improve(  # type: ignore[no-untyped-def]
+@triton.jit
+def improve(
     values, weights, codes, sum_lx, sum_l2, count: tl.constexpr, low: tl.constexpr, high: tl.constexpr,
     signed: tl.constexpr,
 ):  # fmt: skip

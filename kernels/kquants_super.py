@@ -5,7 +5,9 @@ are replaced by what a reader will multiply and subtract. Scale bytes and float1
 bytes of a block) uint8; layouts: block_q*_K in llama.cpp's ggml-common.h.
 """
 
-# ruff: noqa: RUF005 (Triton compiles no starred elements)
+# Triton functions have no types, their tuples grow, and starred elements are not compiled.
+# mypy: disable-error-code="assignment,no-untyped-def,untyped-decorator,var-annotated"
+# ruff: noqa: RUF005
 from __future__ import annotations
 
 import triton
@@ -18,8 +20,8 @@ __all__ = ["scales_with_minimum", "signed_scales"]
 _TINY = tl.constexpr(1e-15)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def scales_with_minimum(  # type: ignore[no-untyped-def]
+@triton.jit
+def scales_with_minimum(
     work, blocks, total, supers, count: tl.constexpr, top: tl.constexpr, bounded: tl.constexpr,
     weighted: tl.constexpr, block_bytes: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
@@ -55,8 +57,8 @@ def scales_with_minimum(  # type: ignore[no-untyped-def]
     _store_products(work + total, place * count, offset_step, offset_code, inside, count)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def signed_scales(  # type: ignore[no-untyped-def]
+@triton.jit
+def signed_scales(
     work, blocks, total, supers, six: tl.constexpr, weighted: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """Q6_K (`six`) and Q3_K: 16 sub-blocks without minima."""
@@ -88,8 +90,8 @@ def signed_scales(  # type: ignore[no-untyped-def]
     _store_products(work, place * 16, step, code, inside, 16)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _largest_to_top(values, count: tl.constexpr, top: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def _largest_to_top(values, count: tl.constexpr, top: tl.constexpr):
     """Step and codes (bytes) that give the greatest value the greatest code."""
     greatest = tl.zeros_like(values[0])
     for index in tl.static_range(count):
@@ -102,8 +104,8 @@ def _largest_to_top(values, count: tl.constexpr, top: tl.constexpr):  # type: ig
     return tl.where(positive, tl.div_rn(greatest, tl.full(greatest.shape, top, tl.float32)), 0.0), code
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _farthest_to_end(values, end: tl.constexpr, high: tl.constexpr, least: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def _farthest_to_end(values, end: tl.constexpr, high: tl.constexpr, least: tl.constexpr):
     """Step and signed codes of 16 values; the value farthest from 0 gets the code `end`."""
     extreme = farthest(values, 16)
     some = (tl.abs(extreme) >= least) & (extreme != 0.0)
@@ -117,8 +119,8 @@ def _farthest_to_end(values, end: tl.constexpr, high: tl.constexpr, least: tl.co
     return tl.where(some, tl.div_rn(one, inverse), 0.0), code
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _fit_scales(values, weight, count: tl.constexpr, top: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def _fit_scales(values, weight, count: tl.constexpr, top: tl.constexpr):
     """make_qp_quants: step and codes (bytes)."""
     greatest = tl.zeros_like(values[0])
     for index in tl.static_range(count):
@@ -153,8 +155,8 @@ def _fit_scales(values, weight, count: tl.constexpr, top: tl.constexpr):  # type
     return tl.where(nothing | ~(sum_l2 > 0.0), 0.0, tl.div_rn(sum_lx, sum_l2)), kept
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _scale_error(values, weight, inverse, count: tl.constexpr, top: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def _scale_error(values, weight, inverse, count: tl.constexpr, top: tl.constexpr):
     size = tl.div_rn(tl.full(inverse.shape, 1.0, tl.float32), inverse)
     error = tl.zeros_like(inverse)
     for index in tl.static_range(count):
@@ -165,8 +167,8 @@ def _scale_error(values, weight, inverse, count: tl.constexpr, top: tl.constexpr
     return error
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _store_half(target, step, inside):  # type: ignore[no-untyped-def]
+@triton.jit
+def _store_half(target, step, inside):
     """Stores a float16 as two bytes and gives it back as float32."""
     half = step.to(tl.float16)
     bits = half.to(tl.uint16, bitcast=True).to(tl.int32)
@@ -175,16 +177,16 @@ def _store_half(target, step, inside):  # type: ignore[no-untyped-def]
     return half.to(tl.float32)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _store_products(target, place, step, code, inside, count: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def _store_products(target, place, step, code, inside, count: tl.constexpr):
     product = ()
     for index in tl.static_range(count):
         product = product + (step * code[index].to(tl.float32),)
     store_values(target, place, product, inside, count)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _store_nibbles(blocks, start, code, offset_code, inside):  # type: ignore[no-untyped-def]
+@triton.jit
+def _store_nibbles(blocks, start, code, offset_code, inside):
     """Q2_K: a byte holds a scale and, above it, a minimum. Gives back what a reader finds."""
     byte = ()
     read = ()
@@ -197,8 +199,8 @@ def _store_nibbles(blocks, start, code, offset_code, inside):  # type: ignore[no
     return read, read_offset
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _store_six_bits(blocks, start, code, offset_code, inside, bounded: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def _store_six_bits(blocks, start, code, offset_code, inside, bounded: tl.constexpr):
     """Q4_K and Q5_K: 8 scales and 8 minima of 6 bits in 12 bytes. Gives back what a reader finds."""
     if bounded:
         scale = ()
@@ -228,8 +230,8 @@ def _store_six_bits(blocks, start, code, offset_code, inside, bounded: tl.conste
     return read, read_offset
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _store_q3_scales(blocks, start, code, inside):  # type: ignore[no-untyped-def]
+@triton.jit
+def _store_q3_scales(blocks, start, code, inside):
     """Q3_K: 16 scales of 6 bits, from -32 on: low halves in 8 bytes, high pairs in 4."""
     byte = ()
     for index in tl.static_range(8):

@@ -138,6 +138,10 @@ def test_compiled_kernels_stay_in_registers_and_load_four_weights_at_a_time():
     )
     for row in json.loads(ran.stdout):
         assert row["stack"] == 0, row
+        # multiply-adds are fused in quotients and roots only, whose sequences have up to five
+        found = row["instructions"]
+        roots = sum(number for name, number in found.items() if name.startswith("MUFU"))
+        assert found["FFMA"] <= 5 * roots + 8, row
         assert row["registers"] <= 168, row  # three programs of 128 threads for each multiprocessor
         if row["name"].startswith("search"):
             assert row["shared"] == 0, row
