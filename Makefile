@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# the programs that `make gpu` runs; an environment that has torch for the GPU already: make gpu GPU_BIN=/path/to/bin
+GPU_BIN ?= $(BIN)
 
-
-.PHONY: demo test check quick format bench proofs clean
+.PHONY: demo test check quick format bench proofs gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/quantpress demo demo
@@ -31,6 +32,12 @@ bench: $(VENV)/.dev
 # the longer form of proofs that make test shortens: whole texts in llama.cpp, longer ones by onnxruntime-genai
 proofs: $(VENV)/.dev
 	OMP_NUM_THREADS=2 QUANTPRESS_WHOLE_TEXTS=1 $(BIN)/pytest tests/pipelines/test_adapter_proof.py tests/pipelines/test_onnx_real_models.py
+
+# on a machine with an NVIDIA GPU: kernels and whole models there, then the kernels beside their peers, then tokens a second
+gpu: $(if $(filter $(BIN),$(GPU_BIN)),$(VENV)/.dev)
+	$(GPU_BIN)/pytest tests/gpu
+	$(GPU_BIN)/python benchmarks/kernels.py --tune --model llama-3-8b --most-seconds 1800
+	$(GPU_BIN)/python benchmarks/decode.py --json benchmarks/results/decode.json
 
 clean:
 	rm -rf $(VENV) build demo *.egg-info
