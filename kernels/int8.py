@@ -1,8 +1,8 @@
 """W8A8 on a GPU: inputs rounded to int8 token by token, and products with weights in int8.
 
 Two launches: `quantize_tokens` reads each row of the input once and writes codes, `int8_matmul` multiplies codes with
-codes (see int8_product.py). The results are those of int8_plain.py bit for bit, in Triton's interpreter; nothing has been run or
-timed on hardware yet.
+codes (see int8_product.py). The results are those of int8_plain.py bit for bit in Triton's interpreter; nothing has
+been run or timed on hardware yet.
 """
 
 from __future__ import annotations
