@@ -2,7 +2,9 @@
 
 Both round `level * absmax` once to the type of the inputs: these are the values that bitsandbytes dequantizes to, and
 that a QLoRA training multiplied with. In a tile a thread reads words of eight codes; the levels come from a table of 16
-in shared memory.
+in shared memory. Words, absmax and inputs of the next tiles are under way meanwhile (cp.async). Compiled for sm_90, a
+tile of 16 x 64 x 64 takes 7.2 instructions per weight, of which the lookup, the product with absmax, shift and mask are
+4; tiles of 64 input rows use HGMMA, smaller ones HMMA. Not timed on hardware yet.
 """
 
 from __future__ import annotations

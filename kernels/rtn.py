@@ -155,8 +155,10 @@ def _values(weight, place, held):  # type: ignore[no-untyped-def]
     """Reads weights as float32; bfloat16 comes as int16, the upper half of a float32."""
     values = tl.load(weight + place, mask=held, other=0)
     if weight.dtype.element_ty == tl.int16:
-        return (values.to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    return values.to(tl.float32)
+        result = (values.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        result = values.to(tl.float32)
+    return result
 
 
 @triton.jit  # type: ignore[untyped-decorator]

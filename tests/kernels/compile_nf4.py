@@ -1,4 +1,4 @@
-"""Builds of the kernels for 4-bit levels: a vector on one warp and on four, four rows, tiles, any columns, dense."""
+"""Builds of the kernels for 4-bit levels: one vector and two, tiles, any columns, dense."""
 
 from __future__ import annotations
 
@@ -51,11 +51,9 @@ def tiled(
 
 CASES = [
     gemv("fp16", 1, 14336, 1, 8, 1),
-    gemv("bf16", 1, 4096, 1, 8, 4),
-    gemv("bf16", 4, 4096, 4, 8, 1),
+    gemv("bf16", 2, 4096, 2, 4, 2),
     tiled("bf16", (16, 64, 64), 8, 4, 3),
-    tiled("fp16", (64, 64, 64), 1, 4, 3),
-    tiled("fp32", (16, 32, 32), 2, 4, 3, even=False),
+    tiled("fp16", (64, 64, 64), 1, 4, 3, even=False),
     Compiled(
         "any bf16", _any, _types("bf16", "packed") | dict.fromkeys(("rows_in", "rows", "columns"), "i32"),
         {"blocksize": 64, "rounding": "bfloat16", "block_m": 4, "block_n": 8, "block_k": 64}, {"num_warps": 2},
