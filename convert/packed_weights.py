@@ -15,9 +15,10 @@ from quantpress.convert.quantized import LazyQuantized
 from quantpress.convert.weights import CheckpointWeights, as_torch, canonical
 from quantpress.kernels import int8_linear as _operators  # noqa: F401 - registers torch.ops.quantpress.w8a8_linear
 from quantpress.kernels.int8_plain import LONGEST
+from quantpress.kernels.launch_tables import TuningError
 from quantpress.kernels.linear import linear
 from quantpress.kernels.packed import PackedWeight, reference_dequantize
-from quantpress.quant.errors import LayoutError
+from quantpress.quant.errors import InputError, LayoutError
 from quantpress.quant.packed import packed_streams, packed_weight
 from quantpress.quant.qtensor import QuantizedForm, group_count
 
@@ -40,9 +41,16 @@ class PackedLinear:
     deterministic: bool = True
 
     def run(self, values: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Gives (..., N) in the type of `values` (..., K); the bias (N,) is taken in that type."""
+        """Gives (..., N) in the type of `values` (..., K); the bias (N,) is taken in that type.
+
+        Raises:
+            InputError: the user's file of launch parameters for this GPU is damaged.
+        """
         wanted = bias if bias is None else bias.to(values.dtype)
-        return linear(values, self.weight, wanted, deterministic=self.deterministic)
+        try:
+            return linear(values, self.weight, wanted, deterministic=self.deterministic)
+        except TuningError as error:
+            raise InputError(str(error)) from error
 
     def dense(self) -> torch.Tensor:
         """Gives the weight itself, (N, K) float32."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from triton.runtime.interpreter import InterpretedFunction
 
 __all__ = ["BUCKETS", "Launch", "Problem", "bucket", "check_device", "processors"]
 
@@ -74,6 +73,8 @@ def check_device(kernel: Any, *tensors: torch.Tensor | None) -> None:
     Raises:
         ValueError: they are on several devices, or not on a CUDA device (and the kernel is not interpreted).
     """
+    from triton.runtime.interpreter import InterpretedFunction  # what describes a launch needs no triton
+
     devices = {tensor.device for tensor in tensors if tensor is not None}
     if len(devices) != 1:
         raise ValueError(f"tensors are on {', '.join(sorted(map(str, devices)))}: wanted one device")

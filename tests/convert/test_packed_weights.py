@@ -23,6 +23,9 @@ from quantpress.convert.preflight import preflight
 from quantpress.convert.quantized import LazyQuantized
 from quantpress.convert.static_decode import StaticDecoder
 from quantpress.convert.weights import CheckpointWeights
+from quantpress.kernels.launch_tables import TuningError
+from quantpress.kernels.packed import PackedWeight
+from quantpress.quant.errors import InputError
 from quantpress.quant.grid import Grid, round_to_nearest
 from quantpress.quant.packed import packed_streams, packed_weight
 from tests.packed_folder import lazy_array, rounded
@@ -283,3 +286,14 @@ def test_bytes_of_int8_checkpoints_are_taken_as_words_where_they_fill_them(colum
     assert (lazy.streams is not None) == (columns == 96)
     if lazy.streams is not None:
         assert torch.equal(torch.from_numpy(lazy.streams().words), packed_weight(tensor).words)
+
+
+def test_a_damaged_file_of_launch_parameters_is_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> torch.Tensor:
+        raise TuningError("/home/a/h200.json: not JSON")
+
+    monkeypatch.setattr("quantpress.convert.packed_weights.linear", refuse)
+    words = torch.zeros((4, 8), dtype=torch.int32)
+    weight = PackedWeight(words, torch.ones((1, 8)), None, None, columns=32, bits=4, group_size=32)
+    with pytest.raises(InputError, match="h200.json: not JSON"):
+        PackedLinear(weight).run(torch.zeros(1, 32), None)
