@@ -295,5 +295,5 @@ def test_a_damaged_file_of_launch_parameters_is_bad_input(monkeypatch: pytest.Mo
     monkeypatch.setattr("quantpress.convert.packed_weights.linear", refuse)
     words = torch.zeros((4, 8), dtype=torch.int32)
     weight = PackedWeight(words, torch.ones((1, 8)), None, None, columns=32, bits=4, group_size=32)
-    with pytest.raises(InputError, match="h200.json: not JSON"):
+    with pytest.raises(InputError, match=r"h200\.json: not JSON"):
         PackedLinear(weight).run(torch.zeros(1, 32), None)
