@@ -5,8 +5,8 @@ lies; in between the tile passes through shared memory. Where places along K hol
 writes a tile of neighbouring columns and gathers the words that hold their codes: whole lines of N are read, several
 times each, but from the L2 cache, because all columns of a block of outputs follow each other.
 
-Compiled for sm_90 (bfloat16, 4 bits, zeros), a tile of 64 outputs and 128 places takes 40 registers and 16 KiB of shared
-memory; all reads of words and all writes are 16 bytes wide. Interpreted and compiled, not timed on hardware yet.
+Compiled for sm_90 (bfloat16, 4 bits, zeros), a tile of 64 outputs and 128 places takes 40 registers and 16 KiB of
+shared memory; all reads of words and all writes are 16 bytes wide. Interpreted and compiled, not timed on hardware yet.
 """
 
 from __future__ import annotations

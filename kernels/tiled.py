@@ -12,13 +12,13 @@ programs fit a multiprocessor: one expands codes while the other's tensor cores 
 
 Words and inputs are copied to shared memory 16 bytes at a time, `stages` - 1 tiles ahead; scales and zeros are read one
 tile ahead. Figures of the compiler for sm_90, float16, 4 bits, groups of 128, Triton 3.9 (3.6): 16 rows in tiles of 128
-outputs and 128 places with 4 warps take 154 (158) registers and 72 KiB of shared memory and have 16 HGMMA of 64x16x16 in
-a loop of 426 (466) instructions for 128 weights of a thread, 3.3 (3.6) per weight; at the 4.3 TB/s that an H200 copies,
-26 weights come in per clock and multiprocessor, which leave 4.9. Three such programs fit, 48 KiB of words under way. 128
-rows in tiles of 128 outputs and 64 places take 225 (226) registers and 72 KiB, 8 HGMMA of 64x128x16 in a loop of 322
-(368) instructions, in the time of which the tensor cores do two thirds of a tile. No build of the default launches has a
-stack. These are figures of the compiler and arithmetic: the kernel has run in Triton's interpreter and was compiled for
-sm_80 and sm_90; it has not been run or timed on hardware yet.
+outputs and 128 places with 4 warps take 154 (158) registers, 72 KiB of shared memory, and 16 HGMMA of 64x16x16 in a
+loop of 426 (466) instructions for 128 weights of a thread, 3.3 (3.6) for each. At the 4.3 TB/s that an H200 copies, 26
+weights come in per clock and multiprocessor, which leave 4.9. Three such programs fit, with 48 KiB of words under way.
+128 rows in tiles of 128 outputs and 64 places take 225 (226) registers, 72 KiB, and 8 HGMMA of 64x128x16 in a loop of
+322 (368) instructions, as many clocks to issue, where the tensor cores take 512. For sm_90 no launch of `tiled_launch`
+has a stack; for sm_80 the tile of 128 times 128 needs 8 warps to have none. All this is the compiler's word and
+arithmetic: the kernel has run in Triton's interpreter, with float16 and float32; it was not timed on hardware yet.
 """
 
 from __future__ import annotations
