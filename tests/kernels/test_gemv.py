@@ -63,7 +63,8 @@ def test_whole_numbers_are_summed_exactly_whatever_the_sizes(bits: int) -> None:
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_whole_numbers_are_summed_exactly_whatever_the_groups(bits: int) -> None:
     for number, (rows, columns, group) in enumerate(GROUPS):
-        for symmetric in (True, False):
+        # three bits take four times as long: every other group with zeros
+        for symmetric in (True, False) if bits != 3 else (number % 2 == 0,):
             launch = ONE_WARP if symmetric else PARTS
             rows_in = 2 if number == bits % 4 else 1
             _exact(rows_in, rows, columns, bits, group, launch, symmetric=symmetric, ordered=number % 3 == 0)
