@@ -114,7 +114,7 @@ def _fit(
         code = _codes(value, inverse, minimum, size, top)
         divisor, new_scale, new_minimum = _line(value, weight, code, sum_w, sum_x, size)
         error = _distance(value, weight, code, new_scale, new_minimum, size, absolute)
-        better = (divisor > 0.0) & (error < best) & ~flat
+        better = (divisor > 0.0) & (error < best)  # not if all weights are one number: all codes are 0
         if not bounded:
             # the C code's codes are all 0 then, and 0 is no fit
             better = better & (tl.abs(inverse) < float("inf"))

@@ -19,7 +19,7 @@ from quantpress.kernels.kquants_reference import reference_quantize
 from quantpress.kernels.kquants_types import KQUANTS
 from quantpress.quant.ggml.codec import dequantize
 from quantpress.quant.ggml.types import GGML_TYPES, ggml_type
-from tests.kernels.kquants_cases import COLUMNS, KINDS, NAMES, everything, importance, weights
+from tests.kernels.kquants_cases import COLUMNS, NAMES, everything, importance, weights
 from tests.quant.conftest import LibGGML, libggml  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,8 +38,7 @@ def interpreted(values, name, important=None, block=4096, **options):
 def assert_same_blocks(name, found, wanted):
     width = KQUANTS[name].block_bytes
     bad = np.flatnonzero((found.reshape(-1, width) != wanted.reshape(-1, width)).any(axis=1))
-    kinds = sorted({list(KINDS)[block * len(KINDS) // (wanted.size // width)] for block in bad})
-    assert not bad.size, f"{name}: {bad.size} of {wanted.size // width} blocks differ, first {bad[0]}, in {kinds}"
+    assert not bad.size, f"{name}: {bad.size} of {wanted.size // width} blocks differ, first {bad[:5]}"
 
 
 @pytest.mark.parametrize("important", [None, "smooth", "gaps"])
@@ -53,9 +52,10 @@ def test_the_references_blocks_are_libggmls(name, important, libggml: LibGGML): 
 @pytest.mark.parametrize("important", [None, "gaps"])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_kernels_blocks_are_libggmls(name, important, libggml: LibGGML):  # noqa: F811
-    values, weight = everything(6), importance(important)
-    wanted = libggml.quantize(ggml_type(name), values, weight)
-    assert_same_blocks(name, interpreted(values, name, weight), wanted)
+    # small weights, whose steps are 0 in float16, show every code that the search ends with, also after near ties
+    values = np.concatenate([everything(4), weights("small", 60)])
+    wanted = libggml.quantize(ggml_type(name), values, importance(important))
+    assert_same_blocks(name, interpreted(values, name, importance(important)), wanted)
 
 
 def test_trained_weights_get_libggmls_blocks(shared, libggml: LibGGML):  # noqa: F811
