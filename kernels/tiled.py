@@ -130,7 +130,7 @@ def _tile(weight: PackedWeight, launch: Launch, *, plain: bool, rounded: bool) -
 def tiled_launch(problem: Problem) -> Launch:
     """Gives launch parameters by arithmetic, for a GPU of 132 processors of 227 KiB; not measured.
 
-    Two programs for a processor: one expands codes while the other's sums run. Parts have at least 4 tiles.
+    Up to two programs for a processor: one expands codes while the other's sums run. Parts have at least 4 tiles.
     """
     if problem.rows_in > EXACT_ROWS:
         # of tiles of 128 sums for a thread the one that reads least: an input has 16 bits, a code 4
@@ -145,9 +145,10 @@ def tiled_launch(problem: Problem) -> Launch:
         shared = math.gcd(problem.group_size, block_k)
         block_k = shared if shared >= (32 if problem.bits == 3 else 16) else block_k
     blocks = triton.cdiv(problem.rows_in, launch.block_m) * triton.cdiv(problem.rows, launch.block_n)
-    most = min(16, max(1, triton.cdiv(problem.columns, block_k) // 4))
+    # parts write and read 8 bytes for each sum: the more rows, the fewer parts are worth it
+    most = min(16 if launch.block_m < 64 else 4, triton.cdiv(problem.columns, block_k) // 4)
     split_k = 1
-    while split_k * 2 <= most and split_k * blocks < 2 * 132:
+    while split_k * 2 <= most and split_k * 2 * blocks <= 2 * 132:
         split_k *= 2
     return replace(launch, block_k=block_k, split_k=split_k)
 
