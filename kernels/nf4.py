@@ -116,7 +116,8 @@ def nf4_matmul(
         columns: K; where it is no multiple of 32 a plain kernel is used, whatever the launch says.
         blocksize: values that share an absmax: 32, 64, ... 4096.
         bias: (N,) of x's type.
-        launch: "gemv" for up to four input rows, "tiled", or "dense"; by default `nf4_launch`.
+        launch: "gemv" for up to four input rows, "tiled", or "dense", which for float32 is tiled too, so that nothing
+            is multiplied in TF32; by default `nf4_launch`.
         deterministic: nothing else is implemented: shared sums are always added in one order.
         rounding: float16 or bfloat16: weights are rounded to it whatever the type of x is, as where a checkpoint says
             what its weights were dequantized to; None: see the module.

@@ -92,6 +92,26 @@ def test_weights_are_rounded_to_a_stored_type_where_that_is_asked_for(
     check(_product(one, launch, rounding), one, rounding)
 
 
+@pytest.mark.parametrize("rounding", [HALF, BRAIN])
+@pytest.mark.parametrize(
+    "launch", [Launch("gemv", block_n=2, warps=1), Launch("tiled", 16, 16, 32, 1, 4, 3), Launch("dense")]
+)
+def test_a_weight_half_way_between_two_values_becomes_the_even_one(launch: Launch, rounding: torch.dtype) -> None:
+    one = case(2, 4, 64, 32, SINGLE)
+    one.packed.fill_(0xFF)  # level 1, so the weights are absmax: 1 and an odd number of half steps above
+    one.absmax.copy_(1 + (2 * torch.arange(8) + 1) * torch.finfo(rounding).eps / 2)
+    check(_product(one, launch, rounding), one, rounding)
+
+
+def test_the_counters_are_zero_again_after_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = torch.zeros(64, dtype=torch.int32)
+    monkeypatch.setattr("quantpress.kernels.slabs.counters", lambda device, count: kept)
+    one = case(3, 20, 2048, 64, SINGLE)
+    for launch in (Launch("gemv", block_n=8, warps=1, split_k=2), Launch("tiled", 16, 32, 64, 4, 4, 3)):
+        check(_product(one, launch), one, None)
+        assert not kept.any()
+
+
 def test_dense_rounds_and_multiplies_as_torch_does() -> None:
     one = case(6, 9, 64, 64, SINGLE, bias=True)
     half = Case(one.x.half(), *one.weight[:3], one.bias.half(), 9, 64, 64)  # type: ignore[union-attr]
