@@ -16,7 +16,7 @@ import torch
 
 from quantpress.kernels.launch import Problem
 from quantpress.kernels.packed import PackedWeight, reference_codes
-from quantpress.kernels.products import DTYPES
+from quantpress.kernels.tuning.products import DTYPES
 
 Runs = list[Callable[[], torch.Tensor]]
 

@@ -28,13 +28,13 @@ from kernel_peers import PEERS, dense_runs, wrong
 from kernels_report import picture, table
 from machine import git_commit, machine
 
-from quantpress.kernels.ahead import Ahead
-from quantpress.kernels.candidates import H200, Device, candidates, device_facts
 from quantpress.kernels.launch import Problem
-from quantpress.kernels.measuring import Measured, measure
-from quantpress.kernels.products import Products, weight_bytes
-from quantpress.kernels.timing import copies, copy_bandwidth, graph_seconds, timing
-from quantpress.kernels.tuning import choose, device_file
+from quantpress.kernels.tuning.ahead import Ahead
+from quantpress.kernels.tuning.candidates import H200, Device, candidates, device_facts
+from quantpress.kernels.tuning.choice import choose, device_file
+from quantpress.kernels.tuning.measuring import Measured, measure
+from quantpress.kernels.tuning.products import Products, weight_bytes
+from quantpress.kernels.tuning.timing import copies, copy_bandwidth, graph_seconds, timing
 from quantpress.pipelines.kernel_bench import SHAPES, keep
 
 ROWS_IN = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024)

@@ -13,11 +13,11 @@ from quantpress.convert.model import Decoder
 from quantpress.convert.preflight import Preflight, check_tied_head, preflight
 from quantpress.convert.quantized import LazyQuantized
 from quantpress.convert.weights import CheckpointWeights, as_torch, canonical
-from quantpress.kernels import int8_linear as _operators  # noqa: F401 - registers torch.ops.quantpress.w8a8_linear
-from quantpress.kernels.int8_plain import LONGEST
-from quantpress.kernels.launch_tables import TuningError
+from quantpress.kernels.int8 import linear as _operators  # noqa: F401 - registers torch.ops.quantpress.w8a8_linear
+from quantpress.kernels.int8.plain import LONGEST
 from quantpress.kernels.linear import linear
 from quantpress.kernels.packed import PackedWeight, reference_dequantize
+from quantpress.kernels.tuning.tables import TuningError
 from quantpress.quant.errors import InputError, LayoutError
 from quantpress.quant.packed import packed_streams, packed_weight
 from quantpress.quant.qtensor import QuantizedForm, group_count

@@ -9,7 +9,7 @@ from quantpress.kernels.gemv import gemv
 from quantpress.kernels.launch import Launch, Problem
 from quantpress.kernels.packed import PackedWeight
 from quantpress.kernels.tiled import tiled
-from quantpress.kernels.tuning import choose
+from quantpress.kernels.tuning.choice import choose
 
 __all__ = ["matmul", "problem_of", "run"]
 

@@ -13,9 +13,9 @@ from quantpress.pipelines.progress import Progress, no_progress
 from quantpress.quant.errors import InputError, OutputError, UsageError
 
 if TYPE_CHECKING:
-    from quantpress.kernels.candidates import Device
     from quantpress.kernels.launch import Launch, Problem
-    from quantpress.kernels.measuring import Measured
+    from quantpress.kernels.tuning.candidates import Device
+    from quantpress.kernels.tuning.measuring import Measured
 
 __all__ = ["SHAPES", "BenchOptions", "BenchResult", "Planned", "bench", "keep", "plan"]
 
@@ -120,8 +120,8 @@ def plan(options: BenchOptions, device: Device | None = None) -> tuple[Device, l
         InputError: the file of launch parameters of this GPU is damaged.
     """
     with _triton():
-        from quantpress.kernels.candidates import H200, candidates, device_facts
-        from quantpress.kernels.tuning import choose
+        from quantpress.kernels.tuning.candidates import H200, candidates, device_facts
+        from quantpress.kernels.tuning.choice import choose
     if device is None:
         device = device_facts() if _has_gpu() else H200
     with _readable():
@@ -148,12 +148,12 @@ def bench(
         InputError: the file of launch parameters of this GPU is damaged.
     """
     with _triton():
-        from quantpress.kernels.ahead import Ahead
-        from quantpress.kernels.candidates import device_facts
-        from quantpress.kernels.measuring import measure
-        from quantpress.kernels.search import Refused
-        from quantpress.kernels.timing import copy_bandwidth, graph_seconds
-        from quantpress.kernels.tuning import device_file
+        from quantpress.kernels.tuning.ahead import Ahead
+        from quantpress.kernels.tuning.candidates import device_facts
+        from quantpress.kernels.tuning.choice import device_file
+        from quantpress.kernels.tuning.measuring import measure
+        from quantpress.kernels.tuning.search import Refused
+        from quantpress.kernels.tuning.timing import copy_bandwidth, graph_seconds
     if not _has_gpu():
         raise OutputError("no CUDA device here: kernels are measured on the GPU that they will run on (see --dry-run)")
     device, problems, rows = device_facts(), options.problems(), []
@@ -178,8 +178,8 @@ def keep(path: Path, gpu: str, row: Measured) -> None:
     Raises:
         OutputError: the file cannot be written.
     """
-    from quantpress.kernels.launch_tables import Table, Tuned, merged, read_table, write_table
-    from quantpress.kernels.tuning import forget
+    from quantpress.kernels.tuning.choice import forget
+    from quantpress.kernels.tuning.tables import Table, Tuned, merged, read_table, write_table
     from quantpress.pipelines.sidecar import version_of
 
     old = read_table(path) if path.exists() else Table(gpu, measured=True)
@@ -210,7 +210,7 @@ def _triton() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _readable() -> Iterator[None]:
-    from quantpress.kernels.tuning import TuningError
+    from quantpress.kernels.tuning.choice import TuningError
 
     try:
         yield

@@ -25,7 +25,7 @@ def _interpret_kernels() -> None:
 
     os.environ["TRITON_INTERPRET"] = "1"
     try:
-        for module in pkgutil.iter_modules(quantpress.kernels.__path__, "quantpress.kernels."):
+        for module in pkgutil.walk_packages(quantpress.kernels.__path__, "quantpress.kernels."):
             importlib.import_module(module.name)
         with contextlib.suppress(ImportError):  # newer versions import it at the first launch, and want the variable
             importlib.import_module("triton.experimental.gluon")

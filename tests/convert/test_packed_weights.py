@@ -23,8 +23,8 @@ from quantpress.convert.preflight import preflight
 from quantpress.convert.quantized import LazyQuantized
 from quantpress.convert.static_decode import StaticDecoder
 from quantpress.convert.weights import CheckpointWeights
-from quantpress.kernels.launch_tables import TuningError
 from quantpress.kernels.packed import PackedWeight
+from quantpress.kernels.tuning.tables import TuningError
 from quantpress.quant.errors import InputError
 from quantpress.quant.grid import Grid, round_to_nearest
 from quantpress.quant.packed import packed_streams, packed_weight

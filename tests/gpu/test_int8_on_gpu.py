@@ -7,8 +7,11 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not here: install the extra gpu")
 
-from quantpress.kernels import int8, int8_linear, int8_plain, llm_int8
-from quantpress.kernels.int8_product import int8_launch
+from quantpress.kernels.int8 import linear as int8_linear
+from quantpress.kernels.int8 import llm_int8
+from quantpress.kernels.int8 import plain as int8_plain
+from quantpress.kernels.int8 import w8a8 as int8
+from quantpress.kernels.int8.product import int8_launch
 from quantpress.kernels.launch import Launch, Problem
 from tests.kernels.int8_cases import LAUNCHES, inputs, poisoned, product, weights
 

@@ -8,9 +8,9 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not here: install the extra gpu")
 
-from quantpress.kernels.kquants import quantize
-from quantpress.kernels.kquants_reference import reference_quantize
-from quantpress.kernels.kquants_types import KQUANTS
+from quantpress.kernels.kquants.quantize import quantize
+from quantpress.kernels.kquants.reference import reference_quantize
+from quantpress.kernels.kquants.types import KQUANTS
 from tests.kernels.kquants_cases import KINDS, NAMES, importance, weights
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

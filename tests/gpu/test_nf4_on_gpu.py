@@ -9,8 +9,8 @@ import torch
 pytest.importorskip("triton", reason="triton is not here: install the extra gpu")
 
 from quantpress.kernels.launch import Launch
-from quantpress.kernels.nf4 import nf4_dequantize, nf4_matmul, reference_nf4_dequantize
-from quantpress.kernels.nf4_linear import Nf4Linear
+from quantpress.kernels.nf4.linear import Nf4Linear
+from quantpress.kernels.nf4.matmul import nf4_dequantize, nf4_matmul, reference_nf4_dequantize
 from tests.kernels.nf4_cases import Case, case, check
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

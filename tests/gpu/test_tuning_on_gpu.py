@@ -11,15 +11,15 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not here: install the extra gpu")
 
-from quantpress.kernels import tuning
-from quantpress.kernels.ahead import Ahead
-from quantpress.kernels.candidates import candidates, device_facts
 from quantpress.kernels.dispatch import matmul
 from quantpress.kernels.launch import Problem
-from quantpress.kernels.measuring import dense_seconds, measure
-from quantpress.kernels.products import Products
-from quantpress.kernels.search import Refused
-from quantpress.kernels.timing import copy_bandwidth, graph_seconds, timing
+from quantpress.kernels.tuning import choice as tuning
+from quantpress.kernels.tuning.ahead import Ahead
+from quantpress.kernels.tuning.candidates import candidates, device_facts
+from quantpress.kernels.tuning.measuring import dense_seconds, measure
+from quantpress.kernels.tuning.products import Products
+from quantpress.kernels.tuning.search import Refused
+from quantpress.kernels.tuning.timing import copy_bandwidth, graph_seconds, timing
 from quantpress.pipelines.kernel_bench import keep
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -10,7 +10,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from compiling import Compiled
 
-from quantpress.kernels import int8, int8_product, llm_int8
+from quantpress.kernels.int8 import llm_int8
+from quantpress.kernels.int8 import product as int8_product
+from quantpress.kernels.int8 import w8a8 as int8
 
 _WHOLE = (
     "codes", "token_scale", "weight", "scale", "bias", "result", "partial", "arrived", "x", "kept", "rows", "columns",

@@ -10,9 +10,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from compiling import Compiled
 
-from quantpress.kernels.kquants_blocks import search_minimum
-from quantpress.kernels.kquants_codes import FROM_TWO, pack_codes
-from quantpress.kernels.kquants_super import scales_with_minimum
+from quantpress.kernels.kquants.blocks import search_minimum
+from quantpress.kernels.kquants.codes import FROM_TWO, pack_codes
+from quantpress.kernels.kquants.super_blocks import scales_with_minimum
 
 TYPES = {
     "values": "*fp32", "importance": "*fp32", "squares": "*fp32", "work": "*fp32", "blocks": "*u8", "total": "i32",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from quantpress.kernels.nf4_any import _any
-from quantpress.kernels.nf4_gemv import _gemv
-from quantpress.kernels.nf4_tiled import _dense, _tiled
+from quantpress.kernels.nf4.any_shape import _any
+from quantpress.kernels.nf4.gemv import _gemv
+from quantpress.kernels.nf4.tiled import _dense, _tiled
 from tests.kernels.compiling import Compiled
 
 _DIVISIBLE = ("x", "words", "absmax", "levels", "bias", "out", "slabs", "arrived", "rows", "slab_size", "quads")

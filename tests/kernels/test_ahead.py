@@ -11,8 +11,8 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not here: install the extra gpu")
 
-from quantpress.kernels.ahead import Ahead
 from quantpress.kernels.launch import Launch, Problem
+from quantpress.kernels.tuning.ahead import Ahead
 
 PROBLEM = Problem(1, 32, 64, 4, 32, "float16")
 LAUNCHES = [Launch("gemv", block_n=32, block_k=64), Launch("gemv", block_n=17)]

@@ -14,12 +14,12 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not here: install the extra gpu")
 
-from quantpress.kernels.candidates import H200, candidates, shared_bytes
 from quantpress.kernels.launch import Launch, Problem
-from quantpress.kernels.product_kinds import KINDS
-from quantpress.kernels.products import Products, random_weight, weight_bytes
-from quantpress.kernels.search import Refused
-from quantpress.kernels.tuning import choose
+from quantpress.kernels.tuning.candidates import H200, candidates, shared_bytes
+from quantpress.kernels.tuning.choice import choose
+from quantpress.kernels.tuning.product_kinds import KINDS
+from quantpress.kernels.tuning.products import Products, random_weight, weight_bytes
+from quantpress.kernels.tuning.search import Refused
 
 LAYER = Problem(1, 4096, 4096, 4, 128, "bfloat16")
 A100 = replace(H200, name="NVIDIA A100", capability=(8, 0), processors=108, shared_bytes=166912, cache_bytes=40 << 20)

@@ -15,8 +15,10 @@ import torch
 pytest.importorskip("triton", reason="triton is not here: install the extra gpu")
 
 from quantpress.convert.compressed_tensors.activations import round_inputs
-from quantpress.kernels import int8, int8_plain, int8_product
-from quantpress.kernels.int8_product import int8_launch
+from quantpress.kernels.int8 import plain as int8_plain
+from quantpress.kernels.int8 import product as int8_product
+from quantpress.kernels.int8 import w8a8 as int8
+from quantpress.kernels.int8.product import int8_launch
 from quantpress.kernels.launch import Launch, Problem
 from quantpress.kernels.workspace import counters
 from tests.kernels.int8_cases import LAUNCHES, inputs, poisoned, product, weights

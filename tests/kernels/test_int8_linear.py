@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from quantpress.convert.compressed_tensors.activations import round_inputs
-from quantpress.kernels.int8_linear import LlmInt8Linear, W8A8Linear, llm_int8_linear, w8a8_linear
+from quantpress.kernels.int8.linear import LlmInt8Linear, W8A8Linear, llm_int8_linear, w8a8_linear
 from quantpress.pipelines.rounded_inputs import llm_int8_inputs
 from tests.kernels.int8_cases import ROUNDING, inputs, weights
 

@@ -14,9 +14,9 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not here: install the extra gpu")
 
-from quantpress.kernels import kquants
-from quantpress.kernels.kquants_reference import reference_quantize
-from quantpress.kernels.kquants_types import KQUANTS
+from quantpress.kernels.kquants import quantize as kquants
+from quantpress.kernels.kquants.reference import reference_quantize
+from quantpress.kernels.kquants.types import KQUANTS
 from quantpress.quant.ggml.codec import dequantize
 from quantpress.quant.ggml.types import GGML_TYPES, ggml_type
 from tests.kernels.kquants_cases import COLUMNS, NAMES, everything, importance, weights

@@ -8,7 +8,8 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not here: install the extra gpu")
 
-from quantpress.kernels import int8_plain, llm_int8
+from quantpress.kernels.int8 import llm_int8
+from quantpress.kernels.int8 import plain as int8_plain
 from quantpress.kernels.launch import Launch
 from quantpress.kernels.workspace import counters
 from quantpress.pipelines.rounded_inputs import llm_int8_inputs

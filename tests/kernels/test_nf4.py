@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not here: install the extra gpu")
 
 from quantpress.kernels.launch import Launch, Problem
-from quantpress.kernels.nf4 import nf4_dequantize, nf4_launch, nf4_matmul, reference_nf4_dequantize
+from quantpress.kernels.nf4.matmul import nf4_dequantize, nf4_launch, nf4_matmul, reference_nf4_dequantize
 from tests.kernels.nf4_cases import Case, case, check, dense
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not here: install the extra gpu")
 
-from quantpress.kernels.nf4_linear import Nf4Linear, nf4_linear
+from quantpress.kernels.nf4.linear import Nf4Linear, nf4_linear
 from quantpress.quant.bitsandbytes_levels import LEVELS
 from tests.kernels.nf4_cases import Case, case, check
 
@@ -31,7 +31,7 @@ def test_the_operator_is_the_formula(
 
 def test_blocks_of_outputs_may_begin_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     for columns in (7, 33, 100):
-        monkeypatch.setattr("quantpress.kernels.nf4_linear._BLOCK", 3 * columns)
+        monkeypatch.setattr("quantpress.kernels.nf4.linear._BLOCK", 3 * columns)
         one = case(2, 50, columns, 64, SINGLE, bias=True)
         check(_module(one)(one.x), one, None)
 

@@ -12,10 +12,10 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not here: install the extra gpu")
 
-from quantpress.kernels.candidates import H200, candidates
 from quantpress.kernels.launch import Launch, Problem
-from quantpress.kernels.search import Refused, neighbours, search
-from quantpress.kernels.timing import copies, timing
+from quantpress.kernels.tuning.candidates import H200, candidates
+from quantpress.kernels.tuning.search import Refused, neighbours, search
+from quantpress.kernels.tuning.timing import copies, timing
 
 ALLOWED = candidates(Problem(16, 4096, 4096, 4, 128, "bfloat16"), H200)
 

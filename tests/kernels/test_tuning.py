@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="triton is not here: install the extra gpu")
 
-from quantpress.kernels import tuning
 from quantpress.kernels.launch import Launch, Problem
-from quantpress.kernels.launch_tables import Table, Tuned, TuningError, merged, read_table, write_table
-from quantpress.kernels.tuning import choose
+from quantpress.kernels.tuning import choice as tuning
+from quantpress.kernels.tuning.choice import choose
+from quantpress.kernels.tuning.tables import Table, Tuned, TuningError, merged, read_table, write_table
 
 GPU = "NVIDIA Test 9000"
 LAYER = Problem(1, 4096, 4096, 4, 128, "bfloat16")

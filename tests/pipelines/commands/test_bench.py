@@ -13,13 +13,13 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not here: install the extra gpu")
 
-from quantpress.kernels import tuning
-from quantpress.kernels.ahead import Ahead
-from quantpress.kernels.candidates import H200, candidates
 from quantpress.kernels.launch import Launch, Problem
-from quantpress.kernels.launch_tables import read_table
-from quantpress.kernels.measuring import measure
-from quantpress.kernels.search import neighbours
+from quantpress.kernels.tuning import choice as tuning
+from quantpress.kernels.tuning.ahead import Ahead
+from quantpress.kernels.tuning.candidates import H200, candidates
+from quantpress.kernels.tuning.measuring import measure
+from quantpress.kernels.tuning.search import neighbours
+from quantpress.kernels.tuning.tables import read_table
 from quantpress.pipelines import kernel_bench
 from quantpress.pipelines.kernel_bench import SHAPES, BenchOptions
 
@@ -172,8 +172,8 @@ def test_tuning_keeps_the_best_launch_where_the_kernels_look_for_it() -> None:
 def test_the_whole_command_measures_tunes_and_prints(
     quantpress: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from quantpress.kernels import candidates as candidates_module
-    from quantpress.kernels import measuring, timing
+    from quantpress.kernels.tuning import candidates as candidates_module
+    from quantpress.kernels.tuning import measuring, timing
 
     original = measuring.measure
 

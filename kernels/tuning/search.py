@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 
 from quantpress.kernels.launch import Launch
-from quantpress.kernels.timing import Timing, timing
+from quantpress.kernels.tuning.timing import Timing, timing
 
 __all__ = ["Found", "Refused", "neighbours", "search"]
 

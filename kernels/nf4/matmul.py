@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from quantpress.kernels.launch import Launch, Problem, check_device
-from quantpress.kernels.nf4_any import _any, nf4_any
-from quantpress.kernels.nf4_gemv import WIDEST, nf4_gemv
-from quantpress.kernels.nf4_tiled import nf4_dense, nf4_tiled
+from quantpress.kernels.nf4.any_shape import _any, nf4_any
+from quantpress.kernels.nf4.gemv import WIDEST, nf4_gemv
+from quantpress.kernels.nf4.tiled import nf4_dense, nf4_tiled
 
 __all__ = [
     "BLOCKSIZES", "check_input", "check_nf4", "nf4_dequantize", "nf4_launch", "nf4_matmul", "reference_nf4_dequantize",

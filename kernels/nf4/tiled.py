@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from quantpress.kernels.launch import Launch
-from quantpress.kernels.nf4_levels import levels_of_words, rounded
+from quantpress.kernels.nf4.levels import levels_of_words, rounded
 from quantpress.kernels.slabs import sum_slabs, workspace
 
 __all__ = ["nf4_dense", "nf4_tiled"]

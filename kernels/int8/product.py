@@ -1,7 +1,7 @@
 """Products of int8 codes on tensor cores: sums in int32, scaled at the end.
 
 Sums of whole numbers are exact in any order, the rest is rounded in float32 in a fixed order and multiply-adds are not
-fused, so the result is that of the plain torch in int8_plain.py bit for bit, whatever the launch parameters are.
+fused, so the result is that of the plain torch in plain.py bit for bit, whatever the launch parameters are.
 
 The weight is (N, K) as checkpoints store it. Both operands are contiguous along K, which is how tensor cores want int8,
 so tiles go from memory to shared memory by asynchronous copies of 16 bytes and on without being touched. Rows and
@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from quantpress.kernels.int8_plain import LONGEST
+from quantpress.kernels.int8.plain import LONGEST
 from quantpress.kernels.launch import Launch, Problem, check_device, processors
 from quantpress.kernels.workspace import counters
 

@@ -29,10 +29,10 @@ from typing import Any
 import torch
 import triton
 
-from quantpress.kernels.kquants_blocks import mean_squares, search_minimum, search_q3, search_scale
-from quantpress.kernels.kquants_codes import FROM_ONE, FROM_TWO, FROM_WORDS, pack_codes
-from quantpress.kernels.kquants_super import scales_with_minimum, signed_scales
-from quantpress.kernels.kquants_types import KQUANTS, SUPER, KQuant
+from quantpress.kernels.kquants.blocks import mean_squares, search_minimum, search_q3, search_scale
+from quantpress.kernels.kquants.codes import FROM_ONE, FROM_TWO, FROM_WORDS, pack_codes
+from quantpress.kernels.kquants.super_blocks import scales_with_minimum, signed_scales
+from quantpress.kernels.kquants.types import KQUANTS, SUPER, KQuant
 from quantpress.kernels.launch import check_device
 
 __all__ = ["quantize"]

@@ -11,10 +11,10 @@ from typing import Any, Protocol
 import torch
 
 from quantpress.kernels.dispatch import run
-from quantpress.kernels.int8 import w8a8
-from quantpress.kernels.int8_plain import reference_w8a8
+from quantpress.kernels.int8.plain import reference_w8a8
+from quantpress.kernels.int8.w8a8 import w8a8
 from quantpress.kernels.launch import Launch, Problem
-from quantpress.kernels.nf4 import nf4_matmul, reference_nf4_dequantize
+from quantpress.kernels.nf4.matmul import nf4_matmul, reference_nf4_dequantize
 from quantpress.kernels.packed import PackedWeight, reference_dequantize
 
 __all__ = ["KINDS", "Kind", "Packed"]

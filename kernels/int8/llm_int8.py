@@ -2,11 +2,11 @@
 
 No step waits for the host. A program per row rounds it, outliers aside, and flags their columns; the last program to
 finish gathers the flags into a list of columns, in rising order, and takes the flags back. Where there are several rows
-their codes in such columns are cleared in a launch of its own. The product is that of int8_product.py, which adds the
+their codes in such columns are cleared in a launch of its own. The product is that of product.py, which adds the
 listed columns before the weight's scale is multiplied in, 16 at a time on tensor cores or one by one in float32: their
 number is read on the device, and few columns cost little, whatever K is.
 
-bitsandbytes rounds more often (see `int8_plain.reference_llm_int8`, which this follows) and reads the columns back.
+bitsandbytes rounds more often (see `plain.reference_llm_int8`, which this follows) and reads the columns back.
 Nothing has been run or timed on hardware yet.
 """
 
@@ -16,9 +16,9 @@ import torch
 import triton
 import triton.language as tl
 
-from quantpress.kernels.int8 import check_input, row_launch
-from quantpress.kernels.int8_plain import OUTLIER
-from quantpress.kernels.int8_product import int8_product
+from quantpress.kernels.int8.plain import OUTLIER
+from quantpress.kernels.int8.product import int8_product
+from quantpress.kernels.int8.w8a8 import check_input, row_launch
 from quantpress.kernels.launch import Launch
 from quantpress.kernels.workspace import counters
 
@@ -28,7 +28,7 @@ _BLOCK = 4096  # columns that a program takes at a time: what more there is of a
 
 
 def quantize_split(x: torch.Tensor, threshold: float = OUTLIER) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rounds each row to int8 apart from columns with an outlier, as `int8_plain.reference_quantize_split` does.
+    """Rounds each row to int8 apart from columns with an outlier, as `plain.reference_quantize_split` does.
 
     Args:
         x: (M, K) float16, bfloat16 or float32, contiguous.

@@ -1,7 +1,7 @@
 """W8A8 on a GPU: inputs rounded to int8 token by token, and products with weights in int8.
 
 Two launches: `quantize_tokens` reads each row of the input once and writes codes, `int8_matmul` multiplies codes with
-codes (see int8_product.py). The results are those of int8_plain.py bit for bit in Triton's interpreter; nothing has
+codes (see product.py). The results are those of plain.py bit for bit in Triton's interpreter; nothing has
 been run or timed on hardware yet.
 """
 
@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from quantpress.kernels.int8_plain import HALF_RANGE
-from quantpress.kernels.int8_product import int8_launch, int8_product
+from quantpress.kernels.int8.plain import HALF_RANGE
+from quantpress.kernels.int8.product import int8_launch, int8_product
 from quantpress.kernels.launch import Launch, check_device
 
 __all__ = ["check_input", "int8_launch", "int8_matmul", "quantize_tokens", "row_launch", "w8a8"]
@@ -24,7 +24,7 @@ _WIDEST = 16384  # columns that a program keeps on chip: 32 in each of 512 threa
 
 
 def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rounds each row to int8 as compressed-tensors does, with the bits of `int8_plain.reference_quantize_tokens`.
+    """Rounds each row to int8 as compressed-tensors does, with the bits of `plain.reference_quantize_tokens`.
 
     Args:
         x: (M, K) float16, bfloat16 or float32, contiguous.
@@ -58,7 +58,7 @@ def int8_matmul(
     """Computes `(codes @ weight.T) * token_scale * scale + bias`; sums in int32, the rest in float32.
 
     Args:
-        codes: (M, K) int8, contiguous; K at most `int8_plain.LONGEST`, so that sums fit.
+        codes: (M, K) int8, contiguous; K at most `plain.LONGEST`, so that sums fit.
         token_scale: (M,) float32.
         weight: (N, K) int8, contiguous.
         scale: (N,) float16, bfloat16 or float32.

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from quantpress.kernels.launch import Launch
-from quantpress.kernels.nf4_levels import levels_of_words, rounded
+from quantpress.kernels.nf4.levels import levels_of_words, rounded
 from quantpress.kernels.slabs import sum_slabs, workspace
 
 __all__ = ["WIDEST", "nf4_gemv"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from quantpress.kernels.int8_plain import LONGEST, OUTLIER, reference_llm_int8, reference_w8a8
+from quantpress.kernels.int8.plain import LONGEST, OUTLIER, reference_llm_int8, reference_w8a8
 
 __all__ = ["LlmInt8Linear", "W8A8Linear", "llm_int8_linear", "w8a8_linear"]
 
@@ -27,8 +27,8 @@ def w8a8_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias
 
     Args:
         x: (..., K) float16, bfloat16 or float32; rounded as compressed-tensors does
-            (`int8_plain.reference_quantize_tokens`).
-        weight: (N, K) int8; K at most `int8_plain.LONGEST`.
+            (`plain.reference_quantize_tokens`).
+        weight: (N, K) int8; K at most `plain.LONGEST`.
         scale: (N,) floating-point; a weight is its code times this.
         bias: (N,) floating-point, or None.
 
@@ -45,7 +45,7 @@ def w8a8_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias
 def _w8a8_on_cuda(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    from quantpress.kernels.int8 import w8a8
+    from quantpress.kernels.int8.w8a8 import w8a8
 
     return w8a8(_flat(x, weight, scale, bias), weight, scale, bias).view(*x.shape[:-1], len(weight))
 
@@ -58,11 +58,11 @@ def _w8a8_on_cuda(
 def llm_int8_linear(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, threshold: float
 ) -> torch.Tensor:
-    """Computes x W^T + bias as LLM.int8() does (`int8_plain.reference_llm_int8`).
+    """Computes x W^T + bias as LLM.int8() does (`plain.reference_llm_int8`).
 
     Args:
         x: (..., K) float16, bfloat16 or float32; all tokens are one batch, as in bitsandbytes.
-        weight: (N, K) int8; K at most `int8_plain.LONGEST`.
+        weight: (N, K) int8; K at most `plain.LONGEST`.
         scale: (N,) floating-point; a weight is its code times this (SCB / 127).
         bias: (N,) floating-point, or None.
         threshold: magnitude from which an input keeps its column out of int8; 0 for none.
@@ -81,7 +81,7 @@ def llm_int8_linear(
 def _llm_int8_on_cuda(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, threshold: float
 ) -> torch.Tensor:
-    from quantpress.kernels.llm_int8 import llm_int8
+    from quantpress.kernels.int8.llm_int8 import llm_int8
 
     flat = _flat(x, weight, scale, bias)
     return llm_int8(flat, weight, scale, bias, threshold=threshold).view(*x.shape[:-1], len(weight))

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from quantpress.kernels.nf4_levels import rounded
+from quantpress.kernels.nf4.levels import rounded
 
 __all__ = ["nf4_any"]
 

@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from quantpress.kernels.launch import BUCKETS, Launch, Problem, bucket
-from quantpress.kernels.launch_tables import Table, Tuned, TuningError, read_table
+from quantpress.kernels.tuning.tables import Table, Tuned, TuningError, read_table
 
 __all__ = [
     "MANY",
@@ -63,11 +63,11 @@ def tuned_rows_in(rows_in: int) -> int:
 def default_launch(problem: Problem) -> Launch:
     """Gives the launch parameters that the kernels choose by arithmetic, measuring nothing."""
     if problem.kind == "w8a8":
-        from quantpress.kernels.int8_product import int8_launch
+        from quantpress.kernels.int8.product import int8_launch
 
         return int8_launch(problem)
     if problem.kind == "nf4":
-        from quantpress.kernels.nf4 import nf4_launch
+        from quantpress.kernels.nf4.matmul import nf4_launch
 
         return nf4_launch(problem)
     if problem.rows_in <= 4:

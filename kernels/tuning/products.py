@@ -10,8 +10,8 @@ from triton.errors import TritonError
 
 from quantpress.kernels.launch import Launch, Problem
 from quantpress.kernels.packed import PackedWeight
-from quantpress.kernels.product_kinds import KINDS, Packed
-from quantpress.kernels.search import Refused
+from quantpress.kernels.tuning.product_kinds import KINDS, Packed
+from quantpress.kernels.tuning.search import Refused
 
 __all__ = ["DTYPES", "Products", "random_weight", "weight_bytes"]
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from quantpress.kernels.ahead import Ahead
-from quantpress.kernels.candidates import Device, candidates
 from quantpress.kernels.launch import Launch, Problem
-from quantpress.kernels.products import DTYPES, Products, weight_bytes
-from quantpress.kernels.search import search
-from quantpress.kernels.timing import Timing, copies, timing
-from quantpress.kernels.tuning import choose
+from quantpress.kernels.tuning.ahead import Ahead
+from quantpress.kernels.tuning.candidates import Device, candidates
+from quantpress.kernels.tuning.choice import choose
+from quantpress.kernels.tuning.products import DTYPES, Products, weight_bytes
+from quantpress.kernels.tuning.search import search
+from quantpress.kernels.tuning.timing import Timing, copies, timing
 
 __all__ = ["Clock", "Measured", "dense_seconds", "measure"]
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quantpress.kernels.kquants_search import farthest, improve, load_values, nearest, search_signed, store_values
+from quantpress.kernels.kquants.search import farthest, improve, load_values, nearest, search_signed, store_values
 
 __all__ = ["scales_with_minimum", "signed_scales"]
 

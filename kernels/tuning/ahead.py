@@ -15,8 +15,8 @@ from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
 
 from quantpress.kernels.launch import Launch, Problem
-from quantpress.kernels.products import Products
-from quantpress.kernels.search import Refused
+from quantpress.kernels.tuning.products import Products
+from quantpress.kernels.tuning.search import Refused
 
 __all__ = ["Ahead"]
 

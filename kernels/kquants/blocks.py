@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quantpress.kernels.kquants_search import (
+from quantpress.kernels.kquants.search import (
     farthest,
     improve,
     load_four,

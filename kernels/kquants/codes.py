@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quantpress.kernels.kquants_search import nearest
+from quantpress.kernels.kquants.search import nearest
 
 __all__ = ["FROM_ONE", "FROM_TWO", "FROM_WORDS", "pack_codes"]
 

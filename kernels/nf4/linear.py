@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from quantpress.kernels.nf4 import check_input, check_nf4
+from quantpress.kernels.nf4.matmul import check_input, check_nf4
 
 __all__ = ["Nf4Linear", "nf4_linear"]
 
@@ -42,7 +42,7 @@ def nf4_linear(
         columns: K.
         blocksize: values that share an absmax: 32, 64, ... 4096.
         rounding: float16 or bfloat16, to which weights are rounded whatever the type of `x` is; None: on a processor
-            they are not, on CUDA see `quantpress.kernels.nf4`.
+            they are not, on CUDA see `quantpress.kernels.nf4.matmul`.
 
     Returns:
         (..., N) of the type of `x`; sums are in float32.
@@ -71,7 +71,7 @@ def _on_cuda(
     x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, levels: torch.Tensor, bias: torch.Tensor | None,
     rows: int, columns: int, blocksize: int, rounding: torch.dtype | None,
 ) -> torch.Tensor:  # fmt: skip
-    from quantpress.kernels.nf4 import nf4_matmul
+    from quantpress.kernels.nf4.matmul import nf4_matmul
 
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     result = nf4_matmul(flat, packed, absmax, levels, rows, columns, blocksize, bias, rounding=rounding)

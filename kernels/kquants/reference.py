@@ -12,8 +12,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from quantpress.kernels.kquants_layouts import high_bits, join, pack_six_bits, planes, unpack_six_bits
-from quantpress.kernels.kquants_types import KQUANTS, SUPER, TINY, KQuant, Steps
+from quantpress.kernels.kquants.layouts import high_bits, join, pack_six_bits, planes, unpack_six_bits
+from quantpress.kernels.kquants.types import KQUANTS, SUPER, TINY, KQuant, Steps
 
 __all__ = ["reference_quantize"]
 

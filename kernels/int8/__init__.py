@@ -1,0 +1,1 @@
+"""Products of codes with codes: W8A8, and LLM.int8's columns apart."""

@@ -1,0 +1,1 @@
+"""llama.cpp's K-quant search on the GPU."""

@@ -1,0 +1,1 @@
+"""Products with bitsandbytes' 4-bit levels, NF4 and FP4."""

@@ -1,0 +1,1 @@
+"""Launch parameters: where they come from, and how they are found."""
