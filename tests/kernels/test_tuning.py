@@ -272,3 +272,20 @@ def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatc
     with pytest.raises(PermissionError):
         write_table(tmp_path / "new" / "table.json", Table("x", True))
     assert list((tmp_path / "new").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("problem", "kernel"),
+    [
+        (Problem(2, 4096, 4096, 4, 128, "bfloat16"), "gemv"),
+        (Problem(4, 4096, 4096, 4, 128, "bfloat16"), "tiled"),
+        (Problem(4, 4096, 4096, 4, 4096, "float16"), "tiled"),
+        (Problem(4, 4096, 4096, 8, 128, "bfloat16"), "gemv"),
+        (Problem(4, 4096, 4096, 4, 128, "float32"), "gemv"),
+        (Problem(4, 4096, 4000, 4, 100, "bfloat16"), "gemv"),
+        (Problem(4, 4096, 4096, 3, 16, "bfloat16"), "gemv"),
+        (Problem(5, 4096, 4096, 8, 128, "bfloat16"), "tiled"),
+    ],
+)
+def test_three_rows_are_for_tensor_cores_where_they_can_be_used(problem: Problem, kernel: str) -> None:
+    assert choose(problem, "").kernel == kernel
