@@ -78,12 +78,14 @@ def quantize_columns(
 @compiled("contract", "reassoc")
 def _sums(
     weight: Array, codes: Array, diagonal: Array, scale: np.float32, zero: np.float32
-) -> tuple[np.float32, np.float32]:
-    square, power = _ZERO, _ZERO
+) -> tuple[np.float64, np.float64]:
+    # in float64: the square of an error below 1e-19 is nothing in float32
+    square, power = np.float64(0), np.float64(0)
     for column in range(weight.size):
-        error = weight[column] - scale * (np.float32(codes[column]) - zero)
+        value = np.float64(weight[column])
+        error = np.float64(weight[column] - scale * (np.float32(codes[column]) - zero))
         square += error * error
-        power += weight[column] * weight[column] * diagonal[column]
+        power += value * value * np.float64(diagonal[column])
     return square, power
 
 
@@ -108,5 +110,5 @@ def error_and_power(
             sums = _sums(
                 weight[row, part], codes[row, part], diagonal[part], scale[row, group], np.float32(zero[row, group])
             )
-            square, power = square + float(sums[0]), power + float(sums[1])
+            square, power = square + sums[0], power + sums[1]
     return square, power

@@ -48,7 +48,10 @@ def test_an_llm_int8_layer_is_a_linear_on_the_inputs_of_the_judge(together: bool
 def test_a_layer_of_bitsandbytes_gives_the_same_up_to_its_roundings() -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
     layer = bitsandbytes.nn.Linear8bitLt(96, 40, bias=True, has_fp16_weights=False, threshold=6.0)
-    state = {"weight": torch.randn(40, 96) * 0.05, "bias": torch.randn(40)}
+    random = torch.Generator().manual_seed(0)
+    state = {
+        "weight": torch.randn(40, 96, generator=random) * 0.05, "bias": torch.randn(40, generator=random),
+    }  # fmt: skip
     layer.load_state_dict(state)
     layer = layer.to("cpu")
     x = inputs(7, 96, torch.float16)
@@ -58,9 +61,15 @@ def test_a_layer_of_bitsandbytes_gives_the_same_up_to_its_roundings() -> None:
     found = LlmInt8Linear(codes, absmax / 127, layer.bias.detach())(x)
     dense = codes.double() * absmax.double()[:, None] / 127
     size = x.double().abs() @ dense.abs().T + layer.bias.detach().double().abs()
+    # bitsandbytes divides in float16 on a processor: two roundings move a quotient up to 127 by 127 * 2^-10, and a code
+    # whose quotient lies as near to a tie may be the next one
+    within = x.double().masked_fill(x.abs() >= 6.0, 0.0)
+    step = within.abs().amax(dim=1, keepdim=True) / 127
+    quotient = within / step
+    ties = ((quotient - quotient.floor() - 0.5).abs() <= 127 * 2.0**-10).double() * step @ dense.abs().T
     # the kept column's weights, both products and their sum are rounded to float16, each by 2^-11 of what is added up
     assert found.dtype == wanted.dtype
-    assert ((found.double() - wanted.double()).abs() <= 5 * 2.0**-11 * size).all()
+    assert ((found.double() - wanted.double()).abs() <= 5 * 2.0**-11 * size + ties).all()
 
 
 def test_torch_knows_the_operators() -> None:

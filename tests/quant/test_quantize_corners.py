@@ -202,6 +202,7 @@ def test_permuted_rows_give_permuted_codes_bit_for_bit() -> None:
 @example(weight=np.full((1, 1), 2.0**-149, np.float32), grid=Grid(2, -1, False, "F16"), act_order=False, seed=0)
 @example(weight=np.full((1, 1), 2.0**-149, np.float32), grid=Grid(4, 8, True, "F16"), act_order=True, seed=1)
 @example(weight=np.full((1, 1), -(2.0**-126), np.float32), grid=Grid(2, -1, False, "BF16"), act_order=False, seed=0)
+@example(weight=np.full((1, 1), -(2.0**-126), np.float32), grid=Grid(2, -1, False, "BF16"), act_order=False, seed=1)
 def test_gptq_gives_finite_values_and_its_loss_is_that_of_the_formula(
     weight: np.ndarray, grid: Grid, act_order: bool, seed: int
 ) -> None:
