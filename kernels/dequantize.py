@@ -69,7 +69,7 @@ def dequantize(
             weight.words, weight.scale, weight.zero, place, out, weight.rows, weight.columns, weight.words.shape[0],
             halves(weight.bits),
             weight.group_size, weight.group_size % block_k == 0 or weight.groups == 1, weight.bits, whole, block_n,
-            block_k, num_warps=_WARPS,
+            block_k, num_warps=_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return out
 

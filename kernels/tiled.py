@@ -92,7 +92,7 @@ def tiled(
             x, weight.words, weight.scale, weight.zero, bias, out, slabs, arrived, rows_in, rows, weight.columns,
             weight.words.shape[0], halves(weight.bits), weight.group_size, weight.bits, mixed, rounded,
             rows % block_n == 0, weight.columns % block_k == 0, split_k, block_m, block_n, block_k, _BAND,
-            num_warps=launch.warps, num_stages=launch.stages,
+            num_warps=launch.warps, num_stages=launch.stages, enable_fp_fusion=True,
         )  # fmt: skip
     return out
 

@@ -56,7 +56,7 @@ def quantize_split(x: torch.Tensor, threshold: float = OUTLIER) -> tuple[torch.T
             num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
         if rows > 1 and threshold > 0:
-            _clear[(triton.cdiv(rows, 64),)](codes, kept, rows, columns, 64, num_warps=4)
+            _clear[(triton.cdiv(rows, 64),)](codes, kept, rows, columns, 64, num_warps=4, enable_fp_fusion=False)
     return codes, scale, kept
 
 

@@ -27,7 +27,7 @@ def nf4_any(
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         _any[(triton.cdiv(rows, _ROWS), triton.cdiv(rows_in, block_m))](
             x, packed, absmax, levels, bias, out, rows_in, rows, columns, blocksize, rounding, block_m, _ROWS,
-            _COLUMNS, num_warps=2,
+            _COLUMNS, num_warps=2, enable_fp_fusion=True,
         )  # fmt: skip
 
 

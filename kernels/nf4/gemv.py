@@ -54,7 +54,7 @@ def nf4_gemv(
         _gemv[(blocks, launch.split_k)](
             x, packed.view(torch.int32), absmax, levels, bias, out, slabs, arrived, rows_in, rows, rows_in * rows,
             columns, blocksize, rounding, launch.split_k, triton.next_power_of_2(rows_in), launch.block_n,
-            32 * launch.warps, num_warps=launch.warps,
+            32 * launch.warps, num_warps=launch.warps, enable_fp_fusion=True,
         )  # fmt: skip
 
 

@@ -40,7 +40,7 @@ def nf4_tiled(
             x, packed.view(torch.int32), absmax, levels, bias, out, slabs, arrived, rows_in, rows, rows_in * rows,
             columns // 32, columns % blocksize == 0, columns % (launch.block_k * launch.split_k) == 0, blocksize,
             rounding, launch.split_k, _BAND, launch.block_m, launch.block_n, launch.block_k, num_warps=launch.warps,
-            num_stages=launch.stages,
+            num_stages=launch.stages, enable_fp_fusion=True,
         )  # fmt: skip
 
 
@@ -50,7 +50,9 @@ def nf4_dense(
     """Fills `out` with `level * absmax`, rounded once to its type; any shape, read as one row of values."""
     size = out.numel()
     with torch.cuda.device_of(out):  # type: ignore[no-untyped-call]
-        _dense[(triton.cdiv(size, _VALUES),)](packed, absmax, levels, out, size, blocksize, _VALUES, num_warps=8)
+        _dense[(triton.cdiv(size, _VALUES),)](
+            packed, absmax, levels, out, size, blocksize, _VALUES, num_warps=8, enable_fp_fusion=True
+        )
 
 
 @triton.jit  # type: ignore[untyped-decorator]
