@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import os
 import pkgutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -43,3 +44,14 @@ def shared() -> Path:
     if not (root / "data" / "README.md").is_file():
         pytest.skip("real models and texts are not beside the repository (set QUANTPRESS_SHARED)")
     return root / "data"
+
+
+@pytest.fixture
+def no_launch_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Files of launch parameters are looked for in an empty folder, and what was read elsewhere is forgotten."""
+    from quantpress.kernels.tuning import choice
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    choice.forget()
+    yield
+    choice.forget()

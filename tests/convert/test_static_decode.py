@@ -169,19 +169,25 @@ def test_the_decoder_keeps_no_second_copy_of_a_layer(make: Make) -> None:
     assert model.generate([5, 6, 7], 6) == text  # it reads them again
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2-inverse"])
-@torch.no_grad()
-def test_a_compiled_step_is_compiled_once_for_layers_that_compute_the_same(
-    name: str, make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    graphs: list[Any] = []
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The graphs that torch.compile makes from now on; they run as they are."""
+    made: list[Any] = []
 
     def backend(graph: Any, _inputs: Any) -> Any:
-        graphs.append(graph)
+        made.append(graph)
         return graph.forward
 
     torch.compiler.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    return made
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2-inverse"])
+@torch.no_grad()
+def test_a_compiled_step_is_compiled_once_for_layers_that_compute_the_same(
+    name: str, make: Make, graphs: list[Any]
+) -> None:
     folder = make(name)
     tokens = some_tokens(1, 12)
     wanted, _ = continued(reference(folder, {}), tokens, 5)
@@ -191,17 +197,7 @@ def test_a_compiled_step_is_compiled_once_for_layers_that_compute_the_same(
 
 
 @torch.no_grad()
-def test_packed_linears_are_compiled_as_one_operator(
-    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    graphs: list[Any] = []
-
-    def backend(graph: Any, _inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    torch.compiler.reset()
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+def test_packed_linears_are_compiled_as_one_operator(make: Make, tmp_path: Path, graphs: list[Any]) -> None:
     quantized_model(make("llama"), tmp_path / "q", GPTQ_V1, rounded(4, 32, symmetric=True))
     plain, static = (
         StaticDecoder(packed_decoder(open_checkpoint(tmp_path / "q")), 20, compiled=compiled)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,17 +20,12 @@ from quantpress.kernels.tuning.search import Refused
 from quantpress.kernels.tuning.timing import copy_bandwidth, graph_seconds, timing
 from quantpress.pipelines.kernel_bench import keep
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.usefixtures("no_launch_files"),
+]
 
 LAYER = Problem(1, 4096, 4096, 4, 128, "bfloat16")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    tuning.forget()
-    yield
-    tuning.forget()
 
 
 def test_times_grow_with_the_work_and_no_product_is_faster_than_memory() -> None:

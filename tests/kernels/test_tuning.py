@@ -19,17 +19,10 @@ from quantpress.kernels.tuning import choice as tuning
 from quantpress.kernels.tuning.choice import choose
 from quantpress.kernels.tuning.tables import Table, Tuned, TuningError, merged, read_table, write_table
 
+pytestmark = pytest.mark.usefixtures("no_launch_files")
+
 GPU = "NVIDIA Test 9000"
 LAYER = Problem(1, 4096, 4096, 4, 128, "bfloat16")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Files of launch parameters are looked for in an empty folder."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    tuning.forget()
-    yield
-    tuning.forget()
 
 
 def number(value: int) -> Launch:

@@ -23,18 +23,12 @@ from quantpress.kernels.tuning.tables import read_table
 from quantpress.pipelines import kernel_bench
 from quantpress.pipelines.kernel_bench import SHAPES, BenchOptions
 
+pytestmark = pytest.mark.usefixtures("no_launch_files")
+
 Run = Callable[..., Any]
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted where there is a GPU")
 TINY = replace(H200, name="Test GPU", cache_bytes=1 << 14)  # so that two copies of a weight are enough
 PROBLEM = Problem(1, 40, 64, 4, 32, "float16")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    tuning.forget()
-    yield
-    tuning.forget()
 
 
 class FakeClock:
