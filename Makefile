@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # the programs that `make gpu` runs; an environment that has torch for the GPU already: make gpu GPU_BIN=/path/to/bin
 GPU_BIN ?= $(BIN)
 
-.PHONY: demo test check quick format bench proofs gpu clean
+.PHONY: demo test check quick format bench proofs builds gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/quantpress demo demo
@@ -32,6 +32,10 @@ bench: $(VENV)/.dev
 # the longer form of proofs that make test shortens: whole texts in llama.cpp, longer ones by onnxruntime-genai
 proofs: $(VENV)/.dev
 	OMP_NUM_THREADS=2 QUANTPRESS_WHOLE_TEXTS=1 $(BIN)/pytest tests/pipelines/test_adapter_proof.py tests/pipelines/test_onnx_real_models.py
+
+# kernels compiled for a GPU that is not there, as they are launched for random shapes and types
+builds: $(VENV)/.dev
+	$(BIN)/python tests/kernels/build_sweep.py 300
 
 # on a machine with an NVIDIA GPU: kernels and whole models there, then the kernels beside their peers, then tokens a second
 gpu: $(if $(filter $(BIN),$(GPU_BIN)),$(VENV)/.dev)

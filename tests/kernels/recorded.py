@@ -5,7 +5,8 @@ So tensors may be on torch's device "meta", of any size, and no GPU is needed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from types import ModuleType
 from typing import Any
 
@@ -15,25 +16,34 @@ from triton.runtime.jit import JITFunction
 
 _TYPES = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64",
-    torch.uint8: "*u8", torch.int8: "*i8",
+    torch.uint8: "*u8", torch.int8: "*i8", torch.bool: "*i1", torch.int16: "*i16",
 }  # fmt: skip
 _OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "num_ctas", "maxnreg")
 
 
 def recorded(name: str, module: ModuleType, call: Callable[[], object]) -> Compiled:
-    """Gives the case of the only launch that `call`, a launcher of `module`, makes.
+    """Gives the case of the only launch that `call`, a launcher of `module`, makes; see `all_recorded`."""
+    (case,) = all_recorded(name, [module], call)
+    return case
+
+
+def all_recorded(name: str, modules: Sequence[ModuleType], call: Callable[[], object]) -> list[Compiled]:
+    """Gives the cases of all launches that `call` makes, a launcher whose checks of devices are in `modules`.
 
     Integers are specialized as Triton does at a launch: 1 is a constant, multiples of 16 are known to be such.
     """
     launched: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
-    run, check = JITFunction.run, module.check_device
-    JITFunction.run = lambda kernel, *values, grid, warmup, **options: launched.append((kernel, values, options))
-    module.check_device = lambda *given: None  # "meta" is no CUDA device
-    try:
+    with ExitStack() as restored:
+        restored.callback(setattr, JITFunction, "run", JITFunction.run)
+        JITFunction.run = lambda kernel, *values, grid, warmup, **options: launched.append((kernel, values, options))
+        for module in modules:
+            restored.callback(setattr, module, "check_device", module.check_device)
+            module.check_device = lambda *given: None  # "meta" is no CUDA device
         call()
-    finally:
-        JITFunction.run, module.check_device = run, check
-    ((kernel, values, options),) = launched
+    return [_case(name, *each) for each in launched]
+
+
+def _case(name: str, kernel: Any, values: tuple[Any, ...], options: dict[str, Any]) -> Compiled:
     given = dict(zip(kernel.arg_names, values, strict=False)) | options
     constants = {each.name: given[each.name] for each in kernel.params if each.is_constexpr}
     types, divisible = {}, []
