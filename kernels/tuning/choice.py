@@ -1,7 +1,7 @@
 """Which launch parameters a product gets: what was measured on this GPU, else what ships, else arithmetic.
 
 Nothing is measured here and nothing is read at import. `choose` looks at three places, in this order: the file that
-`quantpress bench kernels --tune` wrote for this GPU, the file of `tuned/` whose name is a word of the GPU's name
+`quantpress bench kernels --tune` wrote for this GPU, the file beside this one whose name is a word of the GPU's name
 ("h200" of "NVIDIA H200"), and `default_launch`. Within a file it wants a row of the same kind, bits and number of input
 rows; if none has the very shape, the row of the nearest shape stands for it, as long as it is near (`_FARTHEST`).
 
@@ -37,7 +37,7 @@ __all__ = [
 MANY = 4096
 """The number of input rows that stands for all above the greatest bucket."""
 
-_SHIPPED = Path(__file__).with_name("tuned")
+_SHIPPED = Path(__file__).parent
 _FARTHEST = 2.0  # how often a shape may be doubled or halved, outputs and columns together, to stand for another one
 _OTHER_GROUPS = 0.5  # what another size of groups adds to that distance, for each doubling
 
