@@ -33,6 +33,7 @@ import triton.language as tl
 from quantpress.kernels.expand import expand, halves, raised
 from quantpress.kernels.launch import Launch, Problem, check_device
 from quantpress.kernels.packed import PackedWeight
+from quantpress.kernels.slabs import sum_slabs
 from quantpress.kernels.workspace import counters
 
 __all__ = ["EXACT_ROWS", "tiled", "tiled_launch"]
@@ -232,21 +233,15 @@ def _middle(zero, at, dtype: tl.constexpr, bits: tl.constexpr):  # type: ignore[
 def _finish(  # type: ignore[no-untyped-def]
     total, bias, out, slabs, arrived, block, part, row_in, output, rows_in, rows, split_k: tl.constexpr
 ):
+    # slabs of a block lie side by side, each as its tile is
+    size: tl.constexpr = total.shape[0] * total.shape[1]
+    place = tl.arange(0, total.shape[0])[:, None] * total.shape[1] + tl.arange(0, total.shape[1])[None, :]
+    inside = tl.full(total.shape, 1, tl.int1)
+    own = slabs
     if split_k > 1:
-        # a block of outputs is summed by the program that comes last, over all parts in their order
-        size: tl.constexpr = total.shape[0] * total.shape[1]
-        place = tl.arange(0, total.shape[0])[:, None] * total.shape[1] + tl.arange(0, total.shape[1])[None, :]
-        slab = slabs + block.to(tl.int64) * (split_k * size)
-        tl.store(slab + part * size + place, total)
-        tl.debug_barrier()  # all threads' stores come before the one that counts
-        if tl.atomic_add(arrived + block, 1, sem="acq_rel") == split_k - 1:
-            total = tl.zeros_like(total)
-            for other in range(split_k):
-                # past the first-level cache, which may hold what was there before
-                total += tl.load(slab + other * size + place, cache_modifier=".cg")
-            _store(total, bias, out, row_in, output, rows_in, rows)
-            tl.store(arrived + block, 0)
-    else:
+        own = slabs + block.to(tl.int64) * (split_k * size)
+    total, last = sum_slabs(total, own, arrived, block, part, place, inside, size, split_k)
+    if last:
         _store(total, bias, out, row_in, output, rows_in, rows)
 
 

@@ -26,6 +26,7 @@ import triton.language as tl
 
 from quantpress.kernels.int8.plain import LONGEST
 from quantpress.kernels.launch import Launch, Problem, check_device, processors
+from quantpress.kernels.slabs import sum_slabs
 from quantpress.kernels.workspace import counters
 
 __all__ = ["int8_launch", "int8_product"]
@@ -223,18 +224,7 @@ def _multiply(  # type: ignore[no-untyped-def]
         right += block_k
     stored = (place_m < rows_in)[:, None] & (place_n < rows)[None, :]
     offset = place_m.to(tl.int64)[:, None] * rows + place_n[None, :]
-    last = True
-    if split > 1:
-        tl.store(partial + tl.program_id(1).to(tl.int64) * slab + offset, sums, mask=stored)
-        tl.debug_barrier()
-        last = tl.atomic_add(arrived + block, 1, sem="acq_rel") == split - 1
-        if last:
-            tl.store(arrived + block, 0)
-            sums = tl.zeros((block_m, block_n), tl.int32)
-            source = partial + offset
-            for _ in range(split):
-                sums += tl.load(source, mask=stored, other=0, cache_modifier=".cg")
-                source += slab
+    sums, last = sum_slabs(sums, partial, arrived, block, tl.program_id(1), offset, stored, slab, split)
     if last:
         values = sums.to(tl.float32) * tl.load(token_scale + row_m)[:, None]
         if kept is not None:
