@@ -2,13 +2,15 @@
 
     python benchmarks/processor_linear.py [--size 4096] [--runs 9]
 
-Symmetric 4-bit codes in groups of 128, one to 64 input rows; the ways run in turn. torch's product wants scales in the type
-of the input, so its bfloat16 form rounds them; `error` is the greatest difference to float64 over the greatest value.
+Symmetric 4-bit codes in groups of 128, one to 64 input rows; the ways run in turn. torch's product wants scales in the
+type of the input, so its bfloat16 form rounds them; `error` is the greatest difference to float64 over the greatest
+value.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -35,15 +37,14 @@ def ways(weight: PackedWeight, rows_in: int) -> dict[str, tuple[Callable[[], tor
         "quantpress float32": (lambda: linear(x, weight), wanted),
         "dense float32": (lambda: torch.nn.functional.linear(x, dense), wanted),
     }
-    packed = torch._convert_weight_to_int4pack_for_cpu(codes, 1)
+    packed = torch._convert_weight_to_int4pack_for_cpu(codes, 1)  # noqa: SLF001 - torch has no public name for it
+    product = torch._weight_int4pack_mm_for_cpu  # noqa: SLF001
     for dtype in (torch.float32, torch.bfloat16):
         scales = weight.scale.to(dtype)
         pairs = torch.stack((scales, torch.zeros_like(scales)), -1).contiguous()
         name = f"torch int4 {str(dtype).removeprefix('torch.')}"
-        made[name] = (
-            lambda y=x.to(dtype), p=pairs: torch._weight_int4pack_mm_for_cpu(y, packed, GROUP, p),
-            x.to(dtype).double() @ dense.double().T,
-        )  # fmt: skip
+        given = x.to(dtype)
+        made[name] = (functools.partial(product, given, packed, GROUP, pairs), given.double() @ dense.double().T)
     return made
 
 
