@@ -147,6 +147,60 @@ class Stage:
         return {"name": self.name, "version": self.version, "options": plain}
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A checkpoint that took work to make, as the stages after it see it.
+
+    Attributes:
+        checkpoint: with what was made in it: codes, ...; good as long as the folder is there.
+        notes: what a user should know.
+        calibration: the text that activations were gathered on, for the sidecar; empty where none was used.
+        reports: weight -> what the method says of it: "relative_error", "loss", ...
+        judged_as: type whose parity limits hold for what keeps this exactly: "INT4"; empty where nothing was rounded.
+    """
+
+    checkpoint: Checkpoint
+    notes: tuple[str, ...] = ()
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    reports: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    judged_as: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparingStage(Stage):
+    """A stage whose work is kept in the cache, and that gives a checkpoint to the stages after it."""
+
+    def resolved(self, source: Checkpoint) -> PreparingStage:
+        """Gives the stage with every default filled in that depends on the source."""
+        del source
+        return self
+
+    def needs(self, source: Checkpoint) -> tuple[int, int, int]:
+        """Estimates bytes of memory, of temporary files, and of what is kept at the end."""
+        raise NotImplementedError
+
+    def planned(self, source: Checkpoint) -> Prepared:
+        """Gives the checkpoint as it will be, for planning; what is to be made cannot be read from it."""
+        raise NotImplementedError
+
+    def prepare(self, source: Checkpoint, folder: Path, context: RunContext) -> None:
+        """Does the work, into a folder that is this work's own.
+
+        It may hold what a run with the same key left when it was killed, and the work goes on from there. What is left
+        in the folder at the end is kept.
+        """
+        raise NotImplementedError
+
+    def opened(self, source: Checkpoint, folder: Path) -> Prepared:
+        """Gives the checkpoint from a folder where the work is finished."""
+        raise NotImplementedError
+
+    def run(self, source: Checkpoint, context: RunContext) -> Checkpoint:
+        """Is not how such a stage is used: see `prepare` and `opened`."""
+        del source, context
+        raise TypeError(f"stage {self.name} keeps its work in a folder: call prepare and opened")
+
+
 @dataclass(frozen=True, kw_only=True)
 class BuildingStage(Stage):
     """A stage that writes one target.
@@ -154,6 +208,9 @@ class BuildingStage(Stage):
     Attributes:
         output: where to; may hold `{ftype}` and `{name}`.
     """
+
+    proved: ClassVar[bool] = True
+    """Whether what it writes is a model that a runtime can judge; False for a third-party stage that writes others."""
 
     output: Path
 

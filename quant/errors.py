@@ -7,7 +7,9 @@ QuantpressError            (exit code 1)
 │   └── UnknownFamilyError 3  a model of a family without a table here
 ├── ParityError            4  the output does not speak like the source, or could not be judged
 ├── OutputError            5  disk full, no permission, a missing runtime
-└── BusyError              6  another run holds the output or the cache
+├── BusyError              6  another run holds the output or the cache
+├── BatchError             7  some jobs of a batch failed
+└── CancelledError       130  the caller asked to stop
 
 A message names the file and the tensor or key, what was found, what was wanted and what to do. It is one line.
 """
@@ -15,7 +17,9 @@ A message names the file and the tensor or key, what was found, what was wanted 
 from __future__ import annotations
 
 __all__ = [
+    "BatchError",
     "BusyError",
+    "CancelledError",
     "InputError",
     "LayoutError",
     "OutputError",
@@ -68,3 +72,15 @@ class BusyError(QuantpressError):
     """Another run holds the lock of the output or the cache."""
 
     exit_code = 6
+
+
+class BatchError(QuantpressError):
+    """Some jobs of a batch failed; the others are done."""
+
+    exit_code = 7
+
+
+class CancelledError(QuantpressError):
+    """The caller asked to stop; what was finished is kept for the next run."""
+
+    exit_code = 130

@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     from quantpress.pipelines.runner import Pressed
     from quantpress.pipelines.verification import perplexity, verify
     from quantpress.quant.errors import (
+        BatchError,
         BusyError,
+        CancelledError,
         InputError,
         LayoutError,
         OutputError,
@@ -47,7 +49,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Adapter",
+    "BatchError",
     "BusyError",
+    "CancelledError",
     "Checkpoint",
     "InputError",
     "JudgeOptions",

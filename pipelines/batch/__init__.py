@@ -1,0 +1,1 @@
+"""Batches: pipeline files, the tasks they come to, and what became of them."""

@@ -1,0 +1,1 @@
+"""What runs keep for later ones: entries found by their content, checked when they are read."""
