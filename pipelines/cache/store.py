@@ -1,0 +1,259 @@
+"""Keeps finished work by its key: found again when it is whole, made once however many runs ask for it.
+
+An entry appears by one rename, with its files and their hashes. Whoever makes it holds the key's lock and works in a
+folder that stays when the run dies, so that the next run goes on from there. Whoever reads it holds a lock that keeps
+`prune` from taking it away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from quantpress.convert.atomic import output_errors
+from quantpress.convert.disk import remove
+from quantpress.convert.lock import locked
+from quantpress.pipelines.cache.entry import USE_LOCK, Entry, check_files, read_entry
+from quantpress.pipelines.cache.keys import is_key, key_of, plain
+from quantpress.pipelines.cache.layout import Layout
+from quantpress.pipelines.cache.making import Making, maker_lock, never
+from quantpress.pipelines.cache.use_lock import is_held_on, is_unused, take_shared
+from quantpress.quant.errors import BusyError, InputError, OutputError
+
+__all__ = ["Cache", "Making"]
+
+log = logging.getLogger(__name__)
+
+
+class Cache:
+    """A folder of finished work. Entries that it gave are kept from `prune` until it is closed or forgotten.
+
+    Several threads may use one object; they may ask for different keys at the same time.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        """Looks at a cache folder, which is made when something is kept in it.
+
+        Raises:
+            UsageError: something else is there, or the cache of a newer quantpress.
+        """
+        self.layout = Layout.of(folder)
+        self._lock = threading.Lock()
+        self._held: dict[str, int] = {}
+        self._finalizer = weakref.finalize(self, _close_all, self._held)
+
+    @property
+    def folder(self) -> Path:
+        """The cache folder."""
+        return self.layout.folder
+
+    def __enter__(self) -> Cache:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Says that no entry is in use by this object any more."""
+        with self._lock:
+            _close_all(self._held)
+
+    def find(self, key: str, *, hold: bool = True) -> Entry | None:
+        """Finds an entry and checks every byte of it, once in a process where nothing changed.
+
+        Args:
+            key: see `keys.key_of`.
+            hold: keep the entry from being removed for as long as this object is open.
+
+        Returns:
+            None where there is none; one that is damaged is removed, with a warning.
+
+        Raises:
+            OutputError, BusyError: the cache folder cannot be used.
+        """
+        try:
+            return self._whole(key, hold=hold)
+        except InputError as error:
+            log.warning("a cache entry is damaged and is made again: %s", error)
+        with contextlib.suppress(BusyError, OutputError), locked(self.layout.lock_of(key), self.folder, 0.0):
+            self._remove_damaged(key)
+        return None
+
+    def peek(self, key: str) -> Entry | None:
+        """Finds an entry by what it says of itself and by the sizes of its files; nothing is changed or held."""
+        try:
+            entry = read_entry(self.layout.entry(key), key)
+            check_files(entry, contents=False)
+        except InputError:
+            return None
+        return entry
+
+    def was_begun(self, key: str) -> bool:
+        """Whether a run has begun this work, and was stopped or is still busy with it."""
+        return self.layout.work_of(key).is_dir()
+
+    def keys(self) -> list[str]:
+        """Gives the keys of all entries, whole or not."""
+        with output_errors(self.folder):
+            names = [path.name for path in self.layout.entries.iterdir()] if self.layout.entries.is_dir() else []
+        return sorted(name for name in names if is_key(name))
+
+    @contextlib.contextmanager
+    def making(
+        self,
+        key: str,
+        kind: str,
+        material: Mapping[str, Any],
+        *,
+        wait: float | None = None,
+        cancelled: Callable[[], bool] = never,
+    ) -> Iterator[Making]:
+        """Holds a key's lock for the block, in which the entry is made if it is not there.
+
+        A block that fails leaves its work for the next run, unless it has none.
+
+        Args:
+            key: of `material`.
+            kind: see `Entry`.
+            material: what the result depends on.
+            wait: seconds to wait for another run that makes the same; None for as long as it takes.
+            cancelled: asked while waiting.
+
+        Raises:
+            BusyError: the other run did not end in time.
+            CancelledError: `cancelled` said so.
+            OutputError: the cache folder cannot be written.
+        """
+        material = plain(material)
+        if key_of(material) != key:
+            raise ValueError(f"{key} is not the key of the material")
+        self.layout.create()
+        with maker_lock(self.layout, key, kind, wait, cancelled):
+            making = Making(self.layout, key, kind, material, self.hold)
+            making.entry = self._found_by_maker(key)
+            if making.entry is None:
+                making.begin()
+            try:
+                yield making
+            finally:
+                making.end()
+
+    def update(self, key: str, record: Mapping[str, Any], *, wait: float = 30.0) -> Entry | None:
+        """Replaces the record of an entry; None where there is no entry. Not inside a block of `making`.
+
+        Raises:
+            BusyError: another run makes the entry.
+            OutputError, UsageError: see `Making.commit`.
+        """
+        if (found := self.peek(key)) is None:
+            return None
+        with self.making(key, found.kind, found.material, wait=wait) as making:
+            return making.update(record) if making.entry is not None else None
+
+    def remove(self, key: str) -> bool:
+        """Removes an entry and work that was begun for it.
+
+        Returns:
+            False where it is in use and stays.
+
+        Raises:
+            OutputError: the cache folder cannot be written.
+        """
+        self._release(key)
+        try:
+            with locked(self.layout.lock_of(key), self.folder, 0.0), is_unused(self._use_lock(key)) as unused:
+                if unused:
+                    self._to_trash(self.layout.entry(key))
+                    self._to_trash(self.layout.work_of(key))
+                return unused
+        except BusyError:
+            return False
+
+    def hold(self, entry: Entry) -> Entry:
+        """Keeps an entry from being removed for as long as this object is open.
+
+        Raises:
+            OutputError: it is gone.
+        """
+        if not self._hold(entry.key):
+            raise OutputError(f"{entry.folder}: the cache entry was removed while it was in use")
+        return entry
+
+    def _use_lock(self, key: str) -> Path:
+        return self.layout.entry(key) / USE_LOCK
+
+    def _hold(self, key: str) -> bool:
+        """Takes the lock of an entry's readers; False where there is no entry."""
+        path = self._use_lock(key)
+        with self._lock:
+            if key in self._held and is_held_on(self._held[key], path):
+                return True
+            descriptor = take_shared(path)
+            if key in self._held:
+                os.close(self._held.pop(key))
+            if descriptor is not None:
+                self._held[key] = descriptor
+            return descriptor is not None
+
+    def _release(self, key: str) -> None:
+        with self._lock:
+            if key in self._held:
+                os.close(self._held.pop(key))
+
+    def _whole(self, key: str, *, hold: bool) -> Entry | None:
+        """Gives an entry whose every byte is checked; InputError where it is damaged."""
+        held_before = key in self._held
+        if not self._hold(key):
+            if self.layout.entry(key).exists():
+                raise InputError(f"{self._use_lock(key)}: no such file")
+            return None
+        keep = False
+        try:
+            entry = read_entry(self.layout.entry(key), key)
+            check_files(entry)
+            with contextlib.suppress(OSError):
+                os.utime(self._use_lock(key))  # when it was last used, for prune
+            keep = hold or held_before
+        finally:
+            if not keep:
+                self._release(key)
+        return entry
+
+    def _found_by_maker(self, key: str) -> Entry | None:
+        """What `find` gives, for whoever holds the key's lock."""
+        try:
+            return self._whole(key, hold=True)
+        except InputError as error:
+            log.warning("a cache entry is damaged and is made again: %s", error)
+        self._to_trash(self.layout.entry(key))
+        return None
+
+    def _remove_damaged(self, key: str) -> None:
+        """Removes an entry unless it was made anew before its lock was ours."""
+        try:
+            self._whole(key, hold=False)
+        except InputError:
+            self._to_trash(self.layout.entry(key))
+
+    def _to_trash(self, place: Path) -> None:
+        """Removes a folder, so that nobody finds a part of it under its name."""
+        with output_errors(place):
+            self.layout.trash.mkdir(exist_ok=True)
+            gone = self.layout.trash / f"{place.name}-{os.getpid()}-{os.urandom(4).hex()}"
+            with contextlib.suppress(FileNotFoundError):
+                place.rename(gone)
+        remove(gone)
+
+
+def _close_all(held: dict[str, int]) -> None:
+    while held:
+        os.close(held.popitem()[1])
