@@ -1,0 +1,201 @@
+"""The driver's end of one worker process: starts it, hears it, and says what is known when it dies."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import replace
+from queue import SimpleQueue
+from typing import BinaryIO, cast
+
+from quantpress.pipelines.batch.tasks import Event, Task
+from quantpress.pipelines.executors.frames import decode, encode, read_frame, skip_to_ready, write_frame
+from quantpress.pipelines.executors.worker import Hello
+from quantpress.quant.errors import OutputError, UsageError
+
+__all__ = ["Heard", "WorkerProcess"]
+
+# The working folder, which Python puts first, may hold files of strangers (a downloaded model) with names of modules.
+# So the worker imports from where this process does, and from nowhere else.
+_BOOT = (
+    "import sys; sys.path = [p for p in sys.path if p]; import json; "
+    "sys.path = json.loads(sys.stdin.buffer.readline()); "
+    "from quantpress.pipelines.executors.worker import main; main()"
+)
+_TAIL_LINES = 40  # of what libraries print, kept for the case that the worker dies
+_LINE_BYTES = 2000  # what is longer counts as several lines
+_SAID_LINES = 4  # of them, in an error message
+_WAIT_SECONDS = 5.0  # for a worker that is ending
+_SIGKILL = 9
+
+
+class WorkerProcess:
+    """One worker; every method is called on the scheduler's thread.
+
+    Attributes:
+        gpu: what it sees of the GPUs: an id for CUDA_VISIBLE_DEVICES, "" for all of them; None if it is for tasks that
+            need none.
+        task: what it does, None while it is idle.
+    """
+
+    def __init__(
+        self, hello: Hello, heard: SimpleQueue[Heard], environment: Mapping[str, str], gpu: str | None
+    ) -> None:
+        """Starts the process.
+
+        Args:
+            hello: what it is told first.
+            heard: where its events go, and None once it is gone.
+            environment: all of its environment variables.
+            gpu: see above.
+
+        Raises:
+            OutputError: no process can be started.
+        """
+        self.gpu = gpu
+        self.task: Task | None = None
+        self._heard, self._level = heard, hello.level
+        self._printed: deque[str] = deque(maxlen=_TAIL_LINES)
+        if not sys.executable:
+            raise OutputError("workers need the path of the Python program, which sys.executable does not say here")
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _BOOT],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env=dict(environment),
+                start_new_session=True,  # Ctrl-C in the terminal is for this process, which stops its workers
+            )
+        except OSError as error:
+            raise OutputError(f"cannot start a worker process: {error.strerror or error}") from error
+        self._threads = [
+            threading.Thread(target=work, name=f"quantpress-worker-{self.pid}", daemon=True)
+            for work in (self._hear, self._hear_printed)
+        ]
+        for thread in self._threads:
+            thread.start()
+        self._write(json.dumps(sys.path).encode() + b"\n", framed=False)
+        self._write(encode(hello))
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        return self._process.pid
+
+    def start(self, task: Task) -> None:
+        """Sends a task.
+
+        Raises:
+            UsageError: it cannot be sent to another process.
+        """
+        try:
+            frame = encode((replace(task, work=None), encode(task.work)))
+        except ValueError as error:
+            raise UsageError(f"the task cannot be sent to a worker process: {error}") from error
+        self.task = task
+        self._write(frame)
+
+    def _write(self, data: bytes, *, framed: bool = True) -> None:
+        """Sends bytes; that a worker is gone is heard from the other pipe."""
+        stream = cast(BinaryIO, self._process.stdin)
+        with contextlib.suppress(OSError, ValueError):
+            if framed:
+                write_frame(stream, data)
+            else:
+                stream.write(data)
+
+    def _hear(self) -> None:
+        """Hands on events, on a thread of its own, until the worker is gone."""
+        stream = cast(BinaryIO, self._process.stdout)
+        try:
+            if skip_to_ready(stream):
+                while (frame := read_frame(stream)) is not None:
+                    self._heard.put((self, decode(frame)))
+        finally:
+            self._heard.put((self, None))
+
+    def _hear_printed(self) -> None:
+        """Keeps the last lines that libraries print, on a thread of its own; as log events where those are wanted."""
+        stream = cast(BinaryIO, self._process.stderr)
+        while line := stream.readline(_LINE_BYTES):
+            text = "".join(sign if sign.isprintable() else " " for sign in line.decode("utf-8", "replace")).strip()
+            if not text:
+                continue
+            self._printed.append(text)
+            task = self.task
+            if task is not None and self._level <= logging.INFO:
+                self._heard.put((self, Event("log", task.id, level="INFO", message=text)))
+
+    def death(self) -> tuple[str, bool]:
+        """Waits for a worker that was lost; says how it ended, and whether memory has probably run out."""
+        try:
+            code = self._process.wait(_WAIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return "its worker process closed its pipe and was stopped", False
+        self._threads[1].join(_WAIT_SECONDS)
+        if code == -_SIGKILL:
+            return "its worker process was killed (SIGKILL), probably because memory ran out", True
+        how = f"ended with code {code}" if code >= 0 else f"died of {_signal_name(-code)}"
+        return f"its worker process {how}{self._last_words()}", False
+
+    def _last_words(self) -> str:
+        lines = list(self._printed)
+        fatal = [place for place, line in enumerate(lines) if line.startswith("Fatal Python error")]
+        said = lines[fatal[-1] :][:_SAID_LINES] if fatal else lines[-_SAID_LINES:]
+        return f"; its last words: {' | '.join(said)}" if said else ""
+
+    def ask_to_end(self) -> None:
+        """Tells an idle worker to end."""
+        self._write(b"")
+        with contextlib.suppress(OSError):
+            cast(BinaryIO, self._process.stdin).close()
+
+    def terminate(self) -> None:
+        """Stops what it does, as SIGTERM stops a command."""
+        self._process.terminate()
+
+    def kill(self) -> None:
+        """Ends it and what it has started, at once; does nothing where it has ended, for its id may be another's."""
+        if self._process.poll() is not None:
+            return
+        if sys.platform == "win32":
+            self._process.kill()
+        else:
+            os.killpg(self.pid, signal.SIGKILL)
+
+    def wait(self, deadline: float) -> None:
+        """Waits until it has ended; kills it when `deadline` (time.monotonic) has passed. Nothing is left of it."""
+        try:
+            self._process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            self.kill()
+            self._process.wait()
+            for thread in self._threads:
+                thread.join(_WAIT_SECONDS)
+            for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
+                with contextlib.suppress(OSError, ValueError):
+                    cast(BinaryIO, stream).close()
+
+
+Heard = tuple[WorkerProcess, Event | None]
+"""Who said what; None: it is gone."""
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
