@@ -111,7 +111,7 @@ def _reasons(rows: Sequence[PlanRow]) -> list[str]:
 def _summary(rows: Sequence[PlanRow]) -> str:
     """Says in a line what all of it comes to."""
     jobs = len({row.job for row in rows})
-    head = f"{jobs} job{'s' if jobs != 1 else ''}, {len(rows)} steps, {_count(rows)} to do"
+    head = f"{jobs} job{_s(jobs)}, {len(rows)} step{_s(len(rows))}, {_count(rows)} to do"
     if not _count(rows):
         return f"{head}; nothing was written"
     total = plan_totals(rows)
@@ -119,6 +119,10 @@ def _summary(rows: Sequence[PlanRow]) -> str:
         f"{head}: {time_class(total.seconds)} if one follows the other, {size_text(total.output_bytes)} of outputs, "
         f"{size_text(total.disk)} of disk, {size_text(total.memory)} of memory for the largest; nothing was written"
     )
+
+
+def _s(count: int) -> str:
+    return "" if count == 1 else "s"
 
 
 def _count(rows: Sequence[PlanRow]) -> int:

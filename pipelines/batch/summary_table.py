@@ -40,8 +40,8 @@ def show_batch(result: BatchResult, console: Console) -> None:
     if any(job.outputs for job in result.jobs):
         console.print(_table(result, wide=console.width >= _NARROW))
     for job in result.failed:
-        problem = job.error or "no reason is known"
-        console.print(Text(f"{printable(job.name)}: {job.state}: {error_line(problem)}"), soft_wrap=True)
+        reason = f": {error_line(job.error)}" if job.error else ""
+        console.print(Text(f"{printable(job.name)}: {job.state}{reason}"), soft_wrap=True)
     console.print(Text(_summary(result)), soft_wrap=True)
 
 
