@@ -33,9 +33,8 @@ _TAG_TEXT = (
     "Signature: 8a477f597d28d172789f06886806bc55\n"  # https://bford.info/cachedir/
     "# This folder is a cache of quantpress: `quantpress cache ls` lists it; it may be removed while nothing runs.\n"
 )
-_OWN = frozenset({
-    "entries", "work", "locks", "labels", "trash", "inputs", "input-hashes.json", _TAG, ".gitignore", _VERSION,
-})  # fmt: skip
+_FOLDERS = ("entries", "work", "locks", "labels", "trash", "inputs", "staging")
+_OWN = frozenset({*_FOLDERS, "input-hashes.json", _TAG, ".gitignore", _VERSION})
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +84,16 @@ class Layout:
         return self.folder / "inputs"
 
     @property
+    def staging(self) -> Path:
+        """Outputs that are sent elsewhere when they are proved."""
+        return self.folder / "staging"
+
+    @property
+    def locks(self) -> Path:
+        """Locks of those who make something."""
+        return self.folder / "locks"
+
+    @property
     def input_hashes(self) -> Path:
         """Hashes of inputs."""
         return self.folder / "input-hashes.json"
@@ -103,7 +112,7 @@ class Layout:
 
     def lock_of(self, key: str) -> Path:
         """Gives the lock of whoever makes or removes an entry (ValueError as for `entry`)."""
-        return self.folder / "locks" / f"{_checked(key)}.lock"
+        return self.locks / f"{_checked(key)}.lock"
 
     def create(self) -> None:
         """Makes the folder, with what tells others that it is a cache.
@@ -121,7 +130,7 @@ class Layout:
                 (self.folder / _TAG).write_text(_TAG_TEXT, encoding="ascii")
                 (self.folder / ".gitignore").write_text("*\n", encoding="ascii")
                 replace_sealed(self.folder / _VERSION, {"layout": LAYOUT})
-            for path in (self.entries, self.work, self.folder / "locks"):
+            for path in (self.entries, self.work, self.locks):
                 path.mkdir(exist_ok=True)
 
     def _check(self) -> None:

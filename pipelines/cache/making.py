@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from quantpress.pipelines.cache.layout import Layout
 from quantpress.pipelines.cache.sealed import read_sealed, replace_sealed, write_sealed
 from quantpress.quant.errors import BusyError, CancelledError, InputError
 
-__all__ = ["Making", "maker_lock", "never"]
+__all__ = ["Making", "maker_lock", "never", "to_trash"]
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class Making:
     ) -> None:
         self.key, self.kind = key, kind
         self._material, self._hold = material, hold
-        self._place, self._target = layout.work_of(key), layout.entry(key)
+        self._layout, self._place, self._target = layout, layout.work_of(key), layout.entry(key)
         self.entry: Entry | None = None
         """The finished entry: found, or committed; None while there is work to do."""
 
@@ -69,6 +70,21 @@ class Making:
         """
         replace_sealed(self._place / _NOTE, note)
 
+    def drop_note(self) -> None:
+        """Forgets the note, where what it announced did not come to pass."""
+        remove(self._place / _NOTE)
+
+    def redo(self) -> None:
+        """Does the work again although the entry is there; `commit` puts the new one in its place.
+
+        A run that is stopped before that leaves the old one.
+
+        Raises:
+            OutputError: the folder cannot be made.
+        """
+        self.entry = None
+        self.begin()
+
     def commit(self, record: Mapping[str, Any]) -> Entry:
         """Makes what is in the folder an entry.
 
@@ -87,6 +103,7 @@ class Making:
             write_sealed(self._place / DESCRIPTION, description)
             (self._place / USE_LOCK).touch()
             sync_tree(self._place)
+            to_trash(self._layout, self._target)
             self._place.rename(self._target)
             sync_folder(self._target.parent)
         remove(self._target / _NOTE)
@@ -118,6 +135,21 @@ class Making:
             with contextlib.suppress(OSError):  # not empty: that stays
                 self.folder.rmdir()
                 self._place.rmdir()
+
+
+def to_trash(layout: Layout, place: Path) -> None:
+    """Removes a folder of the cache, so that nobody finds a part of it under its name.
+
+    Raises:
+        OutputError: it cannot be taken away.
+    """
+    gone = layout.trash / f"{place.name}-{os.getpid()}-{os.urandom(4).hex()}"
+    with output_errors(place):
+        if not os.path.lexists(place):
+            return
+        layout.trash.mkdir(exist_ok=True)
+        place.rename(gone)
+    remove(gone)
 
 
 @contextlib.contextmanager

@@ -18,12 +18,11 @@ from types import TracebackType
 from typing import Any
 
 from quantpress.convert.atomic import output_errors
-from quantpress.convert.disk import remove
 from quantpress.convert.lock import locked
 from quantpress.pipelines.cache.entry import USE_LOCK, Entry, check_files, read_entry
 from quantpress.pipelines.cache.keys import is_key, key_of, plain
 from quantpress.pipelines.cache.layout import Layout
-from quantpress.pipelines.cache.making import Making, maker_lock, never
+from quantpress.pipelines.cache.making import Making, maker_lock, never, to_trash
 from quantpress.pipelines.cache.use_lock import is_held_on, is_unused, take_shared
 from quantpress.quant.errors import BusyError, InputError, OutputError
 
@@ -159,8 +158,12 @@ class Cache:
         with self.making(key, found.kind, found.material, wait=wait) as making:
             return making.update(record) if making.entry is not None else None
 
-    def remove(self, key: str) -> bool:
-        """Removes an entry and work that was begun for it.
+    def remove(self, key: str, *, work: bool = False) -> bool:
+        """Removes an entry.
+
+        Args:
+            key: its key.
+            work: remove also what a run has begun for it, and the note of that run.
 
         Returns:
             False where it is in use and stays.
@@ -169,11 +172,13 @@ class Cache:
             OutputError: the cache folder cannot be written.
         """
         self._release(key)
+        places = [self.layout.entry(key)] + ([self.layout.work_of(key)] if work else [])
+        if not any(os.path.lexists(place) for place in places):
+            return True
         try:
             with locked(self.layout.lock_of(key), self.folder, 0.0), is_unused(self._use_lock(key)) as unused:
-                if unused:
-                    self._to_trash(self.layout.entry(key))
-                    self._to_trash(self.layout.work_of(key))
+                for place in places if unused else ():
+                    to_trash(self.layout, place)
                 return unused
         except BusyError:
             return False
@@ -234,7 +239,7 @@ class Cache:
             return self._whole(key, hold=True)
         except InputError as error:
             log.warning("a cache entry is damaged and is made again: %s", error)
-        self._to_trash(self.layout.entry(key))
+        to_trash(self.layout, self.layout.entry(key))
         return None
 
     def _remove_damaged(self, key: str) -> None:
@@ -242,16 +247,7 @@ class Cache:
         try:
             self._whole(key, hold=False)
         except InputError:
-            self._to_trash(self.layout.entry(key))
-
-    def _to_trash(self, place: Path) -> None:
-        """Removes a folder, so that nobody finds a part of it under its name."""
-        with output_errors(place):
-            self.layout.trash.mkdir(exist_ok=True)
-            gone = self.layout.trash / f"{place.name}-{os.getpid()}-{os.urandom(4).hex()}"
-            with contextlib.suppress(FileNotFoundError):
-                place.rename(gone)
-        remove(gone)
+            to_trash(self.layout, self.layout.entry(key))
 
 
 def _close_all(held: dict[str, int]) -> None:
