@@ -17,7 +17,7 @@ from quantpress.quant.errors import InputError
 
 if TYPE_CHECKING:
     from quantpress.convert.lora.ledger import Adapted
-    from quantpress.convert.quantized import LazyQuantized
+    from quantpress.convert.quantized import CodesOrigin, LazyQuantized
 
 Array = npt.NDArray[Any]
 
@@ -117,6 +117,7 @@ class Checkpoint:
         quantized: name of a weight -> its codes, for the weights of a GPTQ, AWQ or compressed-tensors checkpoint;
             `tensors` has the same weights as the numbers they stand for.
         adapted: what adapters were merged into which base, and the ledger of their tensors; None where none were.
+        codes_origin: how `quantized` was made, where that was done in this run; None for what was opened from files.
     """
 
     name: str
@@ -130,6 +131,7 @@ class Checkpoint:
     format: str = "safetensors"
     quantized: Mapping[str, LazyQuantized] = field(default_factory=dict, repr=False)
     adapted: Adapted | None = field(default=None, repr=False)
+    codes_origin: CodesOrigin | None = field(default=None, repr=False)
 
     @property
     def parameters(self) -> int:

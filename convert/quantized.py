@@ -18,7 +18,7 @@ from quantpress.convert.linears import linear_weights
 from quantpress.convert.recent import Recent
 from quantpress.quant.qtensor import QuantizedForm, QuantizedTensor
 
-__all__ = ["LazyQuantized", "PackFormat", "PackedTensor", "Streams", "with_quantized"]
+__all__ = ["CodesOrigin", "LazyQuantized", "PackFormat", "PackedTensor", "Streams", "with_quantized"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,19 @@ class Streams:
     words: Array
     scale: Array
     zero: Array | None
+
+
+@dataclass(frozen=True, slots=True)
+class CodesOrigin:
+    """Where codes come from that no file of the source holds.
+
+    Attributes:
+        key: tells them apart from all that other options, texts or models give.
+        details: what `PackFormat.settings` says of how they were made.
+    """
+
+    key: str
+    details: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,7 +106,10 @@ class Gguf(BuildingStage):
             kind="gguf",
             ftype=tensors.outtype,
             outputs=(OutputFile(path.name, written.sha256, written.nbytes),),
-            tensors=tuple(TensorResult(t.name, t.type, t.nbytes, t.relative_error) for t in written.tensors),
+            tensors=tuple(
+                TensorResult(t.name, t.type, t.nbytes, t.relative_error, source=planned.source.name)
+                for t, planned in zip(written.tensors, tensors.tensors, strict=True)
+            ),
             notes=(*notes, *_kept_codes(tensors, written)),
         )
 

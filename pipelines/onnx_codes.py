@@ -12,87 +12,53 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
-from quantpress.convert.checkpoint import Checkpoint, LazyTensor
-from quantpress.convert.kept_codes import FORMAT, kept
-from quantpress.convert.quantized import LazyQuantized, PackFormat, with_quantized
+from quantpress.convert.checkpoint import Checkpoint
+from quantpress.convert.kept_codes import kept
+from quantpress.convert.quantized import LazyQuantized
+from quantpress.pipelines.codes_view import Codes, found_when_read, unread, view_with
 from quantpress.pipelines.quantize_job import QuantizeJob
 from quantpress.pipelines.quantize_plan import PlannedWeight
-from quantpress.pipelines.quantize_recipe import CALIBRATED, Recipe
-from quantpress.pipelines.quantize_stage import Quantize
-from quantpress.pipelines.quantize_weights import made
+from quantpress.pipelines.quantize_recipe import CALIBRATED
 from quantpress.pipelines.quantize_work import Spooled
 from quantpress.pipelines.stage import RunContext
-from quantpress.quant.errors import UsageError
-from quantpress.quant.qtensor import QuantizedTensor
 
 if TYPE_CHECKING:
     from quantpress.convert.onnx.kinds import Ranges
     from quantpress.pipelines.onnx_stage import Onnx
 
-__all__ = ["CODE_METHODS", "MadeCodes", "OnnxCodes", "codes_view", "filled"]
+__all__ = ["CODE_METHODS", "MadeCodes", "OnnxCodes", "filled"]
 
 CODE_METHODS = ("hqq", "gptq", "awq")
 """Methods whose codes are found here; those of RTN are found where they are written."""
 
 _BITS = {"int4": 4, "int8": 8}
+_DTYPE = "F32"  # of codes that are read as numbers
 _PLACES = ("output", "calibration")  # options that say where something lies, not what is written
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Codes(Quantize):
-    """The stage `quantize` as it is asked for codes alone.
-
-    Attributes:
-        onnx: what the codes are for; a finished layer belongs to a run with the same options only.
-    """
-
-    name: ClassVar[str] = "onnx codes"
-    version: ClassVar[int] = 1
-
-    onnx: Mapping[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, stage: Onnx) -> _Codes:
-        """Gives it for an ONNX model."""
-        described = dict(stage.describe())
-        options = {name: value for name, value in described["options"].items() if name not in _PLACES}
-        return cls(
-            output=stage.output,
-            method=stage.method,
-            bits=_BITS[stage.precision or ""],
-            group_size=stage.block_size,
-            symmetric=stage.symmetric,
-            scale_type="F16" if stage.compute_type == "fp16" else "F32",
-            calibration=stage.calibration,
-            samples=stage.samples,
-            sequence_length=stage.sequence_length,
-            seed=stage.seed,
-            act_order=stage.act_order,
-            damping=stage.damping,
-            drift=stage.drift,
-            calibration_dtype=stage.calibration_dtype,
-            onnx={**described, "options": options},
-        )
-
-    def recipe(self, source: Checkpoint) -> Recipe:
-        """Gives the settings of the weights.
-
-        Raises:
-            UsageError: the model has codes already.
-        """
-        if source.quantized and source.adapted is None:
-            raise UsageError(
-                f"--method {self.method}: {source.name} is quantized already ({source.format}), and its codes are kept"
-                " as they are; to quantize anew give the model it was made from"
-            )
-        return super().recipe(source)
-
-    def pack_format(self, recipe: Recipe) -> PackFormat:
-        """Gives a format that holds all that is made."""
-        del recipe
-        return FORMAT
+def _asked(stage: Onnx) -> Codes:
+    """Gives the codes that a stage asks for; a finished layer belongs to a run with the same options only."""
+    described = dict(stage.describe())
+    options = {name: value for name, value in described["options"].items() if name not in _PLACES}
+    return Codes(
+        output=stage.output,
+        method=stage.method,
+        bits=_BITS[stage.precision or ""],
+        group_size=stage.block_size,
+        symmetric=stage.symmetric,
+        scale_type="F16" if stage.compute_type == "fp16" else "F32",
+        calibration=stage.calibration,
+        samples=stage.samples,
+        sequence_length=stage.sequence_length,
+        seed=stage.seed,
+        act_order=stage.act_order,
+        damping=stage.damping,
+        drift=stage.drift,
+        calibration_dtype=stage.calibration_dtype,
+        made_for={**described, "options": options},
+    )
 
 
 def filled(stage: Onnx, source: Checkpoint) -> Onnx:
@@ -102,7 +68,7 @@ def filled(stage: Onnx, source: Checkpoint) -> Onnx:
         UsageError: options that do not exist.
         UnknownFamilyError: there is no table for the model.
     """
-    made = _Codes.of(stage).resolved(source)
+    made = _asked(stage).resolved(source)
     return dataclasses.replace(
         stage, sequence_length=made.sequence_length, drift=made.drift, calibration_dtype=made.calibration_dtype
     )
@@ -154,9 +120,9 @@ class OnnxCodes:
         Raises:
             QuantpressError: the source cannot be quantized in this way.
         """
-        self._job = QuantizeJob(_Codes.of(stage).resolved(source), source)
+        self._job = QuantizeJob(_asked(stage).resolved(source), source)
         self._head = stage.output_tensor_type
-        self.planned = self._view({}, partial(self._found_when_read, threads=1))
+        self.planned = view_with(self._job, {}, partial(self._found_when_read, threads=1), dtype=_DTYPE)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -201,7 +167,8 @@ class OnnxCodes:
             UsageError, BusyError, InputError, LayoutError, OutputError: see `QuantizeJob.spooled`.
         """
         if not self._spooled:
-            view = self._view({}, partial(self._found_when_read, threads=context.threads))
+            found = partial(self._found_when_read, threads=context.threads)
+            view = view_with(self._job, {}, found, dtype=_DTYPE)
             yield MadeCodes(view, held=False, force=context.force)
             return
         with self._job.spooled(context, nbytes + self.work_bytes) as work:
@@ -209,7 +176,7 @@ class OnnxCodes:
 
     def _made(self, work: Spooled) -> MadeCodes:
         parts = work.spool.tensors()
-        view = self._view(parts, lambda weight: kept(weight.name, weight.form, parts))
+        view = view_with(self._job, parts, lambda weight: kept(weight.name, weight.form, parts), dtype=_DTYPE)
         return MadeCodes(
             view, held=True, force=work.force, notes=work.notes, calibrated=work.calibrated, reports=work.reports,
             timings=work.timings, mark_written=work.mark_written,
@@ -219,24 +186,7 @@ class OnnxCodes:
     def _spooled(self) -> bool:
         return self._job.recipe.method in CALIBRATED
 
-    def _view(self, parts: Mapping[str, LazyTensor], codes: Callable[[PlannedWeight], LazyQuantized]) -> Checkpoint:
-        source, weights = self._job.source, self._job.weights.weights
-        plain = {name: parts.get(name, tensor) for name, tensor in source.tensors.items() if name not in weights}
-        quantized = {name: codes(weight) for name, weight in weights.items()}
-        view = with_quantized(source, plain, quantized, dtype="F32", kind=source.format)
-        return dataclasses.replace(view, tensors={name: view.tensors[name] for name in source.tensors})
-
     def _found_when_read(self, weight: PlannedWeight, *, threads: int) -> LazyQuantized:
-        def read() -> QuantizedTensor:
-            if self._spooled:
-                raise AssertionError(f"{weight.name} is planned only")
-            return made(weight, self._job.recipe, threads)[0]
-
-        return LazyQuantized(weight.name, weight.form, weight.tensor.source, read)
-
-
-@contextlib.contextmanager
-def codes_view(stage: Onnx, source: Checkpoint, context: RunContext, nbytes: int = 0) -> Iterator[MadeCodes]:
-    """Gives a model with the codes that a stage asks for; see `OnnxCodes`."""
-    with OnnxCodes(stage, source).session(context, nbytes) as codes:
-        yield codes
+        if self._spooled:
+            return unread(weight)
+        return found_when_read(self._job, weight, threads)

@@ -4,28 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantpress.convert.arch.spec import Hyperparameters
 from quantpress.convert.atomic import check_replaceable, held_output, require_space, work_folder
 from quantpress.convert.checkpoint import Checkpoint, LazyTensor
 from quantpress.convert.files import open_regular
 from quantpress.convert.preflight import Preflight, check_tied_head
 from quantpress.convert.quantized import PackedTensor
 from quantpress.convert.safetensors_writer import planned_tensors, write_checkpoint
-from quantpress.pipelines.default_text import BUILT_IN_NOTE
-from quantpress.pipelines.machine import peak_memory
-from quantpress.pipelines.merge_stage import merge_records, merged_names
-from quantpress.pipelines.quantize_plan import main_type, plan_weights
-from quantpress.pipelines.quantize_recipe import CALIBRATED
+from quantpress.pipelines.merge_stage import merged_names
+from quantpress.pipelines.quantize_codes import WeightsJob, hashed
 from quantpress.pipelines.quantize_work import WRITTEN, Spooled
-from quantpress.pipelines.safetensors_stage import checked_or_unknown
-from quantpress.pipelines.sidecar import environment
 from quantpress.pipelines.spool import Spool
 from quantpress.pipelines.stage import (
     Artifact,
@@ -38,7 +31,6 @@ from quantpress.pipelines.stage import (
 )
 
 if TYPE_CHECKING:
-    from quantpress.pipelines.quantize_calibration import Calibration
     from quantpress.pipelines.quantize_stage import Quantize
 
 __all__ = ["QuantizeJob"]
@@ -51,7 +43,7 @@ _QUIET = ("head", "--skip", "not quantized in the source", "not a part that is q
 _WAIT = 1.0  # seconds for another run on the same output; it may take hours
 
 
-class QuantizeJob:
+class QuantizeJob(WeightsJob):
     """A stage with its source."""
 
     def __init__(self, stage: Quantize, source: Checkpoint) -> None:
@@ -64,12 +56,8 @@ class QuantizeJob:
         Raises:
             QuantpressError: the source cannot be quantized in this way.
         """
-        self.stage, self.source = stage, source
-        self.recipe = stage.recipe(source)
-        self.format = stage.pack_format(self.recipe)
-        self.checked = checked_or_unknown(source)
-        self.weights = plan_weights(source, self.recipe, self.format)
-        self.settings = self.format.settings(self.weights.forms, self.weights.unquantized, self._details())
+        super().__init__(stage, source)
+        self.settings = self.format.settings(self.weights.forms, self.weights.unquantized, self.details)
 
     @property
     def plan(self) -> Plan:
@@ -77,35 +65,23 @@ class QuantizeJob:
         view = self._view(
             {part.name: _unread(part) for weight in self.weights.weights.values() for part in weight.parts}
         )
-        merged, tensors, packed = merged_names(self.source), list[PlannedTensor](), 0
+        merged, tensors = merged_names(self.source), list[PlannedTensor]()
         stored = {name: (dtype, nbytes) for name, _, dtype, nbytes in planned_tensors(view)}
         for name, tensor in self.source.tensors.items():
             if name in self.weights.weights:
                 weight = self.weights.weights[name]
-                packed += weight.nbytes
                 kind, nbytes, note = str(weight.form), weight.nbytes, ""
             else:
                 (kind, nbytes), note = stored[name], self.weights.left.get(name, "")
             tensors.append(PlannedTensor(name, tensor.shape, kind, nbytes, note, name in merged))
-        memory, work = self._needs()
+        memory, work = self.needs()
         total = sum(nbytes for _, nbytes in stored.values())
-        return Plan(self.output, tuple(tensors), total, memory, self._notes(), packed + work)
+        return Plan(self.output, tuple(tensors), total, memory, self.notes, self.packed_bytes + work)
 
     @property
     def output(self) -> Path:
         """The folder."""
         return fill_name(self.stage.output, {"ftype": self.ftype, "name": Path(self.source.name).name})
-
-    @property
-    def ftype(self) -> str:
-        """Name of what most values are quantized to."""
-        return main_type(self.weights.forms.values())
-
-    @property
-    def hyper(self) -> Hyperparameters:
-        """Sizes of a model of a known family."""
-        assert isinstance(self.checked, Preflight), "methods that go by layers are refused for unknown families"
-        return self.checked.hyper
 
     def check_output(self, context: RunContext) -> None:
         """Checks that the output may be written.
@@ -155,13 +131,13 @@ class QuantizeJob:
         with held_output(self.output, wait=_WAIT) as target:
             force = context.force or self._is_unproved(context)
             check_replaceable(target, force=force)
-            calibration = self._calibration()
+            calibration = self.calibration()
             if calibration is not None and calibration.note:
                 log.warning("%s", calibration.note)
             require_space(target, nbytes)
             spool = Spool(work_folder(target), self._key(context))
             with spool.kept():
-                self._quantize(spool, context, calibration)
+                self.quantize(spool, context, calibration)
                 yield Spooled(spool, force, calibration)
             spool.remove()
 
@@ -174,22 +150,10 @@ class QuantizeJob:
             outputs=outputs,
             tensors=tuple(_result(tensor, reports.get(tensor.name, {})) for tensor in plan.tensors),
             notes=(*plan.notes, *work.notes),
-            judged_as=self._judged_as(),
+            judged_as=self.judged_as,
             calibration=work.calibrated,
             timings=work.timings,
         )
-
-    def _judged_as(self) -> str:
-        if self.recipe.format == "bitsandbytes" or self.ftype == "w8a8":
-            return "W8A8"  # inputs are rounded, also where codes are kept
-        return self.ftype.upper() if self.recipe.method is not None else "F32"
-
-    def _details(self) -> dict[str, Any]:
-        method = self.recipe.method
-        details: dict[str, Any] = {"method": method}
-        if method == "gptq":
-            details |= {"act_order": self.stage.act_order, "damping": self.stage.damping, "true_sequential": True}
-        return {key: value for key, value in details.items() if value is not None}
 
     def _view(self, parts: Mapping[str, LazyTensor]) -> Checkpoint:
         """The checkpoint as it will be written; `parts` holds packed tensors, and plain ones that have changed."""
@@ -206,46 +170,6 @@ class QuantizeJob:
             tokenizer_files={**self.source.tokenizer_files, **self.format.files(self.settings)},
         )
 
-    def _needs(self) -> tuple[int, int]:
-        """Bytes of memory, and of temporary files beside the packed weights."""
-        if self.recipe.method in CALIBRATED:
-            from quantpress.pipelines.quantize_calibration import needs
-
-            return needs(self.source, self.stage)
-        # codes as bytes, their words, and of what is stored as (K, N) the values in float32
-        held = (weight.tensor.size * (6 if weight.transposed else 2) for weight in self.weights.weights.values())
-        return peak_memory(max(held)), 0
-
-    def _notes(self) -> tuple[str, ...]:
-        notes = [] if isinstance(self.checked, Preflight) else [f"{self.checked}; weights are told by their names"]
-        reasons: dict[str, list[str]] = {}
-        for name, reason in self.weights.left.items():
-            if reason not in _QUIET:
-                reasons.setdefault(reason, []).append(name)
-        for reason, names in reasons.items():
-            many = f"{len(names)} weights stay as they are, first {names[0]}"
-            notes.append(f"{many if len(names) > 1 else f'{names[0]} stays as it is'}: {reason}")
-        if self.recipe.method in CALIBRATED and self.stage.calibration is None:
-            notes.append(BUILT_IN_NOTE)
-        return tuple(notes)
-
-    def _calibration(self) -> Calibration | None:
-        if self.recipe.method not in CALIBRATED:
-            return None
-        from quantpress.pipelines.quantize_calibration import Calibration
-
-        return Calibration.of(self.source, self.stage)
-
-    def _quantize(self, spool: Spool, context: RunContext, calibration: Calibration | None) -> None:
-        if calibration is None:
-            from quantpress.pipelines.quantize_weights import quantize_weights
-
-            quantize_weights(self.source, self.weights, self.recipe, self.format, spool, context)
-        else:
-            from quantpress.pipelines.quantize_layers import quantize_layers
-
-            quantize_layers(self, calibration, spool, context)
-
     def _is_unproved(self, context: RunContext) -> bool:
         """Whether what stands at the output is of this very job, which was killed before it was proved."""
         output = Path(self.output).resolve()
@@ -255,18 +179,8 @@ class QuantizeJob:
 
     def _key(self, context: RunContext) -> str:
         """Names the job: two with the same key give the same bytes."""
-        described = dict(self.stage.describe())
-        options = {name: value for name, value in described["options"].items() if name not in ("output", "calibration")}
-        text = self.stage.calibration
-        record = {
-            **described,
-            "options": options,
-            "merged": merge_records(self.source),
-            "calibration": None if text is None else hashlib.sha256(text.read_bytes()).hexdigest(),
-            "environment": environment(context.device),
-            "inputs": [_fingerprint(file.path) for file in self.source.files],
-        }
-        return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+        inputs = [_fingerprint(file.path) for file in self.source.files]
+        return hashed({**self.described(context), "inputs": inputs})
 
 
 def _fingerprint(path: Path) -> list[str | int]:

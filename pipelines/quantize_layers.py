@@ -23,14 +23,17 @@ from quantpress.quant.errors import InputError
 from quantpress.quant.floats import count_nonfinite
 
 if TYPE_CHECKING:
-    from quantpress.pipelines.quantize_job import QuantizeJob
+    from quantpress.pipelines.quantize_codes import WeightsJob
 
-__all__ = ["quantize_layers", "with_checks"]
+__all__ = ["LIVE", "quantize_layers", "with_checks"]
 
 log = logging.getLogger(__name__)
 
+LIVE = "live"
+"""Folder in a spool's where the inputs of the layer to come are kept; what is finished does not need it."""
 
-def quantize_layers(job: QuantizeJob, calibration: Calibration, spool: Spool, context: RunContext) -> None:
+
+def quantize_layers(job: WeightsJob, calibration: Calibration, spool: Spool, context: RunContext) -> None:
     """Quantizes the layers that the spool lacks, and keeps each there as soon as it is finished.
 
     Raises:
@@ -38,7 +41,7 @@ def quantize_layers(job: QuantizeJob, calibration: Calibration, spool: Spool, co
         LayoutError: values that the format cannot hold.
         OutputError: the disk is full.
     """
-    live = spool.folder / "live"
+    live = spool.folder / LIVE
     first = _first_layer(job, spool)
     if first is None:
         return
@@ -97,13 +100,13 @@ def _step(layer: int) -> str:
     return f"layer {layer}"
 
 
-def _first_layer(job: QuantizeJob, spool: Spool) -> int | None:
+def _first_layer(job: WeightsJob, spool: Spool) -> int | None:
     """Gives the layer to begin with, after the finished ones; None where all are."""
     layers = job.hyper.layers
     first = next((layer for layer in range(layers) if _step(layer) not in spool.steps), None)
     if not first:
         return first
-    if load_chain(spool.folder / "live", first) is None:
+    if load_chain(spool.folder / LIVE, first) is None:
         log.warning("%s: the inputs of layer %d are missing or damaged: starting anew", spool.folder, first)
         spool.clear()
         return 0
@@ -111,7 +114,7 @@ def _first_layer(job: QuantizeJob, spool: Spool) -> int | None:
     return first
 
 
-def _method(job: QuantizeJob, context: RunContext) -> LayerMethod:
+def _method(job: WeightsJob, context: RunContext) -> LayerMethod:
     from quantpress.convert.calibration import methods
     from quantpress.quant.gptq import GptqOptions
 

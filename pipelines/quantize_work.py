@@ -11,10 +11,15 @@ from quantpress.pipelines.spool import Spool
 if TYPE_CHECKING:
     from quantpress.pipelines.quantize_calibration import Calibration
 
-__all__ = ["WRITTEN", "Spooled"]
+__all__ = ["WRITTEN", "Spooled", "reports_of"]
 
 WRITTEN = "written"
 """The spool's step after which the output stands, but is not proved."""
+
+
+def reports_of(steps: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Gives weight -> what the method says of it, from the records of a spool's steps."""
+    return {name: report for record in steps.values() for name, report in record.get("reports", {}).items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,16 +49,12 @@ class Spooled:
     @property
     def reports(self) -> Mapping[str, Mapping[str, Any]]:
         """Weight -> what the method says of it."""
-        return {name: report for record in self._records.values() for name, report in record["reports"].items()}
+        return reports_of(self.spool.steps)
 
     @property
     def timings(self) -> Mapping[str, Any]:
         """Step -> seconds."""
-        return {step: record["seconds"] for step, record in self._records.items()}
-
-    @property
-    def _records(self) -> Mapping[str, Mapping[str, Any]]:
-        return {step: record for step, record in self.spool.steps.items() if step != WRITTEN}
+        return {step: record["seconds"] for step, record in self.spool.steps.items() if "seconds" in record}
 
     def mark_written(self) -> None:
         """Notes that the output stands: where a run is killed before it is proved, the same command replaces it."""

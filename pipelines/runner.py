@@ -21,19 +21,20 @@ from quantpress.pipelines.merge_stage import (
     adapter_notes,
     input_names,
     ledger_of,
-    merge_records,
-    run_lazy,
     stage_record,
 )
 from quantpress.pipelines.own_inputs import paths_in, refuse_own_input
 from quantpress.pipelines.sidecar import rounded, statement, write_sidecar
 from quantpress.pipelines.stage import Artifact, BuildingStage, RunContext, Stage
+from quantpress.pipelines.upstream import Upstream, run_stages
 from quantpress.quant.errors import InputError, ParityError, UnknownFamilyError
 
 if TYPE_CHECKING:
     from quantpress.convert.lora.ledger import LedgerEntry
     from quantpress.pipelines.parity import Parity
     from quantpress.pipelines.verification import Reference
+
+__all__ = ["Pressed", "Upstream", "only_mergeable", "press"]
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,11 @@ class Pressed:
     timings: Mapping[str, Any]
     ledger: tuple[LedgerEntry, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def judged_as(self) -> str:
+        """Type whose parity limits hold."""
+        return self.artifact.judged_as or self.artifact.ftype
 
     def require_parity(self) -> None:
         """Ends the run where the proof failed.
@@ -105,7 +111,7 @@ class _Judge:
             try:
                 self._reference = Reference(source, options, context.progress)
             except InputError as error:
-                if not _only_mergeable(source):
+                if not only_mergeable(source):
                     raise
                 self._problem = str(error)
         if self._problem:
@@ -120,7 +126,7 @@ class _Judge:
         return unjudged(f"could not be judged: {self._problem}", limits)
 
 
-def _only_mergeable(source: Checkpoint) -> bool:
+def only_mergeable(source: Checkpoint) -> bool:
     """Whether a checkpoint's adapters can be merged but not run beside their base, so that nothing can judge them."""
     if source.adapted is None:
         return False
@@ -142,14 +148,15 @@ def _no_table(source: Checkpoint) -> str:
     return ""
 
 
-def _notes(source: Checkpoint, lazy: Sequence[Stage]) -> tuple[str, ...]:
+def _notes(upstream: Upstream) -> tuple[str, ...]:
     """Looks at the adapters' values, and warns of all that a user should know before anything is written."""
+    source = upstream.source
     if source.adapted is None:
         return ()
     from quantpress.pipelines.qlora_choice import QloraBase, qlora_notes
 
     notes = adapter_notes(source)
-    if not any(isinstance(stage, QloraBase) for stage in lazy):
+    if not any(record["name"] == QloraBase.name for record in upstream.records):
         notes = (*notes, *qlora_notes(source))
     for note in notes:
         log.warning("%s", note)
@@ -165,17 +172,19 @@ def press(
     judge: JudgeOptions | None = None,
     reference: Reference | None = None,
     hashes: BackgroundHashes | None = None,
+    upstream: Upstream | None = None,
 ) -> Pressed:
     """Runs one building stage on a model, in one pass with the lazy stages before it.
 
     Args:
-        model: folder, file, Hub id or open checkpoint, merged or not.
+        model: folder, file, Hub id or open checkpoint, merged or not; with `upstream` the checkpoint that it speaks of.
         stage: the target.
         context: what the run may use.
-        lazy: stages that give views, in order: the adapters to merge.
+        lazy: stages that give views, in order: the adapters to merge, codes that are found when they are read.
         judge: how to prove the output; None leaves it unproved.
         reference: the source made ready for judging, where several outputs share it.
         hashes: a thread that hashes the inputs, where it has been started already.
+        upstream: what was done to the model before, where that is more than merging adapters.
 
     Raises:
         QuantpressError: the source, an option or the output is not usable. A proof that fails is not raised here: the
@@ -184,23 +193,22 @@ def press(
     clock = _Clock()
     source = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     clock.step("open")
-    records = [*merge_records(source), *(stage_record(each) for each in lazy)]
-    source = run_lazy(source, lazy, context)
+    source, before = run_stages(source, lazy, context, upstream)
+    yardstick = before.source
     stage = stage.resolved(source)
     texts = [*paths_in(stage, but="output"), *paths_in(judge)]
-    refuse_own_input(stage.target(source), [*(file.path for file in source.files), *texts])
-    records.append(stage_record(stage))
-    if judge is not None or source.adapted is not None:
+    refuse_own_input(stage.target(source), [*(file.path for file in yardstick.files), *texts])
+    if judge is not None or yardstick.adapted is not None:
         stage.check_output(source, context)
-    notes, names = _notes(source, lazy), input_names(source)
-    judged = _Judge(source, judge, context, reference) if judge is not None else None
+    notes, names = _notes(before), input_names(yardstick)
+    judged = _Judge(yardstick, judge, context, reference) if judge is not None else None
     if lazy:
-        clock.step("merge_lora")
+        clock.step(lazy[-1].name)
     with contextlib.ExitStack() as stack:
         hashing = stack.enter_context(BackgroundHashes()) if hashes is None else hashes
         hashing.add(names)
-        artifact = stack.enter_context(stage.session(source, context))
-        ledger = ledger_of(source)
+        artifact = before.described(stack.enter_context(stage.session(source, context)))
+        ledger = ledger_of(yardstick)
         hashed = hashing.results(list(names))
         clock.step(stage.name, artifact.timings)
         parity = None
@@ -210,7 +218,7 @@ def press(
         contents = statement(
             inputs=[{"name": names[path], "sha256": sha256, "bytes": size} for path, (sha256, size) in hashed.items()],
             adapters=[rounded(entry.to_json()) for entry in ledger],
-            stages=records,
+            stages=[*before.records, stage_record(stage)],
             device=context.device,
             **_written(artifact),
             parity=rounded(parity.to_json()) if parity is not None else None,

@@ -1,11 +1,14 @@
-"""Writes a checkpoint as a Hugging Face folder, in its own types or cast to one."""
+"""Writes a checkpoint as a Hugging Face folder, in its own types, cast to one, or with the codes it has packed."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from quantpress.convert.checkpoint import Checkpoint
 from quantpress.convert.preflight import Preflight, check_tied_head, preflight, refuse_quantized
@@ -22,7 +25,10 @@ from quantpress.pipelines.stage import (
     TensorResult,
     fill_name,
 )
-from quantpress.quant.errors import UnknownFamilyError
+from quantpress.quant.errors import UnknownFamilyError, UsageError
+
+if TYPE_CHECKING:
+    from quantpress.pipelines.quantize_stage import Quantize
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +53,9 @@ class Safetensors(BuildingStage):
     Attributes:
         output: the folder; may hold `{ftype}` and `{name}`.
         dtype: "f32", "f16" or "bf16" for all floating-point tensors; None keeps each tensor's type.
+        format: "gptq", "gptq_v2", "awq", "compressed-tensors" or "bitsandbytes": how the codes of a quantized model
+            are packed, bit for bit; None writes the numbers they stand for.
+        scale_type: "F16", "BF16" or "F32", where the format leaves the choice; None: as the codes have it.
     """
 
     name: ClassVar[str] = "safetensors"
@@ -54,9 +63,48 @@ class Safetensors(BuildingStage):
 
     output: Path
     dtype: str | None = None
+    format: str | None = None
+    scale_type: str | None = None
+
+    def resolved(self, source: Checkpoint) -> Safetensors:
+        """Fills in what depends on the source.
+
+        Raises:
+            UsageError: options that do not go together, or no codes to pack.
+        """
+        if self.format is None:
+            if self.scale_type is not None:
+                raise UsageError(f"scale_type {self.scale_type}: only a format of codes has scales; give format too")
+            return self
+        if self.dtype is not None:
+            raise UsageError(f"dtype {self.dtype}: with format {self.format} every tensor keeps its type; leave it out")
+        if not source.quantized or source.adapted is not None:
+            raise UsageError(
+                f"format {self.format}: {source.name} has no codes to pack; it needs a stage that quantizes before it:"
+                " rtn, hqq, gptq, awq or smoothquant"
+            )
+        return dataclasses.replace(self, scale_type=_packing(self).resolved(source).scale_type)
+
+    def check_output(self, source: Checkpoint, context: RunContext) -> None:
+        """Checks that the target may be written; what this very run has left there may be replaced."""
+        if self.format is None:
+            super().check_output(source, context)
+        else:
+            _packing(self.resolved(source)).check_output(source, context)
+
+    @contextlib.contextmanager
+    def session(self, source: Checkpoint, context: RunContext) -> Iterator[Artifact]:
+        """Writes the folder; inside the block it is proved."""
+        if self.format is None:
+            yield self.run(source, context)
+            return
+        with _packing(self.resolved(source)).session(source, context) as artifact:
+            yield artifact
 
     def plan(self, source: Checkpoint) -> Plan:
         """Says what would be written, without reading a weight."""
+        if self.format is not None:
+            return _packing(self.resolved(source)).plan(source)
         checked = checked_or_unknown(source)
         merged = merged_names(source)
         tensors = tuple(
@@ -70,6 +118,8 @@ class Safetensors(BuildingStage):
 
     def run(self, source: Checkpoint, context: RunContext) -> Artifact:
         """Writes the folder."""
+        if self.format is not None:
+            return _packing(self.resolved(source)).run(source, context)
         plan = self.plan(source)
         checked = checked_or_unknown(source)
         if isinstance(checked, Preflight):
@@ -107,3 +157,10 @@ class Safetensors(BuildingStage):
 
     def _path(self, source: Checkpoint) -> Path:
         return fill_name(self.output, {"ftype": self._ftype(source), "name": Path(source.name).name})
+
+
+def _packing(stage: Safetensors) -> Quantize:
+    """Gives the stage that keeps codes as they are, and packs them."""
+    from quantpress.pipelines.quantize_stage import Quantize  # which checks models as it is done here
+
+    return Quantize(output=stage.output, format=stage.format, scale_type=stage.scale_type)

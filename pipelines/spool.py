@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,27 @@ from quantpress.convert.safetensors_writer import encode_header
 from quantpress.pipelines.hashing import hash_file
 from quantpress.quant.errors import InputError
 
-__all__ = ["Spool"]
+__all__ = ["Finished", "Spool"]
 
 log = logging.getLogger(__name__)
 
 _JOURNAL = "journal.jsonl"
 _TYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """What a run has left.
+
+    Attributes:
+        key: what the run was.
+        steps: finished step -> its record, in the order they were finished.
+        tensors: all that was kept, by name; nothing is read.
+    """
+
+    key: str
+    steps: Mapping[str, Mapping[str, Any]]
+    tensors: Mapping[str, LazyTensor] = field(repr=False)
 
 
 class Spool:
@@ -65,6 +81,20 @@ class Spool:
             return frozenset()
         return frozenset(str(line.get("step")) for line in lines[1:])
 
+    @classmethod
+    def read_only(cls, folder: Path) -> Finished:
+        """Gives what a run has left, and changes nothing; the files' hashes are not looked at.
+
+        Raises:
+            InputError: there is no journal, or a file of a step is missing.
+        """
+        lines = _read_journal(folder / _JOURNAL)
+        if not lines:
+            raise InputError(f"{folder}: the journal of what was finished is missing or damaged")
+        steps = {str(line["step"]): line for line in lines[1:]}
+        tensors = _tensors(folder, steps)
+        return Finished(str(lines[0].get("key")), {step: line["record"] for step, line in steps.items()}, tensors)
+
     @property
     def steps(self) -> Mapping[str, Mapping[str, Any]]:
         """Finished step -> its record, in the order they were finished."""
@@ -90,8 +120,7 @@ class Spool:
 
     def tensors(self) -> dict[str, LazyTensor]:
         """Gives all tensors that were kept, by name; nothing is read."""
-        files = (self.folder / str(line["file"]) for line in self._steps.values())
-        return {name: tensor for path in files for name, tensor in open_shard(path).tensors.items()}
+        return _tensors(self.folder, self._steps)
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
@@ -138,6 +167,11 @@ class Spool:
             return bool(hash_file(self.folder / str(line["file"]))[0] == line["sha256"])
         except InputError:
             return False
+
+
+def _tensors(folder: Path, steps: Mapping[str, Mapping[str, Any]]) -> dict[str, LazyTensor]:
+    files = (folder / str(line["file"]) for line in steps.values())
+    return {name: tensor for path in files for name, tensor in open_shard(path).tensors.items()}
 
 
 def _read_journal(path: Path) -> list[dict[str, Any]]:

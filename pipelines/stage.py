@@ -57,6 +57,7 @@ class TensorResult:
         nbytes: of all that is stored for it.
         relative_error: root mean square error over root mean square, or None.
         figures: what else a method says of it: loss, damping, ...
+        source: name of the weight in the checkpoint that was written; empty where `name` is that.
     """
 
     name: str
@@ -64,6 +65,7 @@ class TensorResult:
     nbytes: int
     relative_error: float | None = None
     figures: Mapping[str, Any] = field(default_factory=dict)
+    source: str = ""
 
 
 @dataclass(frozen=True, slots=True)
