@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from quantpress.convert.checkpoint import Checkpoint
+from quantpress.pipelines.cancel import cancellable
 from quantpress.pipelines.gguf_stage import Gguf
 from quantpress.pipelines.judging import JudgeOptions
 from quantpress.pipelines.machine import available_threads
@@ -30,6 +32,7 @@ def export_gguf(
     allow_nonfinite: bool = False,
     threads: int | None = None,
     progress: Progress = no_progress,
+    cancel: threading.Event | None = None,
     **options: Any,
 ) -> Pressed:
     """Writes a model as a GGUF file, in one pass with bounded memory, and a sidecar beside it.
@@ -45,17 +48,22 @@ def export_gguf(
         allow_nonfinite: write NaN and infinities instead of refusing them.
         threads: worker threads; the bytes do not depend on it.
         progress: told how far the work has come.
+        cancel: set from another thread, stops the work; nothing half written is left.
         options: further fields of `Gguf`: output_tensor_type, pure, override_kv, model_name and so on.
 
     Returns:
         What was written and, with `verify`, the verdict.
 
     Raises:
-        QuantpressError: an input, an option or the output cannot be used; `ParityError` if the verdict is not passed.
+        QuantpressError: an input, an option or the output cannot be used; `ParityError` if the verdict is not passed,
+            `CancelledError` once `cancel` is set.
     """
     stage = Gguf(output=Path(output), outtype=outtype, tensor_types=tuple(tensor_types), **options)
     context = RunContext(
-        progress=progress, threads=threads or available_threads(), force=force, allow_nonfinite=allow_nonfinite
+        progress=cancellable(progress, cancel),
+        threads=threads or available_threads(),
+        force=force,
+        allow_nonfinite=allow_nonfinite,
     )
     return _pressed(model, stage, context, judge or JudgeOptions() if verify else None)
 
@@ -75,6 +83,7 @@ def export_onnx(
     max_memory: int | None = None,
     threads: int | None = None,
     progress: Progress = no_progress,
+    cancel: threading.Event | None = None,
     **options: Any,
 ) -> Pressed:
     """Writes a model as an ONNX folder that onnxruntime and onnxruntime-genai run, and a sidecar in it.
@@ -94,17 +103,20 @@ def export_onnx(
         max_memory: bytes that activations may take before they go to the disk; None for half of what is free.
         threads: worker threads; the bytes do not depend on it.
         progress: told how far the work has come.
+        cancel: set from another thread, stops the work; nothing half written is left.
         options: further fields of `Onnx`: block_size, symmetric, int8, compute_type, standard_ops, opset and so on.
 
     Raises:
-        QuantpressError: an input, an option or the output cannot be used; `ParityError` if the verdict is not passed.
+        QuantpressError: an input, an option or the output cannot be used; `ParityError` if the verdict is not passed,
+            `CancelledError` once `cancel` is set.
     """
     stage = Onnx(
         output=Path(output), precision=precision, method=method,
         calibration=None if calibration is None else Path(calibration), **options,
     )  # fmt: skip
     context = RunContext(
-        progress=progress, threads=threads or available_threads(), device=device, max_memory=max_memory, force=force,
+        progress=cancellable(progress, cancel),
+        threads=threads or available_threads(), device=device, max_memory=max_memory, force=force,
         allow_nonfinite=allow_nonfinite,
     )  # fmt: skip
     return _pressed(model, stage, context, judge or JudgeOptions() if verify else None)
@@ -121,6 +133,7 @@ def export_safetensors(
     allow_nonfinite: bool = False,
     threads: int | None = None,
     progress: Progress = no_progress,
+    cancel: threading.Event | None = None,
 ) -> Pressed:
     """Writes a model as a Hugging Face folder, in its own types or cast to one, and a sidecar in it.
 
@@ -134,13 +147,18 @@ def export_safetensors(
         allow_nonfinite: write NaN and infinities instead of refusing them.
         threads: worker threads.
         progress: told how far the work has come.
+        cancel: set from another thread, stops the work; nothing half written is left.
 
     Raises:
-        QuantpressError: an input, an option or the output cannot be used; `ParityError` if the verdict is not passed.
+        QuantpressError: an input, an option or the output cannot be used; `ParityError` if the verdict is not passed,
+            `CancelledError` once `cancel` is set.
     """
     stage = Safetensors(output=Path(output), dtype=dtype)
     context = RunContext(
-        progress=progress, threads=threads or available_threads(), force=force, allow_nonfinite=allow_nonfinite
+        progress=cancellable(progress, cancel),
+        threads=threads or available_threads(),
+        force=force,
+        allow_nonfinite=allow_nonfinite,
     )
     return _pressed(model, stage, context, judge or JudgeOptions() if verify else None)
 
@@ -162,6 +180,7 @@ def quantize(
     max_memory: int | None = None,
     threads: int | None = None,
     progress: Progress = no_progress,
+    cancel: threading.Event | None = None,
     **options: Any,
 ) -> Pressed:
     """Writes a model with quantized linear weights as a Hugging Face folder, and a sidecar in it.
@@ -185,17 +204,20 @@ def quantize(
         max_memory: bytes that activations may take before they go to the disk; None for half of what is free.
         threads: worker threads; the bytes do not depend on it.
         progress: told how far the work has come.
+        cancel: set from another thread, stops the work; nothing half written is left.
         options: further fields of `Quantize`: symmetric, samples, sequence_length, skip, override and so on.
 
     Raises:
-        QuantpressError: an input, an option or the output cannot be used; `ParityError` if the verdict is not passed.
+        QuantpressError: an input, an option or the output cannot be used; `ParityError` if the verdict is not passed,
+            `CancelledError` once `cancel` is set.
     """
     stage = Quantize(
         output=Path(output), method=method, bits=bits, group_size=group_size, format=format,
         calibration=None if calibration is None else Path(calibration), **options,
     )  # fmt: skip
     context = RunContext(
-        progress=progress, threads=threads or available_threads(), device=device, max_memory=max_memory, force=force,
+        progress=cancellable(progress, cancel),
+        threads=threads or available_threads(), device=device, max_memory=max_memory, force=force,
         allow_nonfinite=allow_nonfinite,
     )  # fmt: skip
     return _pressed(model, stage, context, judge or JudgeOptions() if verify else None)

@@ -55,7 +55,7 @@ def attempt(perform: str | Perform, task: Task, progress: Progress, threads: int
         result = TaskResult(task.id, "failed", error=str(error), exit_code=error.exit_code)
     except MemoryError:
         result = TaskResult(task.id, "failed", error=_out_of_memory(task), exit_code=OutputError.exit_code)
-    except Exception as error:  # noqa: BLE001 - the edge of a job: a bug in it, or in a plug-in, ends this job only
+    except Exception as error:  # the edge of a job: a bug in it, or in a plug-in, ends this job only
         log.exception("%s: %s", task.job, task.title)
         result = TaskResult(task.id, "failed", error=_bug(error), exit_code=QuantpressError.exit_code)
     if result.state == "failed" and result.exit_code == CancelledError.exit_code:
