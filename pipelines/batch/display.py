@@ -59,8 +59,7 @@ class _Throttle:
     def lets(self, event: Event) -> bool:
         now, finished = self._standing.now, event.done >= event.total
         phase, ended, when = self._last.get(event.task, ("", False, 0.0))
-        new = phase != event.phase or (ended and not finished)
-        if not new and not (finished and not ended) and now - when < PLAIN_INTERVAL:
+        if phase == event.phase and (ended or not finished) and now - when < PLAIN_INTERVAL:
             return False
         self._last[event.task] = event.phase, finished, now
         return True

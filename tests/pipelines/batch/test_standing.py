@@ -131,6 +131,18 @@ def test_a_phase_that_goes_on_with_kept_work_is_not_thought_to_be_fast() -> None
     assert standing.left() == pytest.approx(20 * 10 / 10)
 
 
+def test_a_phase_that_begins_again_is_timed_anew() -> None:
+    clock = Clock()
+    standing = Standing([task("a", 1)], clock)
+    standing.tell(Event("started", "a"))
+    standing.tell(Event("progress", "a", phase="write", done=100, total=100))
+    clock.now += 500
+    standing.tell(Event("progress", "a", phase="write", done=0, total=100))
+    clock.now += 10
+    standing.tell(Event("progress", "a", phase="write", done=50, total=100))
+    assert standing.left() == pytest.approx(10)
+
+
 def test_tasks_without_estimates_take_as_long_as_those_that_were_done() -> None:
     standing = Standing([task(name) for name in "abc"], Clock())
     standing.tell(finished("a", 30))
