@@ -24,6 +24,7 @@ from quantpress.quant.errors import QuantpressError
 COMMANDS = {
     "architectures": "model families and what works for each",
     "bench": "measure the GPU kernels, and find their best settings for this GPU",
+    "cache": "what batches have kept: list it, check it, make room",
     "convert": "press a model into a file, and prove it",
     "demo": "the main job from end to end on a small model",
     "doctor": "versions, devices and runtimes on this machine",

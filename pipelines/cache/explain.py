@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -61,6 +62,16 @@ class History:
             path.parent.mkdir(exist_ok=True)
         if self._last(label) != plain(material):
             replace_sealed(path, {"label": label, "material": material})
+
+    def labels(self) -> dict[str, list[str]]:
+        """Gives the labels that were last remembered, by the key of their material."""
+        found: dict[str, list[str]] = {}
+        folder = self._cache.layout.labels
+        for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
+            with contextlib.suppress(InputError, LookupError, TypeError):
+                value = read_sealed(path)
+                found.setdefault(key_of(value["material"]), []).append(str(value["label"]))
+        return {key: sorted(labels) for key, labels in found.items()}
 
     def _last(self, label: str) -> Mapping[str, Any] | None:
         try:

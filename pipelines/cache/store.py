@@ -23,16 +23,18 @@ from quantpress.pipelines.cache.entry import USE_LOCK, Entry, check_files, read_
 from quantpress.pipelines.cache.keys import is_key, key_of, plain
 from quantpress.pipelines.cache.layout import Layout
 from quantpress.pipelines.cache.making import Making, maker_lock, never, to_trash
-from quantpress.pipelines.cache.use_lock import is_held_on, is_unused, take_shared
+from quantpress.pipelines.cache.use_lock import in_use, is_held_on, is_unused, take_shared
 from quantpress.quant.errors import BusyError, InputError, OutputError
 
 __all__ = ["Cache", "Making"]
 
 log = logging.getLogger(__name__)
 
+_MOST_HELD = 200  # entries of one object; each takes a descriptor, of which a process often has 1024
+
 
 class Cache:
-    """A folder of finished work. Entries that it gave are kept from `prune` until it is closed or forgotten.
+    """A folder of finished work. The entries that it gave last are kept from `prune` until it is closed or forgotten.
 
     Several threads may use one object; they may ask for different keys at the same time.
     """
@@ -96,11 +98,25 @@ class Cache:
             return None
         return entry
 
+    def damage(self, key: str) -> str:
+        """Says what is wrong with an entry, every byte of it; empty text if nothing is. Nothing is changed or held.
+
+        Raises:
+            OutputError, BusyError: the cache folder cannot be used.
+        """
+        place = self.layout.entry(key)
+        try:
+            with in_use(place / USE_LOCK):
+                check_files(read_entry(place, key))
+        except InputError as error:
+            return str(error)
+        return ""
+
     def was_begun(self, key: str) -> bool:
         """Whether a run has begun this work, and was stopped or is still busy with it."""
         return self.layout.work_of(key).is_dir()
 
-    def keys(self) -> list[str]:
+    def kept_keys(self) -> list[str]:
         """Gives the keys of all entries, whole or not."""
         with output_errors(self.folder):
             names = [path.name for path in self.layout.entries.iterdir()] if self.layout.entries.is_dir() else []
@@ -203,8 +219,8 @@ class Cache:
             if key in self._held and is_held_on(self._held[key], path):
                 return True
             descriptor = take_shared(path)
-            if key in self._held:
-                os.close(self._held.pop(key))
+            for old in [key] if key in self._held else list(self._held)[: max(0, len(self._held) + 1 - _MOST_HELD)]:
+                os.close(self._held.pop(old))
             if descriptor is not None:
                 self._held[key] = descriptor
             return descriptor is not None

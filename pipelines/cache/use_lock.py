@@ -16,7 +16,7 @@ from pathlib import Path
 
 from quantpress.quant.errors import BusyError, OutputError
 
-__all__ = ["is_held_on", "is_unused", "take_shared"]
+__all__ = ["in_use", "is_held_on", "is_unused", "take_shared"]
 
 _POLL = 0.02  # seconds; whoever removes an entry holds its lock for the time of a rename
 _WAIT = 10.0
@@ -53,6 +53,17 @@ def take_shared(path: Path) -> int | None:
         if time.monotonic() >= deadline:
             raise BusyError(f"{path.parent}: another run is removing this cache entry and does not end")
         time.sleep(_POLL)
+
+
+@contextlib.contextmanager
+def in_use(path: Path) -> Iterator[None]:
+    """Keeps an entry from being removed, inside the block; does nothing where there is none (errors: `take_shared`)."""
+    descriptor = take_shared(path)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def is_held_on(descriptor: int, path: Path) -> bool:
