@@ -32,6 +32,7 @@ COMMANDS = {
     "merge": "make adapters part of a model, and account for every tensor of them",
     "perplexity": "llama.cpp's perplexity of any model",
     "quantize": "turn a model's weights into integers that transformers and vLLM load",
+    "run": "a pipeline file: many models, adapters and outputs, with shared work",
     "verify": "compare a file with the model it was made from",
 }
 INTERRUPTED, TERMINATED = 130, 143
