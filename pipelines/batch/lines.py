@@ -44,10 +44,12 @@ def _output(output: object) -> tuple[str, ...]:
 
 
 def log_line(task: Task, event: Event) -> str:
-    """Gives a message of a task as the program's own messages look."""
+    """Gives a message of a task as the program's own messages look; further lines of it are indented."""
     level = event.level.upper() or "WARNING"
-    message = error_line(event.message) or ("its worker was lost; it is tried again" if event.kind == "retried" else "")
-    return f"{level}: {task_name(task)}: {message}"
+    first, *more = event.message.splitlines() or [""]
+    if not first and event.kind == "retried":
+        first = "its worker was lost; it is tried again"
+    return "\n  ".join((f"{level}: {task_name(task)}: {printable(first)}", *map(printable, more)))
 
 
 def is_error(event: Event) -> bool:

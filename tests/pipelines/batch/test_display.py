@@ -100,14 +100,15 @@ def test_progress_is_told_every_few_seconds_and_not_of_quick_tasks(tick: Tick) -
 
 def test_messages_of_workers_name_their_task_and_keep_to_the_level() -> None:
     lines = shown(
-        Event("log", "1", level="WARNING", message="layer 2: damping\nraised"),
+        Event("log", "1", level="WARNING", message="layer 2: damping\nraised \x1b[2J"),
         Event("log", "1", level="INFO", message="nobody asked"),
         Event("retried", "1", level="WARNING", message="its worker was killed (SIGKILL)"),
         Event("retried", "1"),
         Event("log", "nobody", level="ERROR", message="lost"),
     )
     assert lines == [
-        "WARNING: smol: gptq: layer 2: damping raised",
+        "WARNING: smol: gptq: layer 2: damping",
+        "  raised \\x1b[2J",
         "WARNING: smol: gptq: its worker was killed (SIGKILL)",
         "WARNING: smol: gptq: its worker was lost; it is tried again",
     ]
