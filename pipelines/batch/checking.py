@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -149,23 +150,22 @@ def _wanted(group: Sequence[Any]) -> str:
             words.append(f"at most {context['max_length']} characters")
         else:
             words.append(each["msg"])
-    return " or ".join(dict.fromkeys(words))
+    once = list(dict.fromkeys(words))
+    return " or ".join(once) if len(once) < 4 else f"{', '.join(once[:-1])} or {once[-1]}"
 
 
 def _choices(expected: str) -> str:
-    """Gives the choices of a literal, each in one spelling."""
-    words = [word for part in expected.split(", ") for word in part.split(" or ")]
-    once = {word.strip("'").lower(): word.strip("'") for word in reversed(words)}
-    return " or ".join(reversed(once.values())) if len(once) < 3 else "one of " + ", ".join(reversed(once.values()))
+    words = _words(expected)
+    return " or ".join(words) if len(words) < 3 else f"one of {', '.join(words)}"
 
 
 def found_text(node: Node) -> str:
     """Describes a value for a message."""
     value = node.value
     if isinstance(value, list):
-        return "a list"
+        return "a list" if value else "an empty list"
     if isinstance(value, dict):
-        return "a mapping"
+        return "a mapping" if value else "an empty mapping"
     if value is None:
         return "nothing"
     if isinstance(value, bool):
@@ -176,21 +176,23 @@ def found_text(node: Node) -> str:
 def _hint(group: Sequence[Any], node: Node) -> str:
     """Says how to write what was probably meant."""
     kinds, value = {each["type"] for each in group}, node.value
+    if "list_type" in kinds and not isinstance(value, dict | list):
+        return f"; write [{value[:40]}]" if isinstance(value, str) else "; write it as a list, in [ ]"
     if "string_type" in kinds and isinstance(value, bool | int | float):
         return "; write it in quotation marks"
     if not isinstance(value, str):
-        return "; write it as a list, in [ ]" if "list_type" in kinds and not isinstance(value, dict) else ""
+        return ""
     if "bool_type" in kinds and value.lower() in _YAML_1_1:
         return f"; write {_YAML_1_1[value.lower()]}"
-    if "bool_type" in kinds and value.lower() in ("true", "false"):
-        return "; write it without quotation marks"
-    if kinds & {"int_type", "float_type"} and value.replace("_", "").lstrip("+-").replace(".", "", 1).isdigit():
-        return "; write it without quotation marks, _ and leading noughts"
-    if "list_type" in kinds:
-        return f"; write [{value[:40]}]"
-    for each in group:
-        if each["type"] == "literal_error":
-            return nearest(
-                value, [word.strip("'") for word in each["ctx"]["expected"].replace(" or ", ", ").split(", ")]
-            )
-    return ""
+    choices = [word for each in group if each["type"] == "literal_error" for word in _words(each["ctx"]["expected"])]
+    if kinds & {"int_type", "float_type", "bool_type"} or value in choices:
+        plain = re.sub(r"^([+-]?)0+(?=[0-9])", r"\1", value.replace("_", ""))
+        if plain.lstrip("+-").replace(".", "", 1).isdigit() or plain in ("true", "false"):
+            return f"; write {plain}, without quotation marks"
+    return nearest(value, choices)
+
+
+def _words(expected: str) -> list[str]:
+    """Gives the choices of a literal in one spelling each; pydantic lists them as `'a', 'b' or 'c'`."""
+    words = [word.strip("'") for part in expected.split(", ") for word in part.split(" or ")]
+    return list({word.lower(): word for word in reversed(words)}.values())[::-1]

@@ -20,10 +20,12 @@ from quantpress.pipelines.batch.places import Places
 from quantpress.pipelines.batch.problems import Problems, nearest
 from quantpress.pipelines.batch.set_flags import with_sets
 from quantpress.pipelines.batch.specs import BatchSpec, JobSpec, Settings
+from quantpress.pipelines.batch.stores import is_url, local_path
 from quantpress.pipelines.batch.variables import evaluated, filled
 from quantpress.pipelines.batch.written import check_written
 from quantpress.pipelines.batch.yaml_file import Node, read_yaml
 from quantpress.pipelines.judging import JudgeOptions
+from quantpress.pipelines.stage import BuildingStage
 from quantpress.quant.errors import UsageError
 
 __all__ = ["load_batch"]
@@ -64,20 +66,27 @@ def load_batch(path: Path | str, *, sets: Sequence[str] = (), jobs: Sequence[str
     check_outputs([(job, spec) for job, spec, _ in made if spec is not None], path, cache, problems)
     problems.raise_any()
     chosen = _chosen(templates, jobs)
+    specs = [spec for _, spec, _ in made if spec is not None]
     for job, _, lost in made:
-        if job.name in chosen:
-            for problem in lost.found:
-                missing.add(problem.mark, problem.message, missing=True)
+        for problem in lost.found if job.name in chosen else ():
+            missing.add(problem.mark, problem.message + _maker(places.lost[problem.mark], specs), missing=True)
     missing.raise_any()
-    return BatchSpec(path, cache, tuple(spec for job, spec, _ in made if spec is not None and job.name in chosen))
+    return BatchSpec(path, cache, tuple(spec for spec in specs if spec.name in chosen))
+
+
+def _maker(lost: Path, specs: Sequence[JobSpec]) -> str:
+    """Says which job will write what is not there."""
+    for spec in specs:
+        if any(isinstance(call.stage, BuildingStage) and call.stage.output == lost for call in spec.stages):
+            return f"; job {shown(spec.name)} writes it, but jobs do not wait for each other: make it one job"
+    return ""
 
 
 def _cache(document: Node, variables: dict[str, Node], places: Places, problems: Problems) -> Path:
     node = document.get("cache")
     text = Frame.model_fields["cache"].default if node is None else filled(node, variables, problems).value
-    if not isinstance(text, str) or not text:
-        assert node is not None
-        problems.add(node.mark, "cache: wanted the name of a folder")
+    if not isinstance(text, str) or not text or (is_url(text) and local_path(text) is None):
+        problems.add(node.mark if node is not None else document.mark, "cache: wanted a folder on a disk")
         return places.folder
     return places.absolute(text)
 

@@ -71,8 +71,8 @@ def expanded(job: Node, variables: Mapping[str, Node], room: int, problems: Prob
 def _axes(job: Node, variables: Mapping[str, Node], problems: Problems) -> dict[str, list[Node]]:
     """Gives the values of the matrix's variables; they may use the file's."""
     axes: dict[str, list[Node]] = {}
-    matrix = job.get("matrix")
-    for name, node in matrix.items().items() if matrix is not None else ():
+    matrix = job.get("matrix") or Node({}, job.mark)
+    for name, node in matrix.items().items():
         if not NAME.fullmatch(name):
             problems.add(matrix.key_mark(name), f"{shown(name)}: a variable's name is letters, digits, _ and -")
         found = filled(node, variables, problems).value
@@ -91,26 +91,31 @@ def combinations(
     job: Node, axes: Mapping[str, list[Node]], variables: Mapping[str, Node], problems: Problems
 ) -> Iterator[dict[str, Node]]:
     """Gives the combinations in the order in which nested loops would, the last variable's fastest."""
-    excluded = job.get("exclude")
-    rules: list[dict[str, Node]] = []
-    for node in filled(excluded, variables, problems).value if excluded is not None else ():  # type: ignore[union-attr]
-        assert isinstance(node, Node)
-        for key in node.items():
-            if key not in axes:
-                message = f"exclude: {shown(key)} is no variable of the matrix"
-                problems.add(node.key_mark(key), f"{message}{nearest(key, axes)}")
-        rules.append(node.items())
-    used = [False] * len(rules)
+    rules = _rules(job, axes, variables, problems)
+    idle = set(range(len(rules)))
     for values in itertools.product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
-        matching = [index for index, rule in enumerate(rules) if _matches(rule, chosen)]
-        for index in matching:
-            used[index] = True
+        matching = {index for index, rule in enumerate(rules) if _matches(rule.items(), chosen)}
+        idle -= matching
         if not matching:
             yield chosen
-    for rule_node, hit in zip(excluded.value if excluded is not None else (), used, strict=True):  # type: ignore[arg-type,union-attr]
-        if not hit and not problems.found:
-            problems.add(rule_node.mark, "exclude: no combination of the matrix has these values")
+    as_written = all(value.mark.line for values in axes.values() for value in values)  # nothing by --set
+    if as_written and not problems.found:
+        for index in idle:
+            problems.add(rules[index].mark, "exclude: no combination of the matrix has these values")
+
+
+def _rules(job: Node, axes: Mapping[str, list[Node]], variables: Mapping[str, Node], problems: Problems) -> list[Node]:
+    """Gives the entries of `exclude`."""
+    excluded = job.get("exclude")
+    if excluded is None or not isinstance(rules := filled(excluded, variables, problems).value, list):
+        return []
+    for rule in rules:
+        for key in rule.items():
+            if key not in axes:
+                message = f"exclude: {shown(key)} is no variable of the matrix"
+                problems.add(rule.key_mark(key), f"{message}{nearest(key, axes)}")
+    return rules
 
 
 def _matches(rule: Mapping[str, Node], chosen: Mapping[str, Node]) -> bool:

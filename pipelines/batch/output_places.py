@@ -37,7 +37,8 @@ def check_outputs(jobs: Sequence[tuple[Expanded, JobSpec]], file: Path, cache: P
             hint = (
                 "; put a ${variable} of the matrix into it" if other == mark else f"; line {other.line} writes it too"
             )
-            said = f"{name} and {other_name} both write {_shown(output)}"
+            both = f"{name} writes {{}} twice" if name == other_name else f"{name} and {other_name} both write {{}}"
+            said = both.replace("{}", _shown(output))
             problems.add(mark, f"{call.stage.name}.output: {said}{hint}")
         places.setdefault(output, (mark, name))
         if not call.remote and (taken := next((each for each in kept if _holds(output, each)), "")):
@@ -67,8 +68,8 @@ def _place(spec: JobSpec, call: StageCall) -> str:
     output = call.remote or call.stage.output.as_posix()
     if "{ftype}" not in output and "{name}" not in output:
         return output
-    before = spec.stages[: spec.stages.index(call) + 1]
-    options = [repr(each.stage.describe()) for each in before]
+    before = [each for each in spec.stages[: spec.stages.index(call)] if not isinstance(each.stage, BuildingStage)]
+    options = [repr(each.stage.describe()) for each in (*before, call)]
     return f"{output}\n{spec.model}\n{options}"
 
 

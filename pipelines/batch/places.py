@@ -16,6 +16,8 @@ from quantpress.pipelines.batch.stores import is_url, local_path, shown_url
 __all__ = ["Places"]
 
 _MAX_COMPARED = 2000  # names of a folder that a missing one is compared with
+_MAX_LENGTH = 4096  # characters, Linux' PATH_MAX
+_CUTOFF = 0.7  # of difflib's ratio; endings alone make "a.json" and "meta.json" 0.6
 
 
 @dataclass(slots=True)
@@ -24,9 +26,11 @@ class Places:
 
     Attributes:
         folder: of the file, absolute.
+        lost: inputs that are not there, by where they are named.
     """
 
     folder: Path
+    lost: dict[Mark, Path] = field(default_factory=dict)
     _missing: dict[tuple[str, bool], str] = field(default_factory=dict)
 
     def absolute(self, text: str) -> Path:
@@ -39,7 +43,7 @@ class Places:
 
     def model(self, text: str, mark: Mark, problems: Problems, label: str) -> str | Path:
         """Gives a model's or adapter's path; a Hub id or URL stays as it is. What is there is never a Hub id."""
-        if _elsewhere(text):
+        if _elsewhere(text) or not _writable(text, mark, problems, label):
             return text
         path = self.absolute(text)
         if os.path.lexists(path):
@@ -51,7 +55,7 @@ class Places:
 
     def text(self, text: str, mark: Mark, problems: Problems, label: str) -> str | Path:
         """Gives the path of any other input; a URL stays as it is."""
-        if _elsewhere(text):
+        if _elsewhere(text) or not _writable(text, mark, problems, label):
             return text
         path = self.absolute(text)
         if not os.path.lexists(path):
@@ -60,6 +64,8 @@ class Places:
 
     def output(self, text: str, mark: Mark, problems: Problems, label: str) -> tuple[Path, str]:
         """Gives an output's path, and its URL where it lies elsewhere: the path is then the last part of that."""
+        if not _writable(text, mark, problems, label):
+            return Path("output"), ""
         if not _elsewhere(text):
             return self.absolute(text), ""
         url = text.rstrip("/")
@@ -71,6 +77,7 @@ class Places:
     def _miss(self, text: str, mark: Mark, problems: Problems, label: str, *, hub: bool) -> None:
         if (text, hub) not in self._missing:
             self._missing[text, hub] = self._said(text, hub=hub)
+        self.lost[mark] = self.absolute(text)
         problems.add(mark, f"{label}: {self._missing[text, hub]}", missing=True)
 
     def _said(self, text: str, *, hub: bool) -> str:
@@ -94,7 +101,17 @@ class Places:
                 names = [entry.name for entry in itertools.islice(entries, _MAX_COMPARED)]
         except OSError:
             return ""
-        return next(iter(difflib.get_close_matches(name, sorted(names), n=1)), "")
+        return next(iter(difflib.get_close_matches(name, sorted(names), n=1, cutoff=_CUTOFF)), "")
+
+
+def _writable(text: str, mark: Mark, problems: Problems, label: str) -> bool:
+    """Whether a text can be a place at all."""
+    fits = text.isprintable() and len(text) <= _MAX_LENGTH
+    if not fits:
+        problems.add(
+            mark, f"{label}: {shown(text)}: a place has no control characters, and at most {_MAX_LENGTH} letters"
+        )
+    return fits
 
 
 def _elsewhere(text: str) -> bool:

@@ -61,10 +61,11 @@ def _set(document: Node, key: str, node: Node, flag: str) -> Node:
         return _set_variable(document, key, node)
     head, _, rest = key.partition(".")
     if head not in _TOP or (head != "cache") != bool(rest):
-        paths = (*declared, "cache", *(f"defaults.{each}" for each in _defaults()))
-        under = f"; did you mean defaults.{key}?" if key in _defaults() else nearest(key, paths)
+        if key in _defaults():
+            raise UsageError(f"{flag}: no such variable; did you mean defaults.{key}?")
         known = f"; variables are {', '.join(declared)}" if declared else "; the file has no variables"
-        raise UsageError(f"{flag}: no such variable{under or known}, or give a path as defaults.device")
+        near = nearest(key, (*declared, *(f"defaults.{each}" for each in _defaults())))
+        raise UsageError(f"{flag}: no such variable{near or known}; a path is written as in defaults.device")
     if head == "jobs":
         return _set_in_job(document, rest, node, flag)
     if head == "variables":

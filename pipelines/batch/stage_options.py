@@ -79,13 +79,17 @@ class StageOptions:
         }
 
 
-@functools.cache
+_KNOWN: dict[type[Stage], StageOptions] = {}
+
+
 def options_of(stage: type[Stage]) -> StageOptions:
-    """Gives the options of a stage.
+    """Gives the options of a stage; what is made of a class is kept.
 
     Raises:
         UsageError: the types of a third-party stage cannot be read.
     """
+    if stage in _KNOWN:
+        return _KNOWN[stage]
     try:
         hints = typing.get_type_hints(stage)
     except NameError as error:
@@ -103,7 +107,8 @@ def options_of(stage: type[Stage]) -> StageOptions:
         hint = hints[field.name]
         plain = _ruled(plain_type(hint), rule)
         options[field.name] = Option(field.name, hint, plain, required, default, docs.get(field.name, ""), rule)
-    return StageOptions(stage, options, _model(stage, options))
+    _KNOWN[stage] = StageOptions(stage, options, _model(stage, options))
+    return _KNOWN[stage]
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
@@ -114,9 +119,9 @@ def _model(stage: type[Stage], options: Mapping[str, Option]) -> type[BaseModel]
     """Makes the model; its fields are aliases, so that an option may be called as a method of pydantic is."""
     fields: dict[str, Any] = {}
     for number, option in enumerate(options.values()):
-        info = {"alias": option.name, "description": option.description or None, "title": option.name}
         default = ... if option.required else _plain_value(option.default, option.plain)
-        fields[f"option_{number}"] = (option.plain, Field(default, **info))
+        described: Any = Field(default, alias=option.name, description=option.description or None, title=option.name)
+        fields[f"option_{number}"] = (option.plain, described)
     doc = (stage.__doc__ or "").strip().splitlines()
     model: type[BaseModel] = create_model(stage.name, __config__=_STRICT, __doc__=doc[0] if doc else None, **fields)
     return model

@@ -22,7 +22,6 @@ from yaml.events import (
     MappingStartEvent,
     NodeEvent,
     ScalarEvent,
-    SequenceEndEvent,
     StreamEndEvent,
 )
 
@@ -110,14 +109,23 @@ def parse_yaml(data: bytes, name: str) -> Node:
     except UnicodeDecodeError as error:
         before = data[: error.start]
         _refuse(Mark(name, before.count(b"\n") + 1, error.start - before.rfind(b"\n")), "not UTF-8; save it as UTF-8")
+    loader = None
     try:
-        return _Builder(name, yaml.parse(text, Loader=yaml.SafeLoader)).document()
+        loader = yaml.SafeLoader(text)
+        return _Builder(name, _events(loader)).document()
     except yaml.reader.ReaderError as error:
-        before = text[: error.position]
-        mark = Mark(name, before.count("\n") + 1, len(before) - before.rfind("\n"))
+        read = text[: error.position]
+        mark = Mark(name, read.count("\n") + 1, len(read) - read.rfind("\n"))
         _refuse(mark, f"character {shown(chr(error.character))} is not allowed in YAML")
     except yaml.MarkedYAMLError as error:
         _refuse(_mark(name, error.problem_mark or error.context_mark), _explained(error))
+    except (ValueError, OverflowError):  # PyYAML turns "\\UFFFFFFFF" into a character, which it is not
+        _refuse(_mark(name, loader and loader.get_mark()), "an escape in a text names no character")
+
+
+def _events(loader: yaml.SafeLoader) -> Iterator[Event]:
+    while loader.check_event():
+        yield loader.get_event()  # type: ignore[no-untyped-call]
 
 
 def _mark(name: str, mark: Any) -> Mark:
@@ -154,7 +162,9 @@ class _Builder:
         event = next(self._events)
         if not isinstance(event, DocumentStartEvent):
             _refuse(Mark(self._name, 1, 1), "the file is empty; a pipeline file starts with `version: 1`")
-        node = self._node(next(self._events), 0)
+        first = next(self._events)
+        assert isinstance(first, NodeEvent)
+        node = self._node(first, 0)
         next(self._events)
         if not isinstance(event := next(self._events), StreamEndEvent):
             _refuse(_mark(self._name, event.start_mark), "a second document starts here; one file holds one")
@@ -163,7 +173,8 @@ class _Builder:
     def _node(self, event: NodeEvent, depth: int) -> Node:
         mark = _mark(self._name, event.start_mark)
         if isinstance(event, AliasEvent):
-            return self._alias(event.anchor, mark)
+            return self._alias(event.anchor or "", mark)
+        assert isinstance(event, ScalarEvent | CollectionStartEvent)
         if event.tag is not None and event.tag != "!":
             _refuse(mark, f"tag {shown(event.tag)}: tags are not read; write the value plainly, texts in quotes")
         if depth >= MAX_DEPTH:
@@ -197,7 +208,6 @@ class _Builder:
             if size > MAX_NODES:
                 _refuse(mark, f"the file holds more than {MAX_NODES} values once its aliases are written out")
             yield event, node
-        assert not isinstance(event, CollectionStartEvent), SequenceEndEvent
 
     def _sequence(self, mark: Mark, depth: int) -> Node:
         nodes = [node for _, node in self._children(depth, mark)]
@@ -234,6 +244,8 @@ def _scalar(event: ScalarEvent, mark: Mark) -> Scalar:
     """Gives the value of a scalar by YAML 1.2's core schema (specification 10.3.2)."""
     text: str = event.value
     if not event.implicit[0]:
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            _refuse(mark, "half of a surrogate pair, which no text may hold")
         return text
     if text in _NULL:
         return None
