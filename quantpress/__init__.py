@@ -12,6 +12,8 @@
     qp.export_safetensors(merged, "my-merged-model/", verify=True)
     qp.quantize(merged, "my-int4-model/", method="gptq", bits=4, calibration="calib.txt")
 
+    results = qp.run_pipeline("release.yaml")
+
 Names are handed on from where they live when they are first used, so importing the package costs nothing.
 """
 
@@ -26,13 +28,29 @@ if TYPE_CHECKING:
     from quantpress.convert.lora.ledger import LedgerEntry
     from quantpress.convert.lora.merge import merge_lora
     from quantpress.convert.open import open_checkpoint
+    from quantpress.pipelines.batch.results import BatchResult, JobResult, OutputResult
+    from quantpress.pipelines.batch.run import run_pipeline
+    from quantpress.pipelines.batch.tasks import Event
     from quantpress.pipelines.inspection import inspect
     from quantpress.pipelines.judging import JudgeOptions
     from quantpress.pipelines.library import export_gguf, export_onnx, export_safetensors, quantize
     from quantpress.pipelines.parity import Parity
     from quantpress.pipelines.parity_limits import Limits
     from quantpress.pipelines.perplexity import Perplexity
+    from quantpress.pipelines.report.writing import write_report
     from quantpress.pipelines.runner import Pressed
+    from quantpress.pipelines.stage import (
+        Artifact,
+        BuildingStage,
+        OutputFile,
+        Plan,
+        PlannedTensor,
+        Prepared,
+        PreparingStage,
+        RunContext,
+        Stage,
+        TensorResult,
+    )
     from quantpress.pipelines.verification import perplexity, verify
     from quantpress.quant.errors import (
         BatchError,
@@ -49,22 +67,36 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Adapter",
+    "Artifact",
     "BatchError",
+    "BatchResult",
+    "BuildingStage",
     "BusyError",
     "CancelledError",
     "Checkpoint",
+    "Event",
     "InputError",
+    "JobResult",
     "JudgeOptions",
     "LayoutError",
     "LazyTensor",
     "LedgerEntry",
     "Limits",
     "OutputError",
+    "OutputFile",
+    "OutputResult",
     "Parity",
     "ParityError",
     "Perplexity",
+    "Plan",
+    "PlannedTensor",
+    "Prepared",
+    "PreparingStage",
     "Pressed",
     "QuantpressError",
+    "RunContext",
+    "Stage",
+    "TensorResult",
     "UnknownFamilyError",
     "UsageError",
     "export_gguf",
@@ -76,19 +108,35 @@ __all__ = [
     "open_checkpoint",
     "perplexity",
     "quantize",
+    "run_pipeline",
     "verify",
+    "write_report",
 ]
 
 _HOMES = {
     "Adapter": "convert.lora.adapter",
+    "Artifact": "pipelines.stage",
+    "BatchResult": "pipelines.batch.results",
+    "BuildingStage": "pipelines.stage",
     "Checkpoint": "convert.checkpoint",
+    "Event": "pipelines.batch.tasks",
+    "JobResult": "pipelines.batch.results",
     "JudgeOptions": "pipelines.judging",
     "LazyTensor": "convert.checkpoint",
     "LedgerEntry": "convert.lora.ledger",
     "Limits": "pipelines.parity_limits",
+    "OutputFile": "pipelines.stage",
+    "OutputResult": "pipelines.batch.results",
     "Parity": "pipelines.parity",
     "Perplexity": "pipelines.perplexity",
+    "Plan": "pipelines.stage",
+    "PlannedTensor": "pipelines.stage",
+    "Prepared": "pipelines.stage",
+    "PreparingStage": "pipelines.stage",
     "Pressed": "pipelines.runner",
+    "RunContext": "pipelines.stage",
+    "Stage": "pipelines.stage",
+    "TensorResult": "pipelines.stage",
     "export_gguf": "pipelines.library",
     "export_onnx": "pipelines.library",
     "export_safetensors": "pipelines.library",
@@ -98,7 +146,9 @@ _HOMES = {
     "open_checkpoint": "convert.open",
     "perplexity": "pipelines.verification",
     "quantize": "pipelines.library",
+    "run_pipeline": "pipelines.batch.run",
     "verify": "pipelines.verification",
+    "write_report": "pipelines.report.writing",
 }
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["JobPlan", "PlannedOutput"]
 
 _RUNTIMES = ("llama-cpp-python", "onnxruntime", "torch", "xllamacpp")
+_FORMS = {"gguf": False, "onnx": True, "quantize": True, "safetensors": True}  # whether a folder is written
 _TITLED = ("outtype", "precision", "format", "bits", "dtype")
 
 
@@ -99,7 +99,7 @@ class JobPlan:
             return
         force = planner.force or known is not None
         if standing is None and not force and not planner.cache.was_begun(key):
-            _refuse_existing(path, stage, plan)
+            _refuse_existing(path, stage)
         self._refuse_inputs(path, step, judge)
         kind = "build" if standing is None else "prove"
         work = self._work(kind, step.index, key, material, path=path, proof=proof, force=force)
@@ -118,7 +118,7 @@ class JobPlan:
 
     def _path(self, step: Step, plan: Plan) -> str:
         remote = self.spec.stages[step.index].remote
-        return remote_target(remote, plan.output.name) if remote else os.path.abspath(plan.output)
+        return remote_target(remote, plan.output.name) if remote else str(plan.output.absolute())
 
     def _work(self, kind: str, index: int, key: str, material: Mapping[str, Any], **more: Any) -> Work:
         return Work(kind, self.spec, index, self.planner.cache.folder, self.device, key, material, **more)
@@ -204,13 +204,14 @@ def _only_vocabulary(stage: Stage) -> bool:
     return bool(getattr(stage, "vocab_only", False))
 
 
-def _refuse_existing(path: str, stage: Stage, plan: Plan) -> None:
+def _refuse_existing(path: str, stage: Stage) -> None:
     """Refuses an output where something stands that this job has not written.
 
     Raises:
         UsageError: see above.
     """
     if is_url(path):
-        check_publishable(path, folder=not plan.output.suffix, force=False)
+        if stage.name in _FORMS:  # what others write is known when it is written; it is looked at again then
+            check_publishable(path, folder=_FORMS[stage.name], force=False)
     else:
         check_replaceable(path, force=False)

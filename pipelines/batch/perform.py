@@ -154,8 +154,8 @@ def _build(bench: _Bench, context: RunContext) -> Standing:
             making.redo()
         local = _local_place(work)
         context = replace(context, force=context.force or making.note == _OWN or is_url(work.path))
+        assert isinstance(step.stage, BuildingStage)
         stage = replace(step.stage, output=local)
-        assert isinstance(stage, BuildingStage)
         stage.check_output(step.before.checkpoint, context)
         making.write_note(_OWN)
         try:

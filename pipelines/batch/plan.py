@@ -133,7 +133,7 @@ class Planner:
         judges = _judges(spec, device, folder, self._progress)
         local = partial(localized, cache=folder, progress=self._progress)
         part = JobPlan(self, spec, device)
-        for step in walk(spec, self._models[place], self, device, lambda key: None, local):
+        for step in walk(spec, self._models[place], self, device, lambda _: None, local):
             if isinstance(step.stage, PreparingStage):
                 part.preparing(step)
             else:
@@ -186,7 +186,12 @@ class Planner:
         if task is None or row.state != TO_DO:
             # a stage whose work nobody needs, for all that follows from it stands
             return replace(row, state=CACHED) if row.state == TO_DO else row
-        why = () if self._history is None else self._history.why(label_of(task), task.work.material)
+        if self._history is None:
+            why: tuple[str, ...] = ()
+        elif task.work.kind == "prove":
+            why = ("it stands, and is to be proved in another way",)
+        else:
+            why = self._history.why(label_of(task), task.work.material)
         return replace(row, estimate=task.estimate, reasons=why)
 
 

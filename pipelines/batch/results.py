@@ -11,6 +11,8 @@ from quantpress.quant.errors import BatchError
 
 __all__ = ["BatchResult", "JobResult", "OutputResult"]
 
+_NAMED = 20  # failed jobs that one line names
+
 
 @dataclass(frozen=True, slots=True)
 class OutputResult:
@@ -106,8 +108,11 @@ class BatchResult:
             BatchError: naming the jobs.
         """
         if self.failed:
-            names = ", ".join(job.name for job in self.failed)
-            raise BatchError(f"{self.pipeline}: {len(self.failed)} of {len(self.jobs)} jobs failed: {names}")
+            names = ", ".join(job.name for job in self.failed[:_NAMED])
+            more = len(self.failed) - _NAMED
+            names += f" and {more} more" if more > 0 else ""
+            reason = next((f" ({job.error})" for job in self.failed if job.error), "")
+            raise BatchError(f"{self.pipeline}: {len(self.failed)} of {len(self.jobs)} jobs failed: {names}{reason}")
 
     def to_json(self) -> dict[str, Any]:
         """For `run --json`."""

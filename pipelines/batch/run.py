@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import logging
+import json
 import shutil
 import threading
 import time
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from quantpress.pipelines.executors.pool import Pool
 
 __all__ = ["EXECUTORS", "device_on", "require_disk", "run_batch", "run_pipeline"]
-
-log = logging.getLogger(__name__)
 
 EXECUTORS = ("local", "ray")
 
@@ -67,8 +65,7 @@ def run_pipeline(
         UsageError: the file, or an argument, is wrong.
         OutputError: the disk has no room for the outputs, or Ray is not installed.
     """
-    texts = sets if not isinstance(sets, Mapping) else [f"{name}={value}" for name, value in sets.items()]
-    spec = load_batch(Path(path), sets=tuple(texts), jobs=tuple(jobs))
+    spec = load_batch(path, sets=_flags(sets), jobs=tuple(jobs))
     plan = plan_batch(spec, force=force, fresh=fresh, device_of=device_on(executor), progress=progress)
     require_disk(plan)
     return run_batch(plan, executor=executor, workers=workers, cancel=cancel, watch=watch)
@@ -94,6 +91,13 @@ def run_batch(
     jobs = tuple(_job_result(job, results) for job in plan.jobs)
     plan.cache.close()
     return BatchResult(plan.spec.path, jobs, time.perf_counter() - start)
+
+
+def _flags(sets: Mapping[str, object] | Sequence[str]) -> tuple[str, ...]:
+    """Gives values as `--set` has them; what is no text is written as JSON, which YAML reads."""
+    if not isinstance(sets, Mapping):
+        return tuple(sets)
+    return tuple(f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in sets.items())
 
 
 def require_disk(plan: BatchPlan) -> None:
@@ -125,9 +129,7 @@ def _existing(folder: Path) -> Path:
     return folder
 
 
-def _pool(
-    plan: BatchPlan, executor: str, workers: int | None, watch: Watch, cancelled: Callable[[], bool]
-) -> Pool:
+def _pool(plan: BatchPlan, executor: str, workers: int | None, watch: Watch, cancelled: Callable[[], bool]) -> Pool:
     if executor not in EXECUTORS:
         raise UsageError(f"--executor {executor}: must be one of {', '.join(EXECUTORS)}")
     if executor == "ray":
@@ -171,7 +173,11 @@ def _job_result(job: PlannedJob, results: Mapping[str, TaskResult]) -> JobResult
     for need in job.tasks:
         result = results[need]
         if result.state != "done" and not state:
-            state, error, exit_code = "cancelled" if result.state == "cancelled" else "failed", result.error, result.exit_code
+            state, error, exit_code = (
+                "cancelled" if result.state == "cancelled" else "failed",
+                result.error,
+                result.exit_code,
+            )
     for output in job.outputs:
         found = results[output.task].output if output.task else None
         if output.standing is not None:
