@@ -21,8 +21,10 @@ from quantpress.convert.packed_parts import plain_dtype
 from quantpress.convert.preflight import Preflight, check_tied_head
 from quantpress.convert.quantized import CodesOrigin
 from quantpress.pipelines.codes_view import Codes, found_when_read, unread, view_with
+from quantpress.pipelines.lazy_prepared import LazyPreparedStage
+from quantpress.pipelines.merge_stage import ledger_of
 from quantpress.pipelines.quantize_codes import WeightsJob, hashed
-from quantpress.pipelines.quantize_work import reports_of
+from quantpress.pipelines.quantize_work import LIVE, reports_of
 from quantpress.pipelines.spool import Spool
 from quantpress.pipelines.stage import Prepared, PreparingStage, RunContext, Stage
 from quantpress.quant.errors import InputError
@@ -50,8 +52,8 @@ class CodesStage(Stage):
         bits: 2, 3, 4 or 8.
         group_size: columns that share a scale; -1 for a whole row.
         symmetric: no zeros are stored.
-        scale_type: "F16", which every format that follows holds bit for bit, "BF16" or "F32". F16 cannot hold the
-            scales of weights of a few hundred thousand and more, and rounds those of weights below 1e-4 coarsely.
+        scale_type: "F16", which every format that follows holds bit for bit, "BF16" or "F32". F16 has no scale for
+            4-bit weights beyond 524,032, and only coarse ones for groups of weights that are all below 1e-4.
         clip_search: choose ranges by squared error.
         activation_bits: 8 to have inputs rounded too.
         skip: regular expressions of weights that stay as they are.
@@ -86,16 +88,12 @@ class CodesStage(Stage):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LazyCodesStage(CodesStage):
+class LazyCodesStage(CodesStage, LazyPreparedStage):
     """Options of a stage whose codes are found when they are read."""
 
     def resolved(self, source: Checkpoint) -> LazyCodesStage:
         """Gives the stage with every default filled in that depends on the source."""
         return dataclasses.replace(self, **self.filled(source))
-
-    def run(self, source: Checkpoint, context: RunContext) -> Checkpoint:
-        """Gives the model with codes as its weights; reads headers only."""
-        return self.prepared(source, context).checkpoint
 
     def prepared(self, source: Checkpoint, context: RunContext) -> Prepared:
         """Gives the model with codes as its weights; reads headers only.
@@ -181,9 +179,10 @@ class CalibratedStage(CodesStage, PreparingStage):
         spool = Spool(place, _key(job, context))
         if _FINISHED not in spool.steps:
             job.quantize(spool, context, calibration)
-            record = {} if calibration is None else calibration.record()
-            spool.add(_FINISHED, {}, {"calibration": record, "notes": list(notes)})
-        remove(place / _live())
+            record: dict[str, Any] = {"notes": list(notes), "ledger": [entry.to_json() for entry in ledger_of(source)]}
+            record["calibration"] = {} if calibration is None else calibration.record()
+            spool.add(_FINISHED, {}, record)
+        remove(place / LIVE)
 
     def opened(self, source: Checkpoint, folder: Path) -> Prepared:
         """Gives the model from a folder where the work is finished.
@@ -191,14 +190,22 @@ class CalibratedStage(CodesStage, PreparingStage):
         Raises:
             InputError: it is not finished there, or damaged.
         """
+        from quantpress.convert.lora.ledger import LedgerEntry
+
         job, found = self._job(source), Spool.read_only(folder / _FOLDER)
         if _FINISHED not in found.steps:
             raise InputError(f"{folder}: the codes of {self.name} are not finished")
         said = found.steps[_FINISHED]
         codes = partial(_kept, parts=found.tensors)
         view = _view(job, found.tensors, codes, found.key)
-        notes = (*job.notes, *said["notes"])
-        return Prepared(view, notes, said["calibration"], reports_of(found.steps), job.judged_as)
+        return Prepared(
+            view,
+            (*job.notes, *said["notes"]),
+            said["calibration"],
+            reports_of(found.steps),
+            job.judged_as,
+            tuple(LedgerEntry.from_json(entry) for entry in said["ledger"]),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,12 +241,6 @@ class SmoothQuant(CalibratedStage):
 
     name: ClassVar[str] = "smoothquant"
     version: ClassVar[int] = 1
-
-
-def _live() -> str:
-    from quantpress.pipelines.quantize_layers import LIVE  # brings torch
-
-    return LIVE
 
 
 def _key(job: WeightsJob, context: RunContext) -> str:

@@ -17,6 +17,7 @@ from quantpress.convert.files import shown
 from quantpress.pipelines.machine import save_memory
 from quantpress.pipelines.quantize_calibration import Calibration, activation_budget
 from quantpress.pipelines.quantize_weights import pack
+from quantpress.pipelines.quantize_work import LIVE
 from quantpress.pipelines.spool import Spool
 from quantpress.pipelines.stage import RunContext
 from quantpress.quant.errors import InputError
@@ -25,12 +26,9 @@ from quantpress.quant.floats import count_nonfinite
 if TYPE_CHECKING:
     from quantpress.pipelines.quantize_codes import WeightsJob
 
-__all__ = ["LIVE", "quantize_layers", "with_checks"]
+__all__ = ["quantize_layers", "with_checks"]
 
 log = logging.getLogger(__name__)
-
-LIVE = "live"
-"""Folder in a spool's where the inputs of the layer to come are kept; what is finished does not need it."""
 
 
 def quantize_layers(job: WeightsJob, calibration: Calibration, spool: Spool, context: RunContext) -> None:

@@ -11,7 +11,10 @@ from quantpress.pipelines.spool import Spool
 if TYPE_CHECKING:
     from quantpress.pipelines.quantize_calibration import Calibration
 
-__all__ = ["WRITTEN", "Spooled", "reports_of"]
+__all__ = ["LIVE", "WRITTEN", "Spooled", "reports_of"]
+
+LIVE = "live"
+"""Folder in a spool's where the inputs of the layer to come are kept; what is finished does not need it."""
 
 WRITTEN = "written"
 """The spool's step after which the output stands, but is not proved."""

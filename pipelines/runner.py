@@ -20,7 +20,6 @@ from quantpress.pipelines.machine import peak_rss
 from quantpress.pipelines.merge_stage import (
     adapter_notes,
     input_names,
-    ledger_of,
     stage_record,
 )
 from quantpress.pipelines.own_inputs import paths_in, refuse_own_input
@@ -208,7 +207,7 @@ def press(
         hashing = stack.enter_context(BackgroundHashes()) if hashes is None else hashes
         hashing.add(names)
         artifact = before.described(stack.enter_context(stage.session(source, context)))
-        ledger = ledger_of(yardstick)
+        ledger = before.ledger()
         hashed = hashing.results(list(names))
         clock.step(stage.name, artifact.timings)
         parity = None

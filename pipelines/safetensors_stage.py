@@ -111,10 +111,12 @@ class Safetensors(BuildingStage):
             PlannedTensor(name, shape, dtype, nbytes, merged=name in merged)
             for name, shape, dtype, nbytes in planned_tensors(source, self.dtype)
         )
-        notes = (
-            () if isinstance(checked, Preflight) else (f"{checked}; tensors are passed on by their names, unchecked",)
-        )
-        return Plan(self._path(source), tensors, sum(tensor.nbytes for tensor in tensors), peak_memory(), notes)
+        notes: list[str] = []
+        if not isinstance(checked, Preflight):
+            notes.append(f"{checked}; tensors are passed on by their names, unchecked")
+        if source.codes_origin is not None and source.adapted is None:
+            notes.append("codes are written as the numbers that they stand for; an option `format` packs them")
+        return Plan(self._path(source), tensors, sum(tensor.nbytes for tensor in tensors), peak_memory(), tuple(notes))
 
     def run(self, source: Checkpoint, context: RunContext) -> Artifact:
         """Writes the folder."""

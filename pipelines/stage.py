@@ -9,12 +9,15 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from quantpress.convert.atomic import check_replaceable
 from quantpress.convert.checkpoint import Checkpoint
 from quantpress.pipelines.machine import available_threads
 from quantpress.pipelines.progress import Progress, no_progress
+
+if TYPE_CHECKING:
+    from quantpress.convert.lora.ledger import LedgerEntry
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +162,7 @@ class Prepared:
         calibration: the text that activations were gathered on, for the sidecar; empty where none was used.
         reports: weight -> what the method says of it: "relative_error", "loss", ...
         judged_as: type whose parity limits hold for what keeps this exactly: "INT4"; empty where nothing was rounded.
+        ledger: what became of every tensor of the adapters in it; None where that must be read from the source.
     """
 
     checkpoint: Checkpoint
@@ -166,6 +170,7 @@ class Prepared:
     calibration: Mapping[str, Any] = field(default_factory=dict)
     reports: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     judged_as: str = ""
+    ledger: tuple[LedgerEntry, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantpress.convert.checkpoint import Checkpoint
-from quantpress.pipelines.codes_stage import LazyCodesStage
-from quantpress.pipelines.merge_stage import merge_records, run_lazy, stage_record
+from quantpress.pipelines.lazy_prepared import LazyPreparedStage
+from quantpress.pipelines.merge_stage import ledger_of, merge_records, run_lazy, stage_record
 from quantpress.pipelines.parity_limits import KLD_BY_TYPE
 from quantpress.pipelines.stage import Artifact, Prepared, PreparingStage, RunContext, Stage, TensorResult
+
+if TYPE_CHECKING:
+    from quantpress.convert.lora.ledger import LedgerEntry
 
 __all__ = ["Upstream", "run_stages"]
 
@@ -38,11 +41,17 @@ class Upstream:
 
     def merged(self, source: Checkpoint, stage: Stage) -> Upstream:
         """Gives it after a stage that what it is judged against goes through too."""
-        return Upstream(source, (*self.records, stage_record(stage)), self.prepared)
+        made = self.prepared and dataclasses.replace(self.prepared, ledger=None)
+        return Upstream(source, (*self.records, stage_record(stage)), made)
 
     def with_prepared(self, prepared: Prepared, stage: Stage) -> Upstream:
         """Gives it after a stage that prepared the model; the stage is `resolved`."""
         return Upstream(self.source, (*self.records, stage_record(stage)), prepared)
+
+    def ledger(self) -> tuple[LedgerEntry, ...]:
+        """Gives what became of every tensor of the adapters; reads what nobody has read yet."""
+        known = None if self.prepared is None else self.prepared.ledger
+        return ledger_of(self.source) if known is None else known
 
     def described(self, artifact: Artifact) -> Artifact:
         """Adds to an artifact what the stages before say of the model."""
@@ -54,7 +63,7 @@ class Upstream:
             tensors=tuple(_described(tensor, made.reports) for tensor in artifact.tensors),
             notes=tuple(dict.fromkeys((*made.notes, *artifact.notes))),
             judged_as=_coarser(made.judged_as, artifact.judged_as or artifact.ftype),
-            calibration={**artifact.calibration, **made.calibration},
+            calibration=_texts(artifact.calibration, made.calibration),
         )
 
 
@@ -79,7 +88,7 @@ def run_stages(
     for stage in stages:
         if isinstance(stage, PreparingStage):
             raise TypeError(f"stage {stage.name} keeps its work in a folder: call prepare and opened")
-        if isinstance(stage, LazyCodesStage):
+        if isinstance(stage, LazyPreparedStage):
             prepared = stage.prepared(source, context)
             found = found.with_prepared(prepared, stage.resolved(source))
             source = prepared.checkpoint
@@ -88,6 +97,11 @@ def run_stages(
         yardstick = changed if found.source is source else run_lazy(found.source, [stage], context)
         source, found = changed, found.merged(yardstick, stage)
     return source, found
+
+
+def _texts(own: Mapping[str, Any], before: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Gives the text that was read; where the output reads one too, that of the stage before is beside it."""
+    return {**own, "prepared": dict(before)} if own and before else own or before
 
 
 def _coarser(one: str, other: str) -> str:

@@ -61,6 +61,11 @@ class LedgerEntry:
         finite = self.delta_norm is None or math.isfinite(self.delta_norm)
         return {**values, "shape": list(self.shape), "delta_norm": self.delta_norm if finite else None}
 
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> LedgerEntry:
+        """Gives what `to_json` was made of, but for a norm that was not finite."""
+        return cls(**{**values, "shape": tuple(values["shape"])})
+
 
 @dataclass(frozen=True)
 class Adapted:
