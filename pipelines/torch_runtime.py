@@ -7,7 +7,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -30,27 +30,6 @@ if TYPE_CHECKING:
 
 FLOAT32_BYTES = 4
 UNMERGED = "torch (base + adapter, unmerged)"
-STREAM_BATCH = 4  # windows that run through a layer together when weights are streamed
-
-Read = TypeVar("Read")
-
-
-class _OneLayer(Generic[Read]):
-    """Keeps what was read of the layer in use, so that several windows run on one reading of it."""
-
-    def __init__(self, read: Callable[[str, int], Read | None], keep: Callable[[Read], Read] = lambda found: found):
-        self._read, self._keep = read, keep
-        self._layer, self._kept = -1, dict[str, "Read | None"]()
-
-    def __call__(self, slot: str, layer: int) -> Read | None:
-        if layer < 0:
-            return self._read(slot, layer)
-        if layer != self._layer:
-            self._layer, self._kept = layer, {}
-        if slot not in self._kept:
-            found = self._read(slot, layer)
-            self._kept[slot] = None if found is None else self._keep(found)
-        return self._kept[slot]
 
 
 class TorchRuntime:
@@ -67,23 +46,20 @@ class TorchRuntime:
         `adapt` are adapters that run beside the weights; `linears` stand in the place of weights.
         """
         self.name = name
-        resident = nbytes <= _limit(device, max_memory)
-        self.vocab_size, self.context = hyper.vocab, hyper.context
-        self._layers = hyper.layers
-        self._batch = 1 if resident else STREAM_BATCH
-        if not resident:
-            weight = _OneLayer(weight, torch.Tensor.float)
-            linears = None if linears is None else _OneLayer(linears)
+        self.vocab_size, self.context, self.hidden_size = hyper.vocab, hyper.context, hyper.hidden
+        self.layers = hyper.layers
         self._rounded_input = rounded_input
         self._decoder = Decoder(
-            weight, spec, hyper, device=device, resident=resident, adapt=adapt, linears=linears
+            weight, spec, hyper, device=device, resident=nbytes <= _limit(device, max_memory), adapt=adapt,
+            linears=linears,
         )  # fmt: skip
         self._prepared: dict[tuple[bytes, int], torch.Tensor] = {}
 
     @classmethod
     def of_checkpoint(
-        cls, source: Checkpoint, *, device: str = "cpu", max_memory: int | None = None, as_served: bool = False
-    ) -> TorchRuntime:
+        cls, source: Checkpoint, *, device: str = "cpu", max_memory: int | None = None, as_served: bool = False,
+        head_only: bool = False,
+    ) -> TorchRuntime:  # fmt: skip
         """Runs an open checkpoint.
 
         Weights that the checkpoint has in codes stay codes on a CUDA device, where the kernels multiply by them. On a
@@ -95,6 +71,7 @@ class TorchRuntime:
             max_memory: see `__init__`.
             as_served: round the inputs of linears too where the kernels for such a checkpoint do; else the inputs are
                 exact, as befits a source that others are compared with.
+            head_only: only `head` will be asked for, so only its weights have to fit `max_memory`.
 
         Raises:
             InputError: it does not fit its family.
@@ -103,22 +80,27 @@ class TorchRuntime:
         check_tied_head(checked)
         weight = CheckpointWeights(source, checked.spec, checked.hyper)
         linears, nbytes = _packed(source, checked, device, _limit(device, max_memory))
+        if head_only:
+            nbytes = _head_bytes(checked.hyper)
         return cls(
             weight, checked.spec, checked.hyper, nbytes=nbytes, device=device, max_memory=max_memory,
             rounded_input=rounded_inputs(source, checked) if as_served else None, linears=linears,
         )  # fmt: skip
 
     @classmethod
-    def of_adapted(cls, adapted: Adapted, *, device: str = "cpu", max_memory: int | None = None) -> TorchRuntime:
-        """Runs a base with its adapters beside it; nothing that merges is used.
+    def of_adapted(
+        cls, adapted: Adapted, *, device: str = "cpu", max_memory: int | None = None, head_only: bool = False
+    ) -> TorchRuntime:
+        """Runs a base with its adapters beside it; nothing that merges is used. See `of_checkpoint`.
 
         Raises:
             InputError: base and adapters do not fit, or the decoder cannot run an adapter of this kind.
         """
         model = unmerged(adapted.base, adapted.applied)
+        nbytes = _head_bytes(model.hyper) if head_only else model.parameters * FLOAT32_BYTES
         return cls(
-            model.weight, model.spec, model.hyper, nbytes=model.parameters * FLOAT32_BYTES, device=device,
-            max_memory=max_memory, adapt=model.adapt, name=UNMERGED,
+            model.weight, model.spec, model.hyper, nbytes=nbytes, device=device, max_memory=max_memory,
+            adapt=model.adapt, name=UNMERGED,
         )  # fmt: skip
 
     @classmethod
@@ -139,7 +121,9 @@ class TorchRuntime:
     def prepare(
         self, windows: Sequence[NDArray[np.int32]], first: int, progress: Callable[[int, int], None] | None = None
     ) -> None:
-        """Runs all windows through all layers, reading each layer once, and keeps what `logits` needs.
+        """Runs all windows through all layers, one layer at a time, and keeps what `logits` needs.
+
+        Each layer is read once and forgotten: of these windows `logits` will ask the head alone.
 
         Args:
             windows: windows of equal length.
@@ -149,33 +133,47 @@ class TorchRuntime:
         wanted = [window for window in windows if (window.tobytes(), first) not in self._prepared]
         if not wanted:
             return
-        groups = [wanted[start : start + self._batch] for start in range(0, len(wanted), self._batch)]
-        hidden = [self._decoder.embed(torch.from_numpy(np.stack(group).astype(np.int64))) for group in groups]
-        for layer in range(self._layers):
-            for number, values in enumerate(hidden):
-                hidden[number] = self._run_layer(layer, values)
+        # embedded all at once: where weights are streamed, each call reads the whole embedding
+        embedded = self._decoder.embed(torch.from_numpy(np.stack(wanted).astype(np.int64)))
+        hidden = [embedded[number : number + 1] for number in range(len(wanted))]
+        del embedded
+        for layer in range(self.layers):
+            self._run_all(layer, hidden)
+            self._decoder.release(layer)
             if progress is not None:
-                progress(layer + 1, self._layers)
-        for group, values in zip(groups, hidden, strict=True):
-            for window, last in zip(group, values, strict=True):
-                self._prepared[window.tobytes(), first] = last[first:].clone()
+                progress(layer + 1, self.layers)
+        for window, last in zip(wanted, hidden, strict=True):
+            self._prepared[window.tobytes(), first] = last[0, first:].clone()
+
+    def _run_all(self, layer: int, hidden: list[torch.Tensor]) -> None:
+        """Runs a layer on several texts of one length, (1, n, hidden) each, and puts its output in their place."""
+        with full_float32():
+            found = self._decoder.layer(layer, self._observe(layer))
+            turns = self._decoder.turns(layer, 0, hidden[0].shape[1])
+            for number, values in enumerate(hidden):
+                hidden[number] = found.run(values, turns, None)
 
     def logits(self, tokens: NDArray[np.int32], first: int) -> NDArray[np.float32]:
         """Scores one window; see `Runtime.logits`."""
         hidden = self._prepared.get((tokens.tobytes(), first))
         if hidden is None:
-            whole = self._decoder.embed(torch.from_numpy(tokens[None].astype(np.int64)))
-            for layer in range(self._layers):
-                whole = self._run_layer(layer, whole)
-            hidden = whole[0, first:]
+            whole = [self._decoder.embed(torch.from_numpy(tokens[None].astype(np.int64)))]
+            for layer in range(self.layers):
+                self._run_all(layer, whole)
+            hidden = whole[0][0, first:]
+        return self.head(hidden)
+
+    def prepared(self, tokens: NDArray[np.int32], first: int) -> NDArray[np.float32]:
+        """Gives what `prepare` has kept of a window: (n - first, hidden) float32, the output of the last layer."""
+        values: NDArray[np.float32] = self._prepared[tokens.tobytes(), first].cpu().numpy()
+        return values
+
+    def head(self, hidden: torch.Tensor) -> NDArray[np.float32]:
+        """Gives the logits (n, vocab_size) float32 of the last layer's output (n, hidden) float32."""
         with full_float32():
             found = self._decoder.head(hidden[None], observe=self._observe(-1))
         values: NDArray[np.float32] = found[0].cpu().numpy()
         return values
-
-    def _run_layer(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
-        with full_float32():
-            return self._decoder.run_layer(layer, hidden, observe=self._observe(layer))
 
     def _observe(self, layer: int) -> Observe | None:
         return None if self._rounded_input is None else partial(self._rounded_input, layer)
@@ -198,6 +196,10 @@ def _limit(device: str, max_memory: int | None) -> int:
     if max_memory is not None:
         return max_memory
     return (torch.cuda.mem_get_info(device)[0] if _is_cuda(device) else free_memory()) // 2
+
+
+def _head_bytes(hyper: Hyperparameters) -> int:
+    return hyper.vocab * hyper.hidden * FLOAT32_BYTES
 
 
 def _packed(source: Checkpoint, checked: Preflight, device: str, limit: int) -> tuple[PackedWeights | None, int]:
