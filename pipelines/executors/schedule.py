@@ -88,12 +88,12 @@ class _Run:
         """Starts what can be started, and skips what never can."""
         while self._order.is_active() and (found := self._order.get_ready()):
             self._changed = True
-            for name in sorted(found, key=self._places.__getitem__):
+            for name in found:
                 self._queue(self._tasks[name])
+            self._ready.sort(key=self._places.__getitem__)
         if not self._changed:
             return
         self._changed = False
-        self._ready.sort(key=self._places.__getitem__)
         for name in self._ready[:_LOOK_AHEAD]:
             task = self._tasks[name]
             if self._pool.has_room(task):
