@@ -33,6 +33,8 @@ COMMANDS = {
     "perplexity": "llama.cpp's perplexity of any model",
     "quantize": "turn a model's weights into integers that transformers and vLLM load",
     "run": "a pipeline file: many models, adapters and outputs, with shared work",
+    "schema": "the JSON Schema of pipeline files, for editors",
+    "stages": "the installed stages of pipeline files, and their options",
     "verify": "compare a file with the model it was made from",
 }
 INTERRUPTED, TERMINATED = 130, 143

@@ -6,10 +6,22 @@ import inspect
 import re
 import sys
 
-__all__ = ["attribute_docs"]
+__all__ = ["attribute_docs", "summary"]
 
 _ENTRY = re.compile(r"((?:\w+,\s+)*\w+):\s+(.+)", re.DOTALL)
 _AS_OTHER = re.compile(r"[Aa]s `(\w+)`\..*", re.DOTALL)
+
+
+_POINTER = re.compile(r"; (?:further )?options (?:as|of) [^;.]*")
+
+
+def summary(kind: type) -> str:
+    """Gives the first line of a class's docstring; of one that speaks of options alone, its module's first sentence."""
+    line = ((kind.__doc__ or "").strip().splitlines() or [""])[0]
+    if line.startswith("Options of "):
+        text = (getattr(sys.modules.get(kind.__module__), "__doc__", None) or line).strip()
+        line = " ".join(text.partition("\n\n")[0].split())
+    return _POINTER.sub("", line)
 
 
 def attribute_docs(kind: type) -> dict[str, str]:
@@ -20,7 +32,7 @@ def attribute_docs(kind: type) -> dict[str, str]:
     found: dict[str, str] = {}
     for parent in reversed(kind.__mro__):
         for name, text in _own_docs(parent).items():
-            found[name] = _followed(name, text, parent)
+            found[name] = re.sub(r"\bNone\b", "null", _followed(name, text, parent))
     return found
 
 

@@ -63,6 +63,7 @@ def load_batch(path: Path | str, *, sets: Sequence[str] = (), jobs: Sequence[str
     for job in templates:
         lost = Problems()
         made.append((job, _job(job, places, problems, lost), lost))
+        problems.take(lost)
     check_outputs([(job, spec) for job, spec, _ in made if spec is not None], path, cache, problems)
     problems.raise_any()
     chosen = _chosen(templates, jobs)

@@ -63,6 +63,13 @@ class Problems:
             self._seen.add((mark, message))
             self.found.append(Problem(mark, message, missing))
 
+    def take(self, others: Problems) -> None:
+        """Takes over the mistakes of a file that others hold among what is only missing."""
+        wrong = [problem for problem in others.found if not problem.missing]
+        others.found[:] = [problem for problem in others.found if problem.missing]
+        for problem in wrong:
+            self.add(problem.mark, problem.message)
+
     def raise_any(self) -> None:
         """Raises what has been found, in the order of the file.
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic.errors import PydanticUserError
 
 from quantpress.pipelines.batch.docstrings import attribute_docs
 from quantpress.pipelines.batch.option_rules import Rule, rule_of
@@ -122,8 +123,11 @@ def _model(stage: type[Stage], options: Mapping[str, Option]) -> type[BaseModel]
         default = ... if option.required else _plain_value(option.default, option.plain)
         described: Any = Field(default, alias=option.name, description=option.description or None, title=option.name)
         fields[f"option_{number}"] = (option.plain, described)
-    doc = (stage.__doc__ or "").strip().splitlines()
-    model: type[BaseModel] = create_model(stage.name, __config__=_STRICT, __doc__=doc[0] if doc else None, **fields)
+    try:
+        model: type[BaseModel] = create_model(stage.name, __config__=_STRICT, **fields)
+    except PydanticUserError as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f'stage "{stage.name}": an option has a type that no file can hold: {reason}') from error
     return model
 
 
