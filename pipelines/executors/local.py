@@ -149,8 +149,8 @@ class LocalPool:
 
     def _lost(self, worker: WorkerProcess) -> None:
         self._all.remove(worker)
-        how, memory = worker.death()
         worker.wait(time.monotonic())
+        how, memory = worker.death()
         task = worker.task
         if task is None:
             return
@@ -189,4 +189,4 @@ class LocalPool:
                 worker.wait(deadline)
         finally:
             for worker in workers:
-                worker.kill()
+                worker.wait(time.monotonic())

@@ -34,7 +34,7 @@ _BOOT = (
 _TAIL_LINES = 40  # of what libraries print, kept for the case that the worker dies
 _LINE_BYTES = 2000  # what is longer counts as several lines
 _SAID_LINES = 4  # of them, in an error message
-_WAIT_SECONDS = 5.0  # for a worker that is ending
+_WAIT_SECONDS = 1.0
 _SIGKILL = 9
 
 
@@ -116,34 +116,28 @@ class WorkerProcess:
 
     def _hear(self) -> None:
         """Hands on events, on a thread of its own, until the worker is gone."""
-        stream = cast(BinaryIO, self._process.stdout)
-        try:
-            if skip_to_ready(stream):
-                while (frame := read_frame(stream)) is not None:
-                    self._heard.put((self, decode(frame)))
-        finally:
-            self._heard.put((self, None))
+        with cast(BinaryIO, self._process.stdout) as stream:
+            try:
+                if skip_to_ready(stream):
+                    while (frame := read_frame(stream)) is not None:
+                        self._heard.put((self, decode(frame)))
+            finally:
+                self._heard.put((self, None))
 
     def _hear_printed(self) -> None:
         """Keeps the last lines that libraries print, on a thread of its own; as log events where those are wanted."""
-        stream = cast(BinaryIO, self._process.stderr)
-        while line := stream.readline(_LINE_BYTES):
-            text = "".join(sign if sign.isprintable() else " " for sign in line.decode("utf-8", "replace")).strip()
-            if not text:
-                continue
-            self._printed.append(text)
-            task = self.task
-            if task is not None and self._level <= logging.INFO:
-                self._heard.put((self, Event("log", task.id, level="INFO", message=text)))
+        with cast(BinaryIO, self._process.stderr) as stream:
+            while line := stream.readline(_LINE_BYTES):
+                text = "".join(sign if sign.isprintable() else " " for sign in line.decode("utf-8", "replace")).strip()
+                task = self.task
+                if text:
+                    self._printed.append(text)
+                if text and task is not None and self._level <= logging.INFO:
+                    self._heard.put((self, Event("log", task.id, level="INFO", message=text)))
 
     def death(self) -> tuple[str, bool]:
-        """Waits for a worker that was lost; says how it ended, and whether memory has probably run out."""
-        try:
-            code = self._process.wait(_WAIT_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            return "its worker process closed its pipe and was stopped", False
-        self._threads[1].join(_WAIT_SECONDS)
+        """Says how a worker ended that was lost and waited for, and whether memory has probably run out."""
+        code = self._process.returncode
         if code == -_SIGKILL:
             return "its worker process was killed (SIGKILL), probably because memory ran out", True
         how = f"ended with code {code}" if code >= 0 else f"died of {_signal_name(-code)}"
@@ -165,29 +159,27 @@ class WorkerProcess:
         """Stops what it does, as SIGTERM stops a command."""
         self._process.terminate()
 
-    def kill(self) -> None:
-        """Ends it and what it has started, at once; does nothing where it has ended, for its id may be another's."""
-        if self._process.poll() is not None:
+    def wait(self, deadline: float) -> None:
+        """Waits until it has ended, until `deadline` (time.monotonic); then kills it and whatever it has started."""
+        if self._process.returncode is not None:
             return
+        try:
+            self._threads[0].join(max(0.0, deadline - time.monotonic()))  # ends with the process
+        finally:
+            self._kill()
+            self._process.wait()
+        self._threads[0].join()
+        self._threads[1].join(_WAIT_SECONDS)  # a process that has left the group may hold this pipe
+        with contextlib.suppress(OSError):
+            cast(BinaryIO, self._process.stdin).close()
+
+    def _kill(self) -> None:
+        """Kills the process group, which is there as long as its first process has not been waited for."""
         if sys.platform == "win32":
             self._process.kill()
-        else:
+            return
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # of a zombie alone, on some systems
             os.killpg(self.pid, signal.SIGKILL)
-
-    def wait(self, deadline: float) -> None:
-        """Waits until it has ended; kills it when `deadline` (time.monotonic) has passed. Nothing is left of it."""
-        try:
-            self._process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            pass
-        finally:
-            self.kill()
-            self._process.wait()
-            for thread in self._threads:
-                thread.join(_WAIT_SECONDS)
-            for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
-                with contextlib.suppress(OSError, ValueError):
-                    cast(BinaryIO, stream).close()
 
 
 Heard = tuple[WorkerProcess, Event | None]

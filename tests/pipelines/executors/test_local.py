@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import signal
@@ -17,26 +16,11 @@ import pytest
 from quantpress.pipelines.batch.tasks import Estimate, Event, Task, TaskResult
 from quantpress.pipelines.executors.local import LocalPool
 from quantpress.pipelines.executors.schedule import run_tasks
+from tests.pipelines.executors.processes import is_gone, within
 
 PERFORM = "fake_work:perform"
 linux = pytest.mark.skipif(sys.platform != "linux", reason="what only Linux tells of a process")
 posix = pytest.mark.skipif(os.name == "nt", reason="signals")
-
-
-def is_gone(pid: int) -> bool:
-    """No process but perhaps a zombie, which is its parent's to bury."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    return True
-
-
-def within(seconds: float, condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 @pytest.fixture
