@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from quantpress.pipelines.report.axes import Axis, fitting_axis
-from quantpress.pipelines.report.values import bytes_text
+from quantpress.pipelines.report.values import bytes_text, significant
 
 __all__ = ["Chart", "Point", "pareto", "scatter"]
 
 _WIDTH, _HEIGHT = 480, 340  # user units; a phone shows them at three quarters
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 12, 44
 _FONT = 13.0
-_LETTER = 0.56 * _FONT  # width of a letter, about
+_LETTER = 0.64 * _FONT  # width of a letter, about
 _MAX_LABELS = 40
+_MAX_TOLD = 12
 _SHAPES = {  # kind -> path around the origin, about 10 units wide
     "gguf": "M-5 0a5 5 0 1 0 10 0a5 5 0 1 0 -10 0z",
     "onnx": "M-4.5 -4.5h9v9h-9z",
@@ -75,17 +76,14 @@ def pareto(points: Sequence[Point]) -> tuple[int, ...]:
     return tuple(front)
 
 
-def scatter(
-    points: Sequence[Point], *, title: str, log: bool | None, line: float | None = None, line_label: str = ""
-) -> Chart | None:
+def scatter(points: Sequence[Point], *, title: str, log: bool | None, line: float | None = None) -> Chart | None:
     """Draws figures against size.
 
     Args:
         points: outputs of one source.
         title: name of the figure.
         log: whether its axis is logarithmic; None where the values are far apart.
-        line: a value that is marked by a line across: what the source has.
-        line_label: what that line is.
+        line: a value that is marked by a line across: what the source has. Without it, steps join the best points.
 
     Returns:
         The chart, or None where there are fewer than two points. A point whose proof failed may lie beyond the axis;
@@ -100,7 +98,7 @@ def scatter(
     front = pareto(points)
     parts = [_grid(across, upward), _axis_titles(title)]
     if line is not None:
-        parts.append(_line(upward, line, line_label))
+        parts.append(_line(upward, line))
     spots = [(_x(across, point.size), _y(upward, point.value)) for point in points]
     if line is None:
         parts.append(_front_line([spots[place] for place in front]))
@@ -112,8 +110,13 @@ def scatter(
     svg = Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
         _WIDTH, _HEIGHT, label, Markup("").join(parts)
     )
-    best = ", ".join(points[place].label for place in front)
-    return Chart(svg, f"Best for their size: {best}." if best else "")
+    return Chart(svg, _caption([points[place].label for place in front], line))
+
+
+def _caption(best: Sequence[str], line: float | None) -> str:
+    told = f"Dashed: the source, {significant(line, 4)}. " if line is not None else ""
+    more = f" and {len(best) - _MAX_TOLD} more" if len(best) > _MAX_TOLD else ""
+    return told + (f"Best for their size: {', '.join(best[:_MAX_TOLD])}{more}." if best else "")
 
 
 def _x(axis: Axis, value: float) -> float:
@@ -161,11 +164,8 @@ def _axis_titles(title: str) -> Markup:
     )
 
 
-def _line(upward: Axis, value: float, label: str) -> Markup:
-    y = _y(upward, value)
-    return Markup('<path class="source" d="M{} {:.1f}H{}"/><text x="{}" y="{:.1f}" class="end name">{}</text>').format(
-        _LEFT, y, _WIDTH - _RIGHT, _WIDTH - _RIGHT - 3, y - 5 if y > _TOP + 18 else y + 14, label
-    )
+def _line(upward: Axis, value: float) -> Markup:
+    return Markup('<path class="source" d="M{} {:.1f}H{}"/>').format(_LEFT, _y(upward, value), _WIDTH - _RIGHT)
 
 
 def _front_line(spots: Sequence[tuple[float, float]]) -> Markup:
@@ -194,7 +194,7 @@ def _labels(points: Sequence[Point], spots: Sequence[tuple[float, float]], front
         found = _room(spots[place], _LETTER * len(label), taken, own=place)
         if found is not None:
             taken.append(found)
-            parts.append(Markup('<text x="{:.1f}" y="{:.1f}">{}</text>').format(found[0], found[3] - 3, label))
+            parts.append(Markup('<text x="{:.1f}" y="{:.1f}">{}</text>').format(found[0] + 2, found[3] - 3, label))
     return Markup("").join(parts)
 
 

@@ -20,12 +20,14 @@ class Column:
         hint: what the figure is.
         show: text of a cell.
         key: what the column is sorted by, a number; None sorts by the text.
+        below: a second line of a cell.
     """
 
     name: str
     hint: str
     show: Callable[[Row], str]
     key: Callable[[Row], float | None] | None = None
+    below: Callable[[Row], str] | None = None
 
 
 def perplexity_text(row: Row) -> str:
@@ -45,7 +47,7 @@ def verdict_text(row: Row) -> str:
 
 COLUMNS = (
     Column("verdict", "whether every figure is within its limit", verdict_text),
-    Column("type", "main type of the weights, and the format", lambda row: f"{row.ftype} {row.kind}".strip()),
+    Column("type", "main type of the weights, and the format", lambda row: row.ftype, below=lambda row: row.kind),
     Column("size", "bytes of all files", lambda row: bytes_text(row.nbytes), lambda row: row.nbytes),
     Column(
         "bits/weight",

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quantpress.pipelines.report.values import items, mapping, number, significant, text
+from quantpress.pipelines.report.values import items, mapping, number, plain, significant, text
 
-__all__ = ["CLASSES", "Cell", "Heatmap", "heatmaps"]
+__all__ = ["CLASSES", "Cell", "Heatmap", "heatmaps", "same_figures"]
 
 CLASSES = 8  # shades of a table
-_LAYER = re.compile(r"^(?P<before>[A-Za-z_][\w.]*?)\.(?P<layer>\d{1,5})\.(?P<module>.+)$")
+_LAYER = re.compile(r"[A-Za-z_][\w.]*?\.(?P<layer>\d{1,5})\.(?P<module>.+)")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+_MAX_NAME = 200  # characters
+_MAX_OUTSIDE = 8
 _MAX_MODULES = 40  # columns; what is beyond is told of in words
 
 _Figure = Callable[[Mapping[str, Any]], float | None]
@@ -96,6 +99,8 @@ def heatmaps(sidecar: Mapping[str, Any], most_cells: int) -> tuple[Heatmap, ...]
 
 @dataclass(frozen=True, slots=True)
 class _Weight:
+    """A weight with its figure; the layer is None where its name does not say one."""
+
     layer: int | None
     module: str
     value: float
@@ -104,40 +109,49 @@ class _Weight:
 
 
 def _table(figure: str, values: Sequence[tuple[Mapping[str, Any], float]], most_cells: int) -> Heatmap:
-    weights = [_weight(tensor, value) for tensor, value in values]
-    lossy = {weight.module for weight in weights if weight.value > 0}
-    exact = sum(weight.module not in lossy for weight in weights)
+    everything = [_weight(tensor, value) for tensor, value in values]
+    lossy = {weight.module for weight in everything if weight.value > 0}
+    weights = [weight for weight in everything if weight.module in lossy]
+    inside = [weight for weight in weights if weight.layer is not None]
+    outside = [weight for weight in weights if weight.layer is None]
+    exact = len(everything) - len(weights)
     notes = [f"{exact} tensors are kept exactly and are not shown."] if exact else []
-    modules = list(dict.fromkeys(weight.module for weight in weights if weight.module in lossy))
-    in_layers = [module for module in modules if any(w.module == module and w.layer is not None for w in weights)]
-    if len(in_layers) > _MAX_MODULES:
-        notes.append(f"{len(in_layers) - _MAX_MODULES} more modules are in the sidecar.")
-    columns = tuple(in_layers[:_MAX_MODULES])
-    outside = [weight for weight in weights if weight.layer is None and weight.module in lossy]
-    if not columns:
+    if not inside:
         return _outside_only(figure, outside, tuple(notes))
-    factor, unit = _scale(figure, [weight.value for weight in weights if weight.value > 0])
-    shades = _Shades([weight.value for weight in weights if weight.value > 0])
-    layers = sorted({weight.layer for weight in weights if weight.layer is not None and weight.module in lossy})
-    band = max(1, math.ceil(len(layers) * len(columns) / max(most_cells, len(columns))))
+    modules = tuple(dict.fromkeys(weight.module for weight in inside))
+    if len(modules) > _MAX_MODULES:
+        notes.append(f"{len(modules) - _MAX_MODULES} more modules are in the sidecar.")
+        modules = modules[:_MAX_MODULES]
+    factor, unit = _scale(figure, [weight.value for weight in weights])
+    layers = sorted({weight.layer for weight in inside if weight.layer is not None})
+    band = max(1, math.ceil(len(layers) * len(modules) / max(most_cells, len(modules))))
     if band > 1:
         notes.append(f"Each row is {band} layers; the worst of them is shown.")
-    cells: dict[tuple[int, str], list[_Weight]] = {}
+    worst = sorted(outside, key=lambda weight: -weight.value)[:_MAX_OUTSIDE]
+    if worst:
+        told = "; ".join(f"{plain(each.name)} ({each.type}) {significant(each.value * factor)}" for each in worst)
+        notes.insert(0, f"Outside the layers: {told}.")
+    rows = _rows(inside, layers, band, modules, factor)
+    return Heatmap(figure, unit, tuple(plain(module, 80) for module in modules), rows, tuple(notes))
+
+
+def _rows(
+    weights: Sequence[_Weight], layers: Sequence[int], band: int, modules: Sequence[str], factor: float
+) -> tuple[tuple[str, tuple[Cell | None, ...]], ...]:
+    """Puts weights into rows of `band` layers and columns of modules."""
+    shades = _Shades([weight.value for weight in weights if weight.value > 0])
     place = {layer: number // band for number, layer in enumerate(layers)}
+    cells: dict[tuple[int, str], list[_Weight]] = {}
     for weight in weights:
-        if weight.layer is not None and weight.layer in place:
+        if weight.layer is not None:
             cells.setdefault((place[weight.layer], weight.module), []).append(weight)
-    rows = [
+    return tuple(
         (
             _band_name(layers[row * band : (row + 1) * band]),
-            tuple(_cell(cells.get((row, module), []), factor, shades) for module in columns),
+            tuple(_cell(cells.get((row, module), []), factor, shades) for module in modules),
         )
         for row in range(math.ceil(len(layers) / band))
-    ]
-    shown = [f"{text(w.name)} ({w.type}): {significant(w.value * factor)}" for w in outside[:8]]
-    if shown:
-        notes.insert(0, f"Outside the layers: {'; '.join(shown)}.")
-    return Heatmap(figure, unit, columns, tuple(rows), tuple(notes))
+    )
 
 
 def _outside_only(figure: str, weights: Sequence[_Weight], notes: tuple[str, ...]) -> Heatmap:
@@ -147,17 +161,23 @@ def _outside_only(figure: str, weights: Sequence[_Weight], notes: tuple[str, ...
     worst = sorted(weights, key=lambda weight: -weight.value)[:_MAX_MODULES]
     if len(weights) > len(worst):
         notes = (*notes, f"The worst {len(worst)} of {len(weights)} tensors are shown.")
-    rows = tuple((text(weight.name), (_cell([weight], factor, shades),)) for weight in worst)
+    rows = tuple((plain(weight.name), (_cell([weight], factor, shades),)) for weight in worst)
     return Heatmap(figure, unit, ("tensor",), rows, notes)
 
 
 def _weight(tensor: Mapping[str, Any], value: float) -> _Weight:
-    name, kind = text(tensor.get("name")), text(tensor.get("type"), 40)
+    name = tensor.get("name")
+    name = name[:_MAX_NAME] if isinstance(name, str) else ""
+    return _Weight(*_place(name), value, name, text(tensor.get("type"), 40))
+
+
+@functools.lru_cache(maxsize=65536)
+def _place(name: str) -> tuple[int | None, str]:
+    """Gives layer and module of a weight, with numbers inside the module's name as `*`: experts are put together."""
     match = _LAYER.match(name)
     if match is None:
-        return _Weight(None, name, value, name, kind)
-    module = _NUMBER.sub("*", match["module"].removesuffix(".weight"))
-    return _Weight(int(match["layer"]), module, value, name, kind)
+        return None, name
+    return int(match["layer"]), _NUMBER.sub("*", match["module"].removesuffix(".weight"))
 
 
 def _band_name(layers: Sequence[int]) -> str:
@@ -169,7 +189,7 @@ def _cell(weights: Sequence[_Weight], factor: float, shades: _Shades) -> Cell | 
         return None
     worst = max(weights, key=lambda weight: weight.value)
     more = f", worst of {len(weights)}" if len(weights) > 1 else ""
-    title = f"{worst.name} {worst.type}: {significant(worst.value, 4)}{more}"
+    title = f"{plain(worst.name)} {worst.type}: {significant(worst.value, 4)}{more}"
     return Cell(significant(worst.value * factor, 2), shades.of(worst.value), title)
 
 
@@ -199,7 +219,10 @@ class _Shades:
         return min(CLASSES - 1, max(0, int(share * CLASSES)))
 
 
-def same_figures(sidecar: Mapping[str, Any]) -> tuple[tuple[str, float | None], ...]:
-    """Gives what tells whether two outputs have the same table: names and figures of the weights."""
-    tensors = items(mapping(sidecar).get("tensors"))
-    return tuple((text(tensor.get("name")), figure(tensor)) for tensor in tensors for _, figure in _FIGURES)
+def same_figures(sidecar: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Gives what tells whether two outputs have the same tables: names, types and figures of the weights."""
+    keys = ("name", "type", "relative_error", "relative_loss", "loss", "sampled_loss", "unscaled_loss")
+    found = (tuple(tensor.get(key) for key in keys) for tensor in items(mapping(sidecar).get("tensors")))
+    return tuple(
+        values if all(isinstance(value, (str, int, float, type(None))) for value in values) else () for values in found
+    )

@@ -21,8 +21,9 @@ from quantpress.pipelines.report.rows import Row, rows_of
 
 __all__ = ["html_report"]
 
-_MAX_CELLS = 24_000  # of all tables of weights together: 2 MB
-_LEAST_CELLS = 48  # of one table, however many there are
+_MAX_CELLS = 20_000  # of all tables of weights together: 2 MB
+_LEAST_CELLS = 14  # of one table, however many there are
+_FIGURES = 2  # tables that an output may have, about
 _MAX_CHARTED = 12  # sources with charts of their own
 
 
@@ -97,7 +98,7 @@ def _charts(found: Sequence[Source]) -> tuple[_Charts, ...]:
 def _perplexity(rows: Sequence[Row]) -> Chart | None:
     baselines = {row.baseline for row in rows if row.baseline is not None}
     line = baselines.pop() if len(baselines) == 1 else None  # judged on different texts there are several
-    return scatter(_points(rows, "perplexity"), title="perplexity", log=None, line=line, line_label="source")
+    return scatter(_points(rows, "perplexity"), title="perplexity", log=None, line=line)
 
 
 def _points(rows: Sequence[Row], figure: str) -> list[Point]:
@@ -122,6 +123,6 @@ def _weights(rows: Sequence[Row]) -> tuple[_Weights, ...]:
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(same_figures(row.sidecar), []).append(row)
-    each = max(_LEAST_CELLS, _MAX_CELLS // max(1, len(groups)))
+    each = max(_LEAST_CELLS, _MAX_CELLS // max(1, _FIGURES * len(groups)))
     made = [_Weights(tuple(group), heatmaps(group[0].sidecar, each)) for group in groups.values()]
     return tuple(weights for weights in made if weights.tables)

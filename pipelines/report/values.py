@@ -7,7 +7,6 @@ promised counts as not there, and a text is shown with everything escaped that a
 from __future__ import annotations
 
 import math
-import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,7 +24,6 @@ __all__ = [
     "text",
 ]
 
-_HIDDEN = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}  # controls, direction marks, lone surrogates, line separators
 _UNITS = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 
 
@@ -63,8 +61,10 @@ def text(value: Any, limit: int = 300) -> str:
 def plain(value: object, limit: int = 300) -> str:
     """Gives a value as one line in which every character can be seen; the end is cut after `limit` characters."""
     whole = str(value)
-    shown = "".join(char if unicodedata.category(char) not in _HIDDEN else _escaped(char) for char in whole[:limit])
-    return shown + ("…" if len(whole) > limit else "")
+    start = whole[:limit]
+    if not start.isprintable():
+        start = "".join(char if char.isprintable() else _escaped(char) for char in start)
+    return start + ("…" if len(whole) > limit else "")
 
 
 def _escaped(char: str) -> str:
