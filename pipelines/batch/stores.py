@@ -189,7 +189,7 @@ def _check_known(protocol: str, url: str) -> None:
 
     known = {*known_implementations, *registry}
     if protocol not in known:
-        near = difflib.get_close_matches(protocol, known, 1)
+        near = difflib.get_close_matches(protocol, sorted(known), 1, 0.5)
         hint = f"; did you mean {near[0]}://?" if near else ""
         raise UsageError(f"{shown_url(url)}: no store is known by the protocol {shown(protocol)}{hint}")
 
