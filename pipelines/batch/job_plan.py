@@ -99,7 +99,7 @@ class JobPlan:
             return
         force = planner.force or known is not None
         if standing is None and not force and not planner.cache.was_begun(key):
-            _refuse_existing(path, stage)
+            self._refuse_existing(path, stage, key)
         self._refuse_inputs(path, step, judge)
         kind = "build" if standing is None else "prove"
         work = self._work(kind, step.index, key, material, path=path, proof=proof, force=force)
@@ -174,6 +174,19 @@ class JobPlan:
                 self.planner.show(PlanRow(self.spec.name, title, state), key)
         return needs
 
+    def _refuse_existing(self, path: str, stage: Stage, key: str) -> None:
+        """Refuses an output where something stands that this job has not written.
+
+        Raises:
+            UsageError: see above.
+        """
+        if not is_url(path):
+            check_replaceable(path, force=False)
+        elif stage.name in _FORMS:  # what others write is known when it is written; it is looked at again then
+            entry = self.planner.cache.peek(key)
+            outputs = None if entry is None else entry.record["outputs"]
+            check_publishable(path, folder=_FORMS[stage.name], force=False, outputs=outputs)
+
     def _refuse_inputs(self, path: str, step: Step, judge: JudgeOptions | None) -> None:
         if not is_url(path):
             texts = [*paths_in(step.stage, but="output"), *paths_in(judge)]
@@ -202,16 +215,3 @@ def _judged_on(yardstick: Known, judge: JudgeOptions, device: str) -> dict[str, 
 
 def _only_vocabulary(stage: Stage) -> bool:
     return bool(getattr(stage, "vocab_only", False))
-
-
-def _refuse_existing(path: str, stage: Stage) -> None:
-    """Refuses an output where something stands that this job has not written.
-
-    Raises:
-        UsageError: see above.
-    """
-    if is_url(path):
-        if stage.name in _FORMS:  # what others write is known when it is written; it is looked at again then
-            check_publishable(path, folder=_FORMS[stage.name], force=False)
-    else:
-        check_replaceable(path, force=False)

@@ -14,6 +14,7 @@ from quantpress.convert.open import open_checkpoint
 from quantpress.pipelines.batch.chain import walk
 from quantpress.pipelines.batch.job_plan import JobPlan, PlannedOutput
 from quantpress.pipelines.batch.plan_table import CACHED, TO_DO, PlanRow, shared_with
+from quantpress.pipelines.batch.remote import fetch, is_url
 from quantpress.pipelines.batch.sources import localized, model_place
 from quantpress.pipelines.batch.specs import BatchSpec, JobSpec
 from quantpress.pipelines.batch.tasks import Task
@@ -202,19 +203,26 @@ def label_of(task: Task) -> str:
 
 def _judges(spec: JobSpec, device: str, cache: Path, progress: Progress) -> dict[int, JudgeOptions | None]:
     """Gives how each output is proved: by the next `verify` stage, else by what the job says."""
-    default = replace(spec.settings.judge, device=device) if spec.settings.verify else None
+    common = replace(_local_text(spec.settings.judge, cache, progress), device=device)
+    default = common if spec.settings.verify else None
     found: dict[int, JudgeOptions | None] = {}
     waiting: list[int] = []
     for index, call in enumerate(spec.stages):
         if isinstance(call.stage, Verify):
             said = localized(call.stage, cache=cache, progress=progress)
             assert isinstance(said, Verify)
-            judge = said.judged(replace(spec.settings.judge, device=device))
+            judge = said.judged(common)
             found |= dict.fromkeys(waiting, judge)
             waiting = []
         elif isinstance(call.stage, BuildingStage):
             waiting.append(index)
     return found | dict.fromkeys(waiting, default)
+
+
+def _local_text(judge: JudgeOptions, cache: Path, progress: Progress) -> JudgeOptions:
+    """Gives the options with a text that is on this machine."""
+    text = judge.text
+    return replace(judge, text=fetch(text, cache, progress)) if isinstance(text, str) and is_url(text) else judge
 
 
 def resolve_device(device: str) -> str:
