@@ -13,6 +13,7 @@ from quantpress.quant.errors import UsageError
 
 __all__ = ["canonical", "is_key", "key_of", "plain"]
 
+_WIDE = 10**20  # json_reader reads integers of 20 digits
 _DEPTH = 48  # values inside values; what is read back may be nested as deep as json_reader.MAX_DEPTH
 
 
@@ -27,7 +28,8 @@ def key_of(material: Mapping[str, Any]) -> str:
         SHA-256 of the canonical JSON, hexadecimal.
 
     Raises:
-        UsageError: a number that is NaN or infinite, or what is no plain value, with its place.
+        UsageError: a number that is NaN, infinite or very long, a text that is not UTF-8, or what is no plain value,
+            with its place.
     """
     return hashlib.sha256(canonical(material)).hexdigest()
 
@@ -61,8 +63,10 @@ def plain(value: Any, place: str = "") -> Any:
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
-        return str.__str__(value)  # of a text that is a member of an enumeration, the text
+        return _text(value, place)
     if isinstance(value, int):
+        if abs(value) >= _WIDE:
+            raise UsageError(f"{place or 'value'}: {shown(value)} has too many digits")
         return int(value)
     if isinstance(value, float):
         if not math.isfinite(value):
@@ -85,4 +89,10 @@ def _inner(place: str, name: object) -> str:
 def _name(key: object, place: str) -> str:
     if not isinstance(key, str):
         raise UsageError(f"{place or 'value'}: {shown(key)} is no text, so it cannot be a name in a key")
-    return str.__str__(key)
+    return _text(key, place)
+
+
+def _text(value: str, place: str) -> str:
+    if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
+        raise UsageError(f"{place or 'value'}: {shown(value)} is a name that is not UTF-8; rename the file or folder")
+    return str.__str__(value)  # of a member of an enumeration, the text

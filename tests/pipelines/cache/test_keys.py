@@ -15,10 +15,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from quantpress.convert.json_reader import parse_json
 from quantpress.pipelines.cache.keys import canonical, is_key, key_of, plain
 from quantpress.quant.errors import UsageError
 
-SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**20) + 1, 10**20 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text()
+)
 VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4), max_leaves=12
 )
@@ -55,6 +62,7 @@ def test_two_keys_are_equal_where_the_values_are(one: dict[str, Any], other: dic
 @given(st.dictionaries(st.text(), VALUES, max_size=4))
 def test_reading_the_text_gives_the_value_back(value: dict[str, Any]) -> None:
     assert exactly(json.loads(canonical(value))) == exactly(value)
+    assert exactly(parse_json(canonical(value), name="key")) == exactly(value)
 
 
 def test_the_order_of_names_does_not_matter_and_that_of_lists_does() -> None:
@@ -78,6 +86,9 @@ def test_forms_of_the_same_plain_value_give_the_same_key() -> None:
         ({"a": b"x"}, "of type bytes"),
         ({"a": np.float32(1)}, "of type float32"),
         ({"a": {1: 2}}, "a: 1 is no text"),
+        ({"a": 10**20}, "a: 1000.* has too many digits"),
+        ({"a": "x\udc80"}, "a: .* is a name that is not UTF-8"),
+        ({"a": {"\udfff": 1}}, "a: .* is a name that is not UTF-8"),
     ],
 )
 def test_what_is_no_plain_value_is_refused_with_its_place(value: dict[str, Any], message: str) -> None:
