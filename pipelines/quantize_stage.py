@@ -182,6 +182,7 @@ class Quantize(JobStage):
             raise UsageError(f"--{given[0].replace('_', '-')}: {found}, and its codes are kept as they are")
         if self.format is None:
             raise UsageError(f"{found}; give the --format that its codes are to be written in")
+        find_format(self.format)
         kept = next(iter(source.quantized.values())).form.scale_type
         return Recipe(None, self.format, Grid(scale_type=self.scale_type or scale_type_of(self.format, kept)))
 
