@@ -29,7 +29,7 @@ def report_form(path: Path) -> str:
     return form
 
 
-def write_report(result: BatchResult, path: Path, *, models: Mapping[str, str] = _NO_MODELS) -> None:
+def write_report(result: BatchResult, path: Path | str, *, models: Mapping[str, str] = _NO_MODELS) -> None:
     """Writes the report of a batch, replacing an older one; the name holds the old report or the whole new one.
 
     Args:
@@ -41,6 +41,7 @@ def write_report(result: BatchResult, path: Path, *, models: Mapping[str, str] =
         UsageError: the file's name ends in something else.
         OutputError: the file cannot be written.
     """
+    path = Path(path)
     if report_form(path) == "html":
         from quantpress.pipelines.report.page import html_report
 
