@@ -13,7 +13,6 @@ from quantpress.quant.errors import UsageError
 
 __all__ = ["canonical", "is_key", "key_of", "plain"]
 
-_WIDE = 10**20  # json_reader reads integers of 20 digits
 _DEPTH = 48  # values inside values; what is read back may be nested as deep as json_reader.MAX_DEPTH
 
 
@@ -28,8 +27,8 @@ def key_of(material: Mapping[str, Any]) -> str:
         SHA-256 of the canonical JSON, hexadecimal.
 
     Raises:
-        UsageError: a number that is NaN, infinite or very long, a text that is not UTF-8, or what is no plain value,
-            with its place.
+        UsageError: a number that is NaN, infinite or wider than 64 bits, a text that is not UTF-8, or what is no plain
+            value, with its place.
     """
     return hashlib.sha256(canonical(material)).hexdigest()
 
@@ -48,51 +47,53 @@ def is_key(text: str) -> bool:
     return len(text) == 64 and all(char in "0123456789abcdef" for char in text)
 
 
-def plain(value: Any, place: str = "") -> Any:
+def plain(value: Any) -> Any:
     """Gives a value as reading its JSON would give it: mappings as dicts, tuples as lists.
-
-    Args:
-        value: any plain value.
-        place: where it stands, for messages: "stage.options".
 
     Raises:
         UsageError: see `key_of`.
     """
-    if place.count(".") > _DEPTH:
-        raise UsageError(f"{place[:80]}...: values are nested deeper than {_DEPTH} levels")
+    return _plain(value, ())
+
+
+def _plain(value: Any, place: tuple[str, ...]) -> Any:
+    """`plain` for a value inside of others, whose names and indices are its place."""
+    if len(place) > _DEPTH:
+        raise UsageError(f"{_at(place)}: values are nested deeper than {_DEPTH} levels")
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
         return _text(value, place)
     if isinstance(value, int):
-        if abs(value) >= _WIDE:
-            raise UsageError(f"{place or 'value'}: {shown(value)} has too many digits")
+        if not -(1 << 63) <= value < 1 << 64:  # what json_reader reads
+            raise UsageError(f"{_at(place)}: {shown(value)} does not fit 64 bits")
         return int(value)
     if isinstance(value, float):
         if not math.isfinite(value):
-            raise UsageError(f"{place or 'value'}: {value} cannot be part of a key; give a finite number")
+            raise UsageError(f"{_at(place)}: {value} cannot be part of a key; give a finite number")
         return float(value)
     if isinstance(value, Mapping):
-        return {_name(key, place): plain(item, _inner(place, key)) for key, item in value.items()}
+        return {_name(key, place): _plain(item, (*place, str(key))) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item, _inner(place, index)) for index, item in enumerate(value)]
+        return [_plain(item, (*place, str(index))) for index, item in enumerate(value)]
     raise UsageError(
-        f"{place or 'value'}: {shown(value)} of type {type(value).__name__} is no plain value (text, number, true or"
-        " false, null, list, mapping), so no key can hold it"
+        f"{_at(place)}: {shown(value)} of type {type(value).__name__} is no plain value (text, number, true or false,"
+        " null, list, mapping), so no key can hold it"
     )
 
 
-def _inner(place: str, name: object) -> str:
-    return f"{place}.{name}" if place else str(name)
-
-
-def _name(key: object, place: str) -> str:
+def _name(key: object, place: tuple[str, ...]) -> str:
     if not isinstance(key, str):
-        raise UsageError(f"{place or 'value'}: {shown(key)} is no text, so it cannot be a name in a key")
+        raise UsageError(f"{_at(place)}: {shown(key)} is no text, so it cannot be a name in a key")
     return _text(key, place)
 
 
-def _text(value: str, place: str) -> str:
+def _text(value: str, place: tuple[str, ...]) -> str:
     if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
-        raise UsageError(f"{place or 'value'}: {shown(value)} is a name that is not UTF-8; rename the file or folder")
+        raise UsageError(f"{_at(place)}: {shown(value)} is a name that is not UTF-8; rename the file or folder")
     return str.__str__(value)  # of a member of an enumeration, the text
+
+
+def _at(place: tuple[str, ...]) -> str:
+    """A place as messages name it."""
+    return shown(".".join(place))[1:-1] if place else "value"
