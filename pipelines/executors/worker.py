@@ -1,6 +1,6 @@
-"""A worker process: does the tasks that come on its standard input, one after another, and tells what happens.
+"""A worker process: does the tasks that come through a pipe, one after another, and tells what happens.
 
-Its life hangs on its parent's: it ends at once when its input ends, and on Linux the system kills it with the thread
+Its life hangs on its parent's: it ends at once when that pipe ends, and on Linux the system kills it with the thread
 that started it, even where Python code cannot run at that moment.
 """
 
@@ -79,6 +79,11 @@ class _Channel:
         """Sends nothing any more: a signal may have come in the middle of a frame."""
         self._open = False
 
+    def check(self) -> None:
+        """Raises again what a signal has raised where Python drops errors, as in callbacks of an import's locks."""
+        if not self._open:
+            raise _Terminated
+
 
 class _Logs(logging.Handler):
     """Turns log messages into events of the task that runs."""
@@ -98,14 +103,14 @@ class _Logs(logging.Handler):
         self._channel.send(Event("log", self.task, level=record.levelname, message=message))
 
 
-def main() -> NoReturn:
-    """Works until it is told to stop; its standard input and output are the pipes of its parent."""
+def main(requests: BinaryIO) -> NoReturn:
+    """Works until it is told to stop; its standard output is a pipe of its parent, as `requests` is."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, who decides
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print must not land between two frames
     cast(TextIOWrapper, sys.stdout).reconfigure(line_buffering=True)  # what is printed is told when it is printed
     faulthandler.enable(all_threads=False)
-    first = read_frame(sys.stdin.buffer)
+    first = read_frame(requests)
     if first is None:
         os._exit(1)
     hello: Hello = decode(first)
@@ -118,7 +123,7 @@ def main() -> NoReturn:
     replies.write(READY)
     replies.flush()
     try:
-        _work(hello, channel)
+        _work(hello, channel, requests)
     except _Terminated:
         os._exit(_TERMINATED)
     os._exit(0)  # nothing is left to do; libraries' own tear-down takes time and has crashed
@@ -143,24 +148,25 @@ def _terminator(channel: _Channel) -> Callable[[int, FrameType | None], NoReturn
     return terminate
 
 
-def _listen(frames: SimpleQueue[bytes | None]) -> None:
+def _listen(requests: BinaryIO, frames: SimpleQueue[bytes | None]) -> None:
     """Hands on what comes; an input that ends without an empty frame means that the parent is gone."""
-    while (frame := read_frame(sys.stdin.buffer)) is not None:
+    while (frame := read_frame(requests)) is not None:
         frames.put(frame or None)
         if not frame:
             return
     os._exit(1)
 
 
-def _work(hello: Hello, channel: _Channel) -> None:
+def _work(hello: Hello, channel: _Channel, requests: BinaryIO) -> None:
     frames: SimpleQueue[bytes | None] = SimpleQueue()
-    threading.Thread(target=_listen, args=(frames,), name="quantpress-requests", daemon=True).start()
+    threading.Thread(target=_listen, args=(requests, frames), name="quantpress-requests", daemon=True).start()
     logs = _Logs(channel)
     logs.setFormatter(logging.Formatter("%(message)s"))
     logging.basicConfig(level=hello.level, handlers=[logs], force=True)
     logging.captureWarnings(True)
     while (frame := frames.get()) is not None:
         _one(frame, hello, channel, logs)
+        channel.check()
         gc.collect()
         _trim()
 
@@ -200,6 +206,7 @@ class _Told:
 
     def __call__(self, phase: str, done: int, total: int) -> None:
         """Sends what is new: another phase, its end, or the last was some time ago."""
+        self._channel.check()
         now = time.monotonic()
         if phase == self._phase and done < total and now - self._last < _PROGRESS_INTERVAL:
             return
@@ -211,7 +218,3 @@ def _trim() -> None:
     """Gives freed memory back while the worker waits; only glibc can be told."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-if __name__ == "__main__":
-    main()

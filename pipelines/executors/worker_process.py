@@ -26,10 +26,12 @@ __all__ = ["Heard", "WorkerProcess"]
 
 # The working folder, which Python puts first, may hold files of strangers (a downloaded model) with names of modules.
 # So the worker imports from where this process does, and from nowhere else.
+# What it or its children read from standard input must not be what this process says, so that pipe goes elsewhere.
 _BOOT = (
-    "import sys; sys.path = [p for p in sys.path if p]; import json; "
-    "sys.path = json.loads(sys.stdin.buffer.readline()); "
-    "from quantpress.pipelines.executors.worker import main; main()"
+    "import sys; sys.path = [p for p in sys.path if p]; import json, os; "
+    "requests = os.fdopen(os.dup(0), 'rb'); os.dup2(os.open(os.devnull, os.O_RDONLY), 0); "
+    "sys.path = json.loads(requests.readline()); "
+    "from quantpress.pipelines.executors.worker import main; main(requests)"
 )
 _TAIL_LINES = 40  # of what libraries print, kept for the case that the worker dies
 _LINE_BYTES = 2000  # what is longer counts as several lines

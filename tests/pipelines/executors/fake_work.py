@@ -136,3 +136,24 @@ def _undying(progress: Progress, folder: str) -> None:
         ctypes.CDLL(None).prctl(1, 0, 0, 0, 0)
     Path(folder, f"{os.getpid()}.tmp").touch()
     time.sleep(60)
+
+
+def _listening(progress: Progress) -> str:
+    """What a child process that reads its standard input gets."""
+    return subprocess.run([sys.executable, "-c", "input()"], capture_output=True, text=True, timeout=20).stderr
+
+
+def _dropping(progress: Progress, folder: str) -> None:
+    """Loses the first thing that a signal raises, as Python does in callbacks; cleans up when it is stopped."""
+    file = Path(folder, f"{os.getpid()}.tmp")
+    file.touch()
+    try:
+        time.sleep(60)
+    except BaseException:  # noqa: BLE001
+        file.with_suffix(".dropped").touch()
+    try:
+        for step in range(600):
+            time.sleep(0.1)
+            progress("work", step, 600)
+    finally:
+        file.unlink()

@@ -171,6 +171,12 @@ def test_modules_in_the_working_folder_are_not_imported(
     assert not (tmp_path / "was-run").exists()
 
 
+def test_nobody_else_reads_what_a_worker_is_told(make_pool: Callable[..., LocalPool]) -> None:
+    results, _ = ran(make_pool(), work("a", "listening"), work("b", "pid"))
+    assert "EOFError" in results["a"].output
+    assert results["b"].state == "done"
+
+
 @posix
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM])
 def test_the_task_of_a_lost_worker_is_tried_once_more(
