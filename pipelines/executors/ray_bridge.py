@@ -44,13 +44,14 @@ class Connected:
     Attributes:
         error: why the cluster cannot be used; "" where it can.
         exit_code: of the error.
-        threads, nodes: as `Cluster` has them.
+        threads, nodes, address: as `Cluster` has them.
     """
 
     error: str = ""
     exit_code: int = 0
     threads: int = 0
     nodes: int = 0
+    address: str = ""
 
 
 @dataclass(slots=True)
@@ -88,7 +89,7 @@ def main() -> NoReturn:
     hello: RayHello = decode(first)
     try:
         with connected(hello) as cluster:
-            _send(replies, Connected(threads=cluster.threads, nodes=cluster.nodes))
+            _send(replies, Connected(threads=cluster.threads, nodes=cluster.nodes, address=cluster.address))
             _Bridge(hello, cluster, replies).serve(asked)
     except QuantpressError as error:
         _send(replies, Connected(str(error), error.exit_code))
@@ -143,7 +144,7 @@ class _Bridge:
             threads=cluster.threads,
             level=hello.level,
             token=cluster.token,
-            paths=hello.paths if cluster.local else (),
+            paths=hello.paths,
             named=cluster.nodes > 1,
         )
         options = cluster.options(task, alone=alone)

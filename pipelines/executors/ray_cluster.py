@@ -69,7 +69,7 @@ class Cluster:
         gpus: whether a node has a GPU.
         nodes: how many there are.
         token: a file in the cache folder that all nodes see; "" where none is used.
-        local: whether it was started here.
+        address: where others can connect to it.
     """
 
     ray: Any
@@ -79,7 +79,7 @@ class Cluster:
     gpus: bool
     nodes: int
     token: str
-    local: bool
+    address: str
 
     def options(self, task: Task, *, alone: bool) -> dict[str, Any]:
         """Gives the resources that a task takes, in Ray's words.
@@ -141,12 +141,13 @@ def _init(ray: Any, hello: RayHello, stack: contextlib.ExitStack) -> None:
         stack.callback(ray.shutdown)  # before its folder goes
         if len(folder) + _SOCKETS < 107:
             options["_temp_dir"] = folder
-    where = f"the Ray cluster at {hello.address}" if hello.address else "a local Ray"
+    where = f"the Ray cluster at {hello.address}" if hello.address else "a Ray on this machine"
     try:
         ray.init(**options)
     except (OSError, RuntimeError, ValueError, ImportError, AssertionError, ray.exceptions.RayError) as error:
         # ConnectionError and TimeoutError are OSErrors; versions that do not fit are a RuntimeError.
-        raise OutputError(f"{where} cannot be used: {_first_line(error)}") from error
+        hint = "; does it want a token (RAY_AUTH_MODE=token)?" if isinstance(error, ConnectionError) else ""
+        raise OutputError(f"{where} cannot be used: {_first_line(error)}{hint}") from error
 
 
 @contextlib.contextmanager
@@ -220,7 +221,7 @@ def _described(ray: Any, hello: RayHello, nodes: list[dict[str, Any]], token: st
         gpus=any(each.get("GPU", 0) >= 1 for each in resources),
         nodes=len(nodes),
         token=token,
-        local=not hello.address,
+        address=ray.get_runtime_context().gcs_address,
     )
 
 

@@ -54,6 +54,7 @@ class RayPool:
         workers: tasks at once, at most; None for as many as the cluster has room for.
         threads: of each task.
         nodes: how many the cluster had at the start.
+        address: of the cluster, for another pool.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class RayPool:
             packages=environment("cpu")["packages"],
         )
         self.workers = workers
+        self._where = f"the Ray cluster at {hello.address}" if hello.address else "a Ray on this machine"
         self._running: dict[str, Task] = {}
         self._said: deque[Event] = deque()
         self._heard: SimpleQueue[Event | Connected | None] = SimpleQueue()
@@ -116,7 +118,7 @@ class RayPool:
         except BaseException:
             self.close(kill=True)
             raise
-        self.threads, self.nodes = first.threads, first.nodes
+        self.threads, self.nodes, self.address = first.threads, first.nodes, first.address
 
     @property
     def pid(self) -> int:
@@ -129,11 +131,11 @@ class RayPool:
             with contextlib.suppress(Empty):
                 first = self._heard.get(timeout=_POLL)
                 if not isinstance(first, Connected):
-                    raise OutputError(f"Ray cannot be used: {self._last_words()}")
+                    raise OutputError(f"{self._where} cannot be used: {self._last_words()}")
                 if first.error:
                     raise OutputError(first.error)
                 return first
-        raise OutputError(f"Ray has not answered for {_CONNECT_SECONDS:.0f} seconds: {self._last_words()}")
+        raise OutputError(f"{self._where} has not answered for {_CONNECT_SECONDS:.0f} seconds: {self._last_words()}")
 
     def has_room(self, task: Task) -> bool:
         """Whether fewer than `workers` tasks are started; without a limit tasks wait at Ray, which may add nodes."""
@@ -176,6 +178,7 @@ class RayPool:
         """Leaves the cluster, or ends the one that was started here; with `kill` tasks have seconds to clean up."""
         if self._process.returncode is not None:
             return
+        self._running.clear()  # nobody waits for them any more
         try:
             self._write(KILL if kill else END)
             self._process.wait(_STOP_SECONDS)

@@ -46,7 +46,7 @@ class Request:
         threads: worker threads.
         level: least level of log messages that are sent on.
         token: a file in the cache folder, which every node must see; "" where there is none.
-        paths: folders to import from beside the node's own; empty on another machine's Ray.
+        paths: folders that the batch imports from, used after the node's own.
         named: whether an error says which node it comes from.
     """
 
