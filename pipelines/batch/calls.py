@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,11 @@ from quantpress.convert.files import shown
 from quantpress.pipelines.batch.checking import check, found_text
 from quantpress.pipelines.batch.places import Places
 from quantpress.pipelines.batch.problems import Mark, Problems
-from quantpress.pipelines.batch.registry import find_stage, kind_of
+from quantpress.pipelines.batch.registry import kind_of
 from quantpress.pipelines.batch.specs import StageCall
 from quantpress.pipelines.batch.stage_options import StageOptions, options_of
 from quantpress.pipelines.batch.yaml_file import Node
-from quantpress.pipelines.stage import BuildingStage
+from quantpress.pipelines.stage import BuildingStage, Stage
 from quantpress.quant.errors import QuantpressError, UsageError
 
 __all__ = ["check_order", "stage_call", "stage_key"]
@@ -35,11 +36,14 @@ def stage_key(node: Node, problems: Problems) -> tuple[str, Mark, Node] | None:
     return name, node.key_mark(name), options
 
 
-def stage_call(node: Node, places: Places, problems: Problems, missing: Problems) -> StageCall | None:
+def stage_call(
+    node: Node, find: Callable[[str], type[Stage]], places: Places, problems: Problems, missing: Problems
+) -> StageCall | None:
     """Makes a stage.
 
     Args:
         node: an entry of `stages`, filled in.
+        find: gives a stage's class, see `find_stage`.
         places: what paths mean.
         problems: gets what is wrong with the file.
         missing: gets inputs that are not there.
@@ -52,7 +56,7 @@ def stage_call(node: Node, places: Places, problems: Problems, missing: Problems
         return None
     name, mark, given = found
     try:
-        options = options_of(find_stage(name))
+        options = options_of(find(name))
     except UsageError as error:
         problems.add(mark, str(error))
         return None

@@ -76,14 +76,15 @@ def _grouped(error: ValidationError, node: Node) -> dict[_Path, list[Any]]:
     groups: dict[_Path, list[Any]] = {}
     for each in error.errors(include_url=False, include_context=True, include_input=False):
         path: list[str | int] = []
-        here: Node | None = node
+        here = node
         for step in each["loc"]:
-            here = _child(here, step)
-            if here is None and not (each["type"] == "missing" and step == each["loc"][-1]):
-                break
-            path.append(step)
+            child = _child(here, step)
+            if child is not None or (each["type"] == "missing" and step == each["loc"][-1]):
+                path.append(step)  # else it names a member of a union
+                here = child or here
         groups.setdefault(tuple(path), []).append(each)
-    return groups
+    inner = {path[:depth] for path in groups for depth in range(len(path))}
+    return {path: group for path, group in groups.items() if path not in inner}
 
 
 def _child(node: Node | None, step: str | int) -> Node | None:

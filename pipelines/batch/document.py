@@ -87,7 +87,7 @@ class Frame(BaseModel):
 class WrittenJob(BaseModel):
     """A job before its variables are filled in: keys, and what must be there to fill them in."""
 
-    model_config = _STRICT
+    model_config = ConfigDict(**{**_STRICT, "extra": "ignore"})
 
     name: Any
     matrix: dict[str, Annotated[list[Variable], Field(min_length=1)] | _Text] = Field(default_factory=dict)

@@ -5,7 +5,8 @@ No model is opened. Mistakes of a file are named together, each with its line.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from quantpress.pipelines.batch.matrix import MAX_JOBS, Expanded, check_names, e
 from quantpress.pipelines.batch.output_places import check_outputs
 from quantpress.pipelines.batch.places import Places
 from quantpress.pipelines.batch.problems import Problems, nearest
+from quantpress.pipelines.batch.registry import find_stage
 from quantpress.pipelines.batch.set_flags import with_sets
 from quantpress.pipelines.batch.specs import BatchSpec, JobSpec, Settings
 from quantpress.pipelines.batch.stores import is_url, local_path
@@ -25,7 +27,7 @@ from quantpress.pipelines.batch.variables import evaluated, filled
 from quantpress.pipelines.batch.written import check_written
 from quantpress.pipelines.batch.yaml_file import Node, read_yaml
 from quantpress.pipelines.judging import JudgeOptions
-from quantpress.pipelines.stage import BuildingStage
+from quantpress.pipelines.stage import BuildingStage, Stage
 from quantpress.quant.errors import UsageError
 
 __all__ = ["load_batch"]
@@ -60,9 +62,10 @@ def load_batch(path: Path | str, *, sets: Sequence[str] = (), jobs: Sequence[str
     templates = _expanded_all(document, variables, problems)
     problems.raise_any()
     made = []
+    find = functools.cache(find_stage)
     for job in templates:
         lost = Problems()
-        made.append((job, _job(job, places, problems, lost), lost))
+        made.append((job, _job(job, find, places, problems, lost), lost))
         problems.take(lost)
     check_outputs([(job, spec) for job, spec, _ in made if spec is not None], path, cache, problems)
     problems.raise_any()
@@ -101,7 +104,8 @@ def _expanded_all(document: Node, variables: dict[str, Node], problems: Problems
         found += expanded(
             _with_defaults(template, document.get("defaults")), variables, MAX_JOBS - len(found), problems
         )
-    check_names(found, problems)
+    if not problems.found:
+        check_names(found, problems)
     return found
 
 
@@ -113,15 +117,17 @@ def _with_defaults(job: Node, defaults: Node | None) -> Node:
     return Node({**more, **own}, job.mark, keys, job.size)
 
 
-def _job(job: Expanded, places: Places, problems: Problems, missing: Problems) -> JobSpec | None:
+def _job(
+    job: Expanded, find: Callable[[str], type[Stage]], places: Places, problems: Problems, missing: Problems
+) -> JobSpec | None:
     """Makes one job."""
     checked = check(JobFrame, job.node, problems)
     entries = job.node.items()["stages"].value
-    if checked is None or not isinstance(entries, list):
+    if not isinstance(entries, list):
         return None
-    calls = [stage_call(entry, places, problems, missing) for entry in entries]
+    calls = [stage_call(entry, find, places, problems, missing) for entry in entries]
     made = [call for call in calls if call is not None]
-    if len(made) < len(entries):
+    if checked is None or len(made) < len(entries):
         return None
     check_order(entries, made, problems)
     model = places.model(checked["model"], job.node.items()["model"].mark, missing, "model")

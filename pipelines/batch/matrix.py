@@ -75,10 +75,10 @@ def _axes(job: Node, variables: Mapping[str, Node], problems: Problems) -> dict[
     for name, node in matrix.items().items():
         if not NAME.fullmatch(name):
             problems.add(matrix.key_mark(name), f"{shown(name)}: a variable's name is letters, digits, _ and -")
-        found = filled(node, variables, problems).value
-        if not isinstance(found, list) or not found:
-            problems.add(node.mark, f"matrix.{name}: wanted a list that is not empty, found {found_text(node)}")
-        axes[name] = found if isinstance(found, list) else []
+        found = filled(node, variables, problems)
+        if not isinstance(found.value, list) or not found.value:
+            problems.add(node.mark, f"matrix.{name}: wanted a list that is not empty, found {found_text(found)}")
+        axes[name] = found.value if isinstance(found.value, list) else []
         seen: set[str] = set()
         for value in axes[name]:
             if (text := text_of(value)) in seen:

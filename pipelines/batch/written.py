@@ -41,8 +41,7 @@ def _check_job(job: Node, problems: Problems) -> None:
     name = job.get("name")
     label = f"job {shown(name.value)}" if name is not None and isinstance(name.value, str) else "job"
     _check_keys(job, _JOB, label, problems)
-    own = {key: node for key, node in job.items().items() if key in WrittenJob.model_fields}
-    check(WrittenJob, Node(own, job.mark, job.keys, job.size), problems, where=f"{label}.", known=_JOB)
+    check(WrittenJob, job, problems, where=f"{label}.", known=_JOB)
 
 
 def _check_keys(node: Node, known: tuple[str, ...], label: str, problems: Problems) -> None:

@@ -175,7 +175,7 @@ class _Builder:
         if isinstance(event, AliasEvent):
             return self._alias(event.anchor or "", mark)
         assert isinstance(event, ScalarEvent | CollectionStartEvent)
-        if event.tag is not None and event.tag != "!":
+        if event.tag is not None:
             _refuse(mark, f"tag {shown(event.tag)}: tags are not read; write the value plainly, texts in quotes")
         if depth >= MAX_DEPTH:
             _refuse(mark, f"lists and mappings are nested deeper than {MAX_DEPTH}")
@@ -223,7 +223,7 @@ class _Builder:
                 _refuse(
                     key_node.mark, "a key must be a plain text; a ${name} that starts a value needs quotation marks"
                 )
-            key = event.value
+            key = _joined(event.value, key_node.mark)
             _, node = next(children)
             if key == _MERGE and event.implicit[0]:
                 merged += node.value if isinstance(node.value, list) else [node]
@@ -244,9 +244,7 @@ def _scalar(event: ScalarEvent, mark: Mark) -> Scalar:
     """Gives the value of a scalar by YAML 1.2's core schema (specification 10.3.2)."""
     text: str = event.value
     if not event.implicit[0]:
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            _refuse(mark, "half of a surrogate pair, which no text may hold")
-        return text
+        return _joined(text, mark)
     if text in _NULL:
         return None
     if text in _BOOLS:
@@ -262,3 +260,13 @@ def _scalar(event: ScalarEvent, mark: Mark) -> Scalar:
     if _ENDLESS.fullmatch(text):
         _refuse(mark, f"{text}: not a finite number; a text needs quotation marks")
     return text
+
+
+def _joined(text: str, mark: Mark) -> str:
+    """Makes characters of surrogate pairs, as JSON has them, which YAML is to hold; PyYAML leaves them as halves."""
+    if not any("\ud800" <= character <= "\udfff" for character in text):
+        return text
+    try:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError:
+        _refuse(mark, "half of a surrogate pair, which no text may hold")
