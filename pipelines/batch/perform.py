@@ -100,7 +100,10 @@ class _Bench:
             InputError: they differ.
         """
         if key != self.work.key:
-            raise InputError(f"{self.work.job.model}: an input has changed while the batch ran; run it again")
+            raise InputError(
+                f"{self.work.job.model}: an input has changed since the batch was planned, or packages or processor of"
+                " this worker are others than where it was planned; run it again"
+            )
 
     def folder(self, key: str) -> Path:
         entry = self.cache.find(key)
