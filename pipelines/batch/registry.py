@@ -136,7 +136,8 @@ def _loaded(offer: EntryPoint) -> type[Stage]:
     try:
         found = offer.load()
     except _IMPORT_FAILURES as error:
-        raise UsageError(f"{where} cannot be imported: {type(error).__name__}: {error}") from error
+        reason = " ".join(str(error).split())
+        raise UsageError(f"{where} cannot be imported: {type(error).__name__}: {reason}") from error
     if not isinstance(found, type) or not issubclass(found, Stage):
         raise UsageError(f"{where} is not a class derived from quantpress.pipelines.stage.Stage")
     frozen = dataclasses.is_dataclass(found) and found.__dataclass_params__.frozen  # type: ignore[attr-defined]
