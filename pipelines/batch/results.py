@@ -54,6 +54,7 @@ class JobResult:
 
     Attributes:
         name: the job's.
+        model: as the pipeline file has it, with an absolute path.
         state: "verified", "written" (done, no proof was asked for), "failed" or "cancelled".
         outputs: those that were written.
         error: one line where it failed.
@@ -69,10 +70,11 @@ class JobResult:
     exit_code: int = 0
     cached: bool = False
     seconds: float = 0.0
+    model: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """For `run --json`."""
-        record: dict[str, Any] = {"name": self.name, "state": self.state, "cached": self.cached}
+        record: dict[str, Any] = {"name": self.name, "model": self.model, "state": self.state, "cached": self.cached}
         record |= {"seconds": round(self.seconds, 3), "exit_code": self.exit_code, "error": self.error}
         return record | {"outputs": [output.to_json() for output in self.outputs]}
 

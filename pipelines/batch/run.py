@@ -167,7 +167,9 @@ def _remember(plan: BatchPlan, results: Mapping[str, TaskResult]) -> None:
 def _job_result(job: PlannedJob, results: Mapping[str, TaskResult]) -> JobResult:
     name = job.spec.name
     if job.error is not None:
-        return JobResult(name, "failed", error=" ".join(str(job.error).split()), exit_code=job.error.exit_code)
+        return JobResult(
+            name, "failed", error=" ".join(str(job.error).split()), exit_code=job.error.exit_code, model=job.spec.model
+        )
     outputs = list[OutputResult]()
     error, exit_code, state = "", 0, ""
     for need in job.tasks:
@@ -191,5 +193,5 @@ def _job_result(job: PlannedJob, results: Mapping[str, TaskResult]) -> JobResult
     proved = all(output.parity is not None for output in outputs)
     return JobResult(
         name, state or ("verified" if proved else "written"), tuple(outputs), error, exit_code,
-        cached=not job.tasks, seconds=sum(results[task].seconds for task in job.tasks),
+        cached=not job.tasks, seconds=sum(results[task].seconds for task in job.tasks), model=job.spec.model,
     )  # fmt: skip

@@ -35,13 +35,13 @@ def write_report(result: BatchResult, path: Path | str, *, models: Mapping[str, 
     Args:
         result: the batch, whatever became of its jobs.
         path: the file; `.html` for people, `.md` for a model card.
-        models: job -> its model as the pipeline file has it (`JobSpec.model`), for titles and for `base_model`.
+        models: job -> what to call its model in titles and in `base_model`; by default as `JobResult.model`.
 
     Raises:
         UsageError: the file's name ends in something else.
         OutputError: the file cannot be written.
     """
-    path = Path(path)
+    path, models = Path(path), {job.name: job.model for job in result.jobs} | dict(models)
     if report_form(path) == "html":
         from quantpress.pipelines.report.page import html_report
 
