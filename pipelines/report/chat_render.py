@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-_SECONDS = 5
+_SECONDS = 3
 _BYTES = 1 << 30
 _MAX_TEXT = 1 << 16  # characters of one conversation
 

@@ -8,6 +8,7 @@ takes one of its own whose Jinja source is within an edit distance of 100 of the
 from __future__ import annotations
 
 import dataclasses
+import re
 
 from quantpress.pipelines.report.chat_shape import CONVERSATIONS, ChatShape, render_chat, shape_of
 from quantpress.pipelines.report.model_facts import ModelFacts
@@ -52,10 +53,17 @@ def _template(facts: ModelFacts) -> list[str]:
         lines.append(f'SYSTEM """{shape.default_system}"""')
     if not shape.system:
         lines.append("# The chat template takes no system messages.")
-    stop = shape.after_answer.strip()
-    if stop and "\n" not in stop and '"' not in stop:
-        lines.append(f'PARAMETER stop "{plain(stop)}"')
+    if stop := _stop(shape.after_answer):
+        lines.append(f'PARAMETER stop "{stop}"')
     return lines
+
+
+def _stop(after_answer: str) -> str:
+    """Gives what ends an answer, where it can be written in one line: the first token in brackets, or all of it."""
+    ending = after_answer.strip()
+    token = re.match(r"<[^<>\s]+>|\[[^\[\]\s]+\]", ending)
+    found = token[0] if token else ending
+    return found if "\n" not in found and '"' not in found else ""
 
 
 def _shape(facts: ModelFacts) -> ChatShape | None:

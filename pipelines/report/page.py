@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
+
+from jinja2 import Environment, StrictUndefined, Template
 
 from quantpress.pipelines.batch.results import BatchResult
 from quantpress.pipelines.report import values
@@ -47,15 +50,10 @@ def html_report(result: BatchResult, models: Mapping[str, str]) -> str:
         result: the batch.
         models: job -> its model, as the pipeline file has it; may be empty.
     """
-    from jinja2 import Environment, StrictUndefined
-
     rows = rows_of(result)
     found = sources(rows, models)
     style, script = _asset("report.css"), _asset("report.js")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.globals.update({"v": values, "columns": COLUMNS})
-    page = environment.from_string(_asset("report.html.j2"))
-    return page.render(
+    return _template().render(
         title=values.plain(result.pipeline.name),
         result=result,
         failed=result.failed,
@@ -72,6 +70,13 @@ def html_report(result: BatchResult, models: Mapping[str, str]) -> str:
         verdicts={name: sum(row.verdict == name for row in rows) for name in ("passed", "failed", "not proved")},
         uncharted=max(0, len(found) - _MAX_CHARTED),
     )
+
+
+@functools.lru_cache(maxsize=1)
+def _template() -> Template:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.globals.update({"v": values, "columns": COLUMNS})
+    return environment.from_string(_asset("report.html.j2"))
 
 
 def _asset(name: str) -> str:

@@ -16,6 +16,7 @@ from quantpress.pipelines.report.values import (
     memory_text,
     number,
     plain,
+    said,
     seconds_text,
     significant,
     text,
@@ -112,7 +113,7 @@ def makings(rows: Sequence[Row]) -> tuple[Making, ...]:
 def _making(row: Row) -> Making:
     sidecar = row.sidecar
     stages = [
-        (f"{text(stage.get('name'), 60)} (version {plain(stage.get('version'), 20)})", options_text(stage))
+        (f"{text(stage.get('name'), 60)} (version {said(stage.get('version'), 20)})", options_text(stage))
         for stage in items(sidecar.get("stages"))
     ]
     steps = [
@@ -140,18 +141,16 @@ def options_text(stage: Mapping[str, Any]) -> str:
 
 
 def _option(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
     if isinstance(value, list):
-        return "[" + plain(", ".join(map(str, value)), _MAX_OPTION) + "]"
-    return plain(value, _MAX_OPTION)
+        return "[" + plain(", ".join(said(each) for each in value[:20]), _MAX_OPTION) + "]"
+    return said(value, _MAX_OPTION)
 
 
 def _facts(row: Row) -> list[tuple[str, str]]:
     sidecar = row.sidecar
     environment = mapping(sidecar.get("environment"))
     packages = mapping(environment.get("packages"))
-    versions = ", ".join(f"{plain(name, 40)} {plain(version, 40)}" for name, version in packages.items())
+    versions = ", ".join(f"{plain(name, 40)} {said(version, 40)}" for name, version in packages.items())
     return [
         ("calibration", calibration_text(mapping(sidecar.get("calibration")))),
         ("proof", _proof(mapping(row.output.parity))),
@@ -165,7 +164,7 @@ def _facts(row: Row) -> list[tuple[str, str]]:
 
 def calibration_text(calibration: Mapping[str, Any]) -> str:
     """Says what text activations were gathered on; empty where none was used."""
-    return ", ".join(f"{plain(name, 40).replace('_', ' ')} {plain(value, 80)}" for name, value in calibration.items())
+    return ", ".join(f"{plain(name, 40).replace('_', ' ')} {said(value, 80)}" for name, value in calibration.items())
 
 
 def _proof(parity: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ __all__ = ["Snippet", "snippets"]
 
 _PACKAGES = {  # quant_method of config.json -> what transformers needs to load it
     "gptq": "optimum gptqmodel",
-    "awq": "gptqmodel accelerate",
+    "awq": "gptqmodel",
     "compressed-tensors": "compressed-tensors",
     "bitsandbytes": "bitsandbytes",
 }
@@ -99,7 +99,7 @@ def _model_tag(name: str) -> str:
 
 def _safetensors(row: Row, facts: ModelFacts) -> tuple[Snippet, ...]:
     method = facts.quantization or _format(row)
-    packages = " ".join(["transformers", *filter(None, [_PACKAGES.get(method, "")])])
+    packages = " ".join(["transformers accelerate", *filter(None, [_PACKAGES.get(method, "")])])
     folder = f"./{row.name}"
     lines = [
         f"# pip install {packages}",
@@ -152,12 +152,12 @@ def _onnx(row: Row, facts: ModelFacts) -> tuple[Snippet, ...]:
     prompt = [f"prompt = {json.dumps(_PROMPT)}"]
     if facts.chat_template:
         prompt = [
-            "import json",
             f'messages = json.dumps([{{"role": "user", "content": {json.dumps(_QUESTION)}}}])',
             "prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)",
         ]
     lines = [
         "# pip install onnxruntime-genai",
+        *(["import json", ""] if facts.chat_template else []),
         "import onnxruntime_genai as og",
         "",
         f"model = og.Model({json.dumps(folder)})",

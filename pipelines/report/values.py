@@ -19,6 +19,7 @@ __all__ = [
     "number",
     "percent_text",
     "plain",
+    "said",
     "seconds_text",
     "significant",
     "text",
@@ -56,6 +57,16 @@ def count(value: Any) -> int:
 def text(value: Any, limit: int = 300) -> str:
     """Gives a text as `plain` does; empty for anything but a text."""
     return plain(value, limit) if isinstance(value, str) else ""
+
+
+def said(value: Any, limit: int = 160) -> str:
+    """Gives a text, a number or a yes or no as `plain` does, and a dash for anything else, nan and infinities too."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, str):
+        return plain(value, limit)
+    found = number(value)
+    return "–" if found is None else plain(value if isinstance(value, int) else f"{found:.6g}", limit)
 
 
 def plain(value: object, limit: int = 300) -> str:
