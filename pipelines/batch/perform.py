@@ -83,14 +83,18 @@ class _Bench:
         self.local = partial(localized, cache=work.cache, progress=progress)
         self.source = open_checkpoint(model_place(work.job.model, work.cache, progress))
 
-    def step(self) -> Step:
+    def step(self, *, planned: bool = False) -> Step:
         """Walks the job to the stage.
+
+        Args:
+            planned: whether what stages before it prepare is only planned with: it may not be finished yet.
 
         Raises:
             InputError: what it is made from has changed since the batch was planned.
         """
         work = self.work
-        steps = walk(work.job, self.source, self.hashes, work.device, self.folder, self.local)
+        folder_of = _not_yet if planned else self.folder
+        steps = walk(work.job, self.source, self.hashes, work.device, folder_of, self.local)
         return next(step for step in steps if step.index == work.index)
 
     def expect(self, key: str) -> None:
@@ -112,6 +116,10 @@ class _Bench:
         return entry.folder
 
 
+def _not_yet(key: str) -> None:
+    del key
+
+
 def _prepare(bench: _Bench, context: RunContext) -> None:
     work, step = bench.work, bench.step()
     bench.expect(step.key)
@@ -127,7 +135,7 @@ def _reference(bench: _Bench, context: RunContext) -> None:
     from quantpress.pipelines.kept_reference import make_reference
 
     work, proof = bench.work, _proof(bench.work)
-    source, judge, without = bench.step().before.upstream.source, _judge(proof, context), None
+    source, judge, without = bench.step(planned=True).before.upstream.source, _judge(proof, context), None
     if work.key == proof.base:
         assert source.adapted is not None
         source, judge = source.adapted.base, sized(judge, source)
