@@ -70,6 +70,12 @@ def run(browser: str, folder: Path, page: Path, *flags: str) -> subprocess.Compl
     )  # fmt: skip
 
 
+def ledger_entry(layer: int) -> dict[str, Any]:
+    target = f"model.layers.{layer}.mlp.up_proj.weight"
+    numbers = {"rank": 8, "alpha": 16.0, "scale": 2.0, "delta_norm": 0.1}
+    return {"adapter": "tone", "weight": 1.0, "name": f"{layer}.lora_A", "target": target, "kind": "lora", **numbers}
+
+
 def big_batch() -> BatchResult:
     modules = ("self_attn.q_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
     outputs = [
@@ -80,16 +86,12 @@ def big_batch() -> BatchResult:
             ftype=f"Q{place}_K",
             sidecar=sidecar(
                 tensors=[
-                    tensor(f"model.layers.{layer}.{module}.weight", 0.01 * (1 + place + layer), relative_loss=1e-5 * (1 + layer))
+                    tensor(f"model.layers.{layer}.{module}.weight", 0.01 * (place + layer), relative_loss=1e-5 * layer)
                     for layer in range(20)
                     for module in modules
                 ],
                 proof=parity(0.3 / (place + 1), 1 + 0.01 * place, passed=place != 5),
-                adapters=[
-                    {"adapter": "tone", "weight": 1.0, "name": f"n{layer}", "target": f"model.layers.{layer}.mlp.up_proj.weight",
-                     "kind": "lora", "rank": 8, "alpha": 16.0, "scale": 2.0, "delta_norm": 0.1}
-                    for layer in range(3)
-                ],
+                adapters=[ledger_entry(layer) for layer in range(3)],
                 notes=["output.weight: " + "a_long_word_without_any_space_" * 10],
             ),
         )
@@ -113,7 +115,7 @@ def probed(browser: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[list
 
 def test_nothing_is_wider_than_the_window_on_a_phone_and_on_a_laptop(probed: tuple[list[dict[str, Any]], str]) -> None:
     found, _ = probed
-    assert [each["width"] for each in found] == [width for width in WIDTHS]
+    assert [each["width"] for each in found] == list(WIDTHS)
     for each in found:
         assert each["scroll"] <= each["width"], each
         assert not each["wide"], each["width"]

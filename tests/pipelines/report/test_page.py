@@ -28,7 +28,8 @@ from tests.pipelines.report.batches import MODULES, PIPELINE, batch, output, par
 
 HOSTILE = (
     "<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "{{ 7 * 7 }}{% raw %}", "a\u202egpj.exe",
-    "a\x00b\x1b[31m", "]]>--></style><svg/onload=alert(1)>", "\ud800broken", "javascript:alert(1)", "x" * 5000, "é漢字🙂", " ", "",
+    "a\x00b\x1b[31m", "]]>--></style><svg/onload=alert(1)>", "\ud800broken", "javascript:alert(1)", "x" * 5000,
+    "é漢字🙂", " ", "",
 )  # fmt: skip
 
 
