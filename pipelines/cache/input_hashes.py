@@ -20,7 +20,7 @@ from quantpress.quant.errors import BusyError, InputError, OutputError
 
 __all__ = ["InputHashes", "RememberedHashes"]
 
-_MOST = 50_000  # files that are remembered; those that were asked for last
+_MOST = 50_000  # files that are remembered; those that were read last
 
 
 class InputHashes:

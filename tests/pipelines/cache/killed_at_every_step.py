@@ -42,6 +42,9 @@ def made_once(folder: Path, killed: bool) -> None:
     if found is not None:
         assert files_in(found.folder) == FILES, "half an entry"
     assert killed or found is not None
+    if found is None and files_in(cache.layout.work_of(KEY) / "files"):
+        with cache.making(KEY, "prepare", material(), wait=0) as making:
+            assert making.note == {"output": "a"}, "the note was lost"
     cache.close()
     make_once(folder)
     again = Cache(folder).find(KEY)

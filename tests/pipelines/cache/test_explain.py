@@ -164,6 +164,8 @@ def test_work_that_was_stopped_is_told(tmp_path: Path) -> None:
     assert History(cache).why("job/gptq", GPTQ) == (STOPPED,)
     History(cache).remember("job/gptq", changed(GPTQ, "stage/options/bits", 3))
     assert History(cache).why("job/gptq", GPTQ) == (STOPPED, "option bits: 3 -> 4")
+    History(cache).remember("job/gptq", GPTQ)
+    assert History(cache).why("job/gptq", GPTQ) == (STOPPED,)
 
 
 def test_many_differences_are_counted(tmp_path: Path) -> None:

@@ -209,13 +209,14 @@ def test_only_the_files_of_late_are_remembered(
     tmp_path: Path, files: list[Path], reads: Reads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(input_hashes, "_MOST", 2)
-    for path in files:
+    for path in (*files[:2], files[0], files[2]):
+        os.utime(path)
         InputHashes(tmp_path / "cache").hashes([path])
     reads.take()
-    InputHashes(tmp_path / "cache").hashes(files[1:])
+    InputHashes(tmp_path / "cache").hashes([files[0], files[2]])
     assert reads.take() == []
     InputHashes(tmp_path / "cache").hashes(files)
-    assert reads.take() == ["a"]
+    assert reads.take() == ["b"]
 
 
 def test_progress_is_told_in_bytes_and_may_end_the_work(tmp_path: Path, files: list[Path]) -> None:

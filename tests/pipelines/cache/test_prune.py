@@ -121,8 +121,10 @@ def test_down_to_a_size_what_was_not_used_for_longest_goes_first(cache: Cache) -
 def test_what_is_too_old_counts_for_the_size(cache: Cache) -> None:
     for number in range(4):
         fetched(cache, days=10 - number, name=f"slot-{number}")
-    result = prune(cache, Wanted(older_than=8.5 * DAY, max_size=14))
+    result = prune(cache, Wanted(older_than=8.5 * DAY, max_size=14), dry_run=True)
     assert names(result.removed) == ["slot-0", "slot-1"]
+    result = prune(cache, Wanted(older_than=8.5 * DAY, max_size=7))
+    assert names(result.removed) == ["slot-0", "slot-1", "slot-2"]
 
 
 def test_a_dry_run_only_tells(cache: Cache) -> None:

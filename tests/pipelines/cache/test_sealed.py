@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -41,3 +42,23 @@ def test_a_replaced_file_holds_the_new_value_and_leaves_no_other(tmp_path: Path)
     with pytest.raises(UsageError):
         replace_sealed(tmp_path / "a.json", {"a": float("nan")})
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_whoever_reads_while_it_is_replaced_finds_one_of_the_two_values(tmp_path: Path) -> None:
+    values = [{"a": "x" * 3000}, {"a": "y" * 5000}]
+    replace_sealed(tmp_path / "a.json", values[0])
+    done = threading.Event()
+
+    def write() -> None:
+        for number in range(60):
+            replace_sealed(tmp_path / "a.json", values[number % 2])
+        done.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    reads = 0
+    while not done.is_set():
+        assert read_sealed(tmp_path / "a.json") in values
+        reads += 1
+    writer.join()
+    assert reads

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from quantpress.pipelines.cache import entry as entries
+from quantpress.pipelines.cache import use_lock
 from quantpress.pipelines.cache.keys import key_of
 from quantpress.pipelines.cache.store import Cache, Making
 from quantpress.quant.errors import BusyError, CancelledError, OutputError, UsageError
@@ -257,6 +258,34 @@ def test_one_that_finds_and_holds_does_not_stop_holding_by_looking(cache: Cache)
     assert reader.find(KEY)
     assert reader.find(KEY, hold=False)
     assert not cache.remove(KEY)
+
+
+def test_one_that_holds_an_entry_that_was_replaced_holds_the_new_one(cache: Cache) -> None:
+    make(cache)
+    cache.close()
+    reader, other = Cache(cache.folder), Cache(cache.folder)
+    assert reader.find(KEY)
+    with other.making(KEY, "prepare", material()) as making:
+        making.redo()
+        made = making.commit({})
+    other.close()
+    assert reader.find(KEY) == made
+    assert not other.remove(KEY)
+
+
+def test_an_entry_that_goes_away_while_its_lock_is_taken_is_not_there(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(cache)
+    cache.close()
+    take = use_lock._locks
+
+    def late(descriptor: int, path: Path, *, shared: bool) -> bool:
+        cache.layout.entry(KEY).rename(cache.folder / "trash")
+        return take(descriptor, path, shared=shared)
+
+    monkeypatch.setattr(use_lock, "_locks", late)
+    assert Cache(cache.folder).find(KEY) is None
 
 
 def test_many_entries_do_not_take_all_descriptors(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
