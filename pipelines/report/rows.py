@@ -64,6 +64,11 @@ class Row:
     sidecar: Mapping[str, Any]
     output: OutputResult
 
+    @property
+    def folder(self) -> str:
+        """What stands before the name in the path, with its slash; empty where nothing does."""
+        return self.path.rstrip("/").removesuffix(self.name)
+
 
 def rows_of(result: BatchResult) -> tuple[Row, ...]:
     """Gives a row for every output of a batch, in the order of its jobs."""

@@ -117,7 +117,8 @@ def test_experts_share_a_cell_and_gptq_shows_its_relative_loss() -> None:
 def test_a_ledger_has_a_row_for_each_kind_of_target() -> None:
     entries = [
         {"adapter": "tone", "weight": 0.5, "name": f"{layer}.{part}.{half}", "kind": "lora",
-         "target": f"model.layers.{layer}.{part}.weight", "rank": 8, "alpha": 16.0, "scale": 2.0, "delta_norm": 0.1 * (layer + 1)}
+         "target": f"model.layers.{layer}.{part}.weight", "rank": 8,
+         "alpha": 16.0, "scale": 2.0, "delta_norm": 0.1 * (layer + 1)}
         for layer in range(3) for part in ("q", "k") for half in "AB"
     ]  # fmt: skip
     rows = rows_of(batch(output(adapters=entries), output(adapters=entries), output()))

@@ -209,7 +209,7 @@ def test_an_output_without_proof_is_not_called_verified() -> None:
 def test_a_report_shows_no_folder_above_the_pipeline_file() -> None:
     inside, outside = output("a.gguf"), OutputResult("g", "/home/someone/b.gguf", "gguf", "F16", 9, "done", sidecar())
     text = page(batch(inside, outside)).text
-    assert "out/a.gguf" in text
+    assert "a.gguf out/ · job-0" in text
     assert "b.gguf" in text
     assert "someone" not in text
     assert "/somewhere" not in text
