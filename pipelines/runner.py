@@ -195,7 +195,7 @@ def press(
     source, before = run_stages(source, lazy, context, upstream)
     yardstick = before.source
     stage = stage.resolved(source)
-    texts = [*paths_in(stage, but="output"), *paths_in(judge)]
+    texts = [*paths_in(stage, but="output"), *paths_in(judge), *before.read]
     refuse_own_input(stage.target(source), [*(file.path for file in yardstick.files), *texts])
     if judge is not None or yardstick.adapted is not None:
         stage.check_output(source, context)

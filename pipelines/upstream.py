@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantpress.convert.checkpoint import Checkpoint
 from quantpress.pipelines.lazy_prepared import LazyPreparedStage
 from quantpress.pipelines.merge_stage import ledger_of, merge_records, run_lazy, stage_record
+from quantpress.pipelines.own_inputs import paths_in
 from quantpress.pipelines.parity_limits import KLD_BY_TYPE
 from quantpress.pipelines.stage import Artifact, Prepared, PreparingStage, RunContext, Stage, TensorResult
 
@@ -28,11 +30,13 @@ class Upstream:
             sidecar names as input.
         records: of the stages, for the sidecar.
         prepared: the model as a stage made it that rounds, searches or calibrates; None where none did.
+        read: files and folders that options of the stages name.
     """
 
     source: Checkpoint
     records: tuple[Mapping[str, Any], ...] = ()
     prepared: Prepared | None = None
+    read: tuple[Path, ...] = ()
 
     @classmethod
     def of(cls, source: Checkpoint) -> Upstream:
@@ -42,11 +46,14 @@ class Upstream:
     def merged(self, source: Checkpoint, stage: Stage) -> Upstream:
         """Gives it after a stage that what it is judged against goes through too."""
         made = self.prepared and dataclasses.replace(self.prepared, ledger=None)
-        return Upstream(source, (*self.records, stage_record(stage)), made)
+        return self._after(stage, source, made)
 
     def with_prepared(self, prepared: Prepared, stage: Stage) -> Upstream:
         """Gives it after a stage that prepared the model; the stage is `resolved`."""
-        return Upstream(self.source, (*self.records, stage_record(stage)), prepared)
+        return self._after(stage, self.source, prepared)
+
+    def _after(self, stage: Stage, source: Checkpoint, prepared: Prepared | None) -> Upstream:
+        return Upstream(source, (*self.records, stage_record(stage)), prepared, (*self.read, *paths_in(stage)))
 
     def ledger(self) -> tuple[LedgerEntry, ...]:
         """Gives what became of every tensor of the adapters; reads what nobody has read yet."""

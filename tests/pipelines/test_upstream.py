@@ -202,11 +202,19 @@ def test_an_adapter_after_codes_is_merged_into_what_they_stand_for(model: Path, 
     assert [record["name"] for record in sidecar(tmp_path / "out.gguf")["stages"]] == ["gptq", "merge_lora", "gguf"]
 
 
-def test_the_output_may_not_replace_an_input_of_the_stages_before(model: Path, adapter: Path, entry: Path) -> None:
+def test_the_output_may_not_replace_an_input_of_the_stages_before(
+    model: Path, adapter: Path, entry: Path, tmp_path: Path
+) -> None:
     found, upstream = reopened(merged(model, adapter), GPTQ, entry)
     for folder in (model, adapter):
         with pytest.raises(qp.UsageError, match="would be replaced"):
             pressed(found.checkpoint, Safetensors(output=folder, format="gptq"), upstream)
+    text = tmp_path / "texts" / "calibration.txt"
+    text.parent.mkdir()
+    text.write_text("a bc d ef " * 200)
+    upstream = Upstream.of(merged(model, adapter)).with_prepared(found, dataclasses.replace(GPTQ, calibration=text))
+    with pytest.raises(qp.UsageError, match=r"calibration\.txt"):
+        pressed(found.checkpoint, Safetensors(output=text.parent, format="gptq"), upstream)
 
 
 @pytest.mark.parametrize(
@@ -248,6 +256,23 @@ def test_onnx_keeps_the_codes_and_their_figures(model: Path, tmp_path: Path) -> 
     losses = [t["name"] for t in sidecar(tmp_path / "out")["tensors"] if "loss" in t]
     assert sorted(losses) == sorted(found.reports)
     assert run.artifact.calibration["tokens"] == 128
+
+
+def test_infinite_weights_are_refused_by_name(model: Path, tmp_path: Path) -> None:
+    source = open_checkpoint(model)
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def broken(start: int, stop: int) -> Any:
+        values = source.tensors[name].read_rows(start, stop).copy()
+        values[0, 0] = np.inf
+        return values
+
+    tensors: dict[str, Any] = {**source.tensors, name: dataclasses.replace(source.tensors[name], read_rows=broken)}
+    damaged: Checkpoint = dataclasses.replace(source, tensors=tensors)
+    with pytest.raises(qp.InputError, match="up_proj"):
+        prepared(damaged, GPTQ, tmp_path / "entry")
+    with pytest.raises(qp.InputError, match="up_proj"):
+        pressed(damaged, Safetensors(output=tmp_path / "out", format="gptq"), lazy=[Rtn(group_size=32)])
 
 
 def test_the_runner_has_the_name() -> None:
