@@ -99,7 +99,7 @@ class RayPool:
             python=platform.python_version(),
             packages=environment("cpu")["packages"],
         )
-        self.workers = workers
+        self.workers = workers = workers or None
         self._where = f"the Ray cluster at {hello.address}" if hello.address else "a Ray on this machine"
         self._running: dict[str, Task] = {}
         self._said: deque[Event] = deque()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -237,6 +238,52 @@ def test_when_the_driver_is_killed_everything_ends(tmp_path: Path) -> None:
     assert within(20, lambda: all(map(is_gone, family)))
     assert not list((tmp_path / "work").iterdir())
     short.rmdir()  # nothing is in it
+
+
+def raylet_of(pid: int) -> int:
+    """Process id of the node's process that a worker descends from."""
+    while "raylet" not in Path(f"/proc/{pid}/cmdline").read_bytes().partition(b"\0")[0].decode():
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return pid
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")
+def test_a_task_of_a_lost_node_is_done_on_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(HERE)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    program = [sys.executable, str(HERE / "ray_nodes.py")]
+    cluster = subprocess.Popen(
+        program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert cluster.stdin is not None
+    assert cluster.stdout is not None
+    try:
+        said = ""
+        while not said.startswith("address "):
+            said = cluster.stdout.readline()
+            assert said
+        (tmp_path / "pids").mkdir()
+        pool = RayPool(address=said.split()[1], cache=tmp_path / "cache", threads=1, perform="ray_nodes:perform")
+        assert pool.nodes == 3
+        killed: list[Event] = []
+
+        def watch(event: Event) -> None:
+            if event.kind == "started" and not killed:
+                killed.append(event)
+                assert within(30, lambda: bool(list((tmp_path / "pids").iterdir())))
+                pid = int(next((tmp_path / "pids").iterdir()).stem)
+                cluster.stdin.write(f"kill {raylet_of(pid)}\n")  # type: ignore[union-attr]
+                cluster.stdin.flush()  # type: ignore[union-attr]
+
+        results, events = run(pool, Task("a", "job", "fake", work=str(tmp_path / "pids")), watch=watch)
+        assert results[0].state == "done"
+        assert [event.kind for event in events if event.kind != "log"] == ["started", "retried", "finished"]
+    finally:
+        cluster.stdin.close()
+        cluster.wait()
+        cluster.stdout.close()
 
 
 def test_an_address_where_nobody_is_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
