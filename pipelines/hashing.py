@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
@@ -21,8 +21,15 @@ class StoppedError(Exception):
     """Hashing was given up because the work beside it failed."""
 
 
-def hash_file(path: Path, stop: threading.Event | None = None) -> tuple[str, int]:
+def hash_file(
+    path: Path, stop: threading.Event | None = None, on_read: Callable[[int], object] | None = None
+) -> tuple[str, int]:
     """Gives SHA-256 (hexadecimal) and size of a file.
+
+    Args:
+        path: the file.
+        stop: looked at after each block.
+        on_read: called with the bytes of each block.
 
     Raises:
         InputError: it cannot be read.
@@ -36,6 +43,8 @@ def hash_file(path: Path, stop: threading.Event | None = None) -> tuple[str, int
             while count := file.readinto(buffer):
                 digest.update(view[:count])
                 size += count
+                if on_read is not None:
+                    on_read(count)
                 if stop is not None and stop.is_set():
                     raise StoppedError
     except OSError as error:

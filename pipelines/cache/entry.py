@@ -15,6 +15,7 @@ from quantpress.convert.files import inside, shown
 from quantpress.pipelines.cache.keys import key_of
 from quantpress.pipelines.cache.sealed import read_sealed
 from quantpress.pipelines.cache.stamped_hash import Hashed, Stamp, hash_files
+from quantpress.pipelines.progress import Progress, no_progress
 from quantpress.quant.errors import InputError, OutputError
 
 __all__ = [
@@ -146,13 +147,14 @@ def read_entry(place: Path, key: str) -> Entry:
     return entry
 
 
-def check_files(entry: Entry, *, contents: bool = True) -> None:
+def check_files(entry: Entry, *, contents: bool = True, progress: Progress = no_progress) -> None:
     """Checks that every file is there and is what it was.
 
     Args:
         entry: as it was read.
         contents: whether files are hashed, but for those that this process has hashed before; else only their sizes
             are looked at.
+        progress: told how many bytes are hashed.
 
     Raises:
         InputError: naming the first file that is not.
@@ -168,7 +170,7 @@ def check_files(entry: Entry, *, contents: bool = True) -> None:
             raise InputError(f"{path}: the file is damaged: its hash is not what was written")
         if known is None:
             wanted[path] = file
-    for path, hashed in hash_files(list(wanted)):
+    for path, hashed in hash_files(list(wanted), progress, "check the cache"):
         if isinstance(hashed, InputError):
             raise hashed
         _checked.remember(path, hashed)
@@ -176,8 +178,12 @@ def check_files(entry: Entry, *, contents: bool = True) -> None:
             raise InputError(f"{path}: the file is damaged: its hash is not what was written")
 
 
-def list_files(folder: Path) -> tuple[EntryFile, ...]:
+def list_files(folder: Path, progress: Progress = no_progress) -> tuple[EntryFile, ...]:
     """Hashes all files of a folder that is to become an entry, in the order of their names.
+
+    Args:
+        folder: the folder.
+        progress: told how many bytes are hashed.
 
     Raises:
         OutputError: something there is no regular file, or cannot be read.
@@ -193,7 +199,7 @@ def list_files(folder: Path) -> tuple[EntryFile, ...]:
                 elif not stat.S_ISDIR(mode):
                     raise OutputError(f"{path}: only regular files can be kept in the cache")
     files: list[EntryFile] = []
-    for path, hashed in hash_files(sorted(paths)):
+    for path, hashed in hash_files(sorted(paths), progress, "hash what is kept"):
         if isinstance(hashed, InputError):
             raise OutputError(f"{path}: cannot be kept in the cache: {hashed}")
         files.append(EntryFile(path.relative_to(folder).as_posix(), hashed.sha256, hashed.stamp.nbytes))

@@ -45,20 +45,17 @@ class InputHashes:
 
         Args:
             paths: the files; links are followed.
-            progress: told how many bytes are done, of those that must be read.
+            progress: told how many bytes are done, of those that must be read; what it raises ends the work.
 
         Raises:
             InputError: a file cannot be read, or changes while it is.
         """
         found = {path: self.recall(path) for path in paths}
         missing = [path for path, known in found.items() if known is None]
-        total, done = sum(Stamp.of(path).nbytes for path in missing), 0
-        for path, hashed in hash_files(missing):
+        for path, hashed in hash_files(missing, progress, "hash inputs"):
             if isinstance(hashed, InputError):
                 raise hashed
             found[path] = self.keep(path, hashed)
-            done += hashed.stamp.nbytes
-            progress("hash inputs", done, total)
         self.save()
         return {path: known for path, known in found.items() if known is not None}
 

@@ -17,6 +17,7 @@ from quantpress.pipelines.cache.entry import DESCRIPTION, FILES, USE_LOCK, Entry
 from quantpress.pipelines.cache.keys import plain
 from quantpress.pipelines.cache.layout import Layout
 from quantpress.pipelines.cache.sealed import read_sealed, replace_sealed, write_sealed
+from quantpress.pipelines.progress import Progress
 from quantpress.quant.errors import BusyError, CancelledError, InputError
 
 __all__ = ["Making", "maker_lock", "never", "to_trash"]
@@ -37,10 +38,16 @@ class Making:
     """One key's work while its lock is held; see `Cache.making`."""
 
     def __init__(
-        self, layout: Layout, key: str, kind: str, material: Mapping[str, Any], hold: Callable[[Entry], Entry]
+        self,
+        layout: Layout,
+        key: str,
+        kind: str,
+        material: Mapping[str, Any],
+        hold: Callable[[str], bool],
+        progress: Progress,
     ) -> None:
         self.key, self.kind = key, kind
-        self._material, self._hold = material, hold
+        self._material, self._hold, self._progress = material, hold, progress
         self._layout, self._place, self._target = layout, layout.work_of(key), layout.entry(key)
         self.entry: Entry | None = None
         """The finished entry: found, or committed; None while there is work to do."""
@@ -95,7 +102,7 @@ class Making:
             OutputError: the disk is full; something that is no regular file is in the folder. The work is kept.
             UsageError: the record holds what is no plain value.
         """
-        files = list_files(self.folder)
+        files = list_files(self.folder, self._progress)
         description = describe(self.key, self.kind, plain(record), self._material, files, round(time.time(), 3))
         with output_errors(self._place):
             for name in (DESCRIPTION, USE_LOCK):  # of a run that was stopped right here
@@ -107,7 +114,8 @@ class Making:
             self._place.rename(self._target)
             sync_folder(self._target.parent)
         remove(self._target / _NOTE)
-        self.entry = self._hold(read_entry(self._target, self.key))
+        self._hold(self.key)
+        self.entry = read_entry(self._target, self.key)
         return self.entry
 
     def update(self, record: Mapping[str, Any]) -> Entry:

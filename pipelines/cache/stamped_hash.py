@@ -6,12 +6,13 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from quantpress.pipelines.hashing import hash_file
+from quantpress.pipelines.progress import Progress, no_progress
 from quantpress.quant.errors import InputError
 
 __all__ = ["Hashed", "Stamp", "hash_files", "hash_stamped"]
@@ -20,6 +21,7 @@ __all__ = ["Hashed", "Stamp", "hash_files", "hash_stamped"]
 # longest, two seconds. git guards its index in the same way (Documentation/technical/racy-git).
 SETTLED = 2_000_000_000  # nanoseconds
 HASH_THREADS = 2
+_TELL = 0.5  # seconds between two calls of `progress` while a large file is read
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,36 +74,68 @@ def now() -> int:
     return time.time_ns()
 
 
-def hash_stamped(path: Path, stop: threading.Event | None = None) -> Hashed:
+def hash_stamped(
+    path: Path, stop: threading.Event | None = None, on_read: Callable[[int], object] | None = None
+) -> Hashed:
     """Reads a file.
+
+    Args:
+        path: the file.
+        stop: ends the work when it is set.
+        on_read: called with the bytes of each block.
 
     Raises:
         InputError: it cannot be read, or changed meanwhile.
         StoppedError: `stop` was set.
     """
     stamp, start = Stamp.of(path), now()
-    sha256, _ = hash_file(path, stop)
+    sha256, _ = hash_file(path, stop, on_read)
     if Stamp.of(path) != stamp:
         raise InputError(f"{path}: the file changed while it was read for its hash; wait until it is whole")
     return Hashed(sha256, stamp, start - max(stamp.modified, stamp.changed) >= SETTLED)
 
 
-def hash_files(paths: Sequence[Path]) -> Iterator[tuple[Path, Hashed | InputError]]:
+def hash_files(
+    paths: Sequence[Path], progress: Progress = no_progress, phase: str = "hash files"
+) -> Iterator[tuple[Path, Hashed | InputError]]:
     """Reads files, two at a time, and gives their hashes in order; a reader that goes away ends the work.
+
+    Args:
+        paths: the files.
+        progress: told the bytes, on the reader's thread; what it raises ends the work.
+        phase: what `progress` is told.
 
     Yields:
         Path and hash, or the error for what cannot be read.
     """
-    stop = threading.Event()
+    stop, counts = threading.Event(), dict.fromkeys(paths, 0)
+    total = sum(_size(path) for path in paths)
+
+    def read(path: Path) -> Hashed:
+        def count(nbytes: int) -> None:
+            counts[path] += nbytes  # one thread alone writes it
+
+        return hash_stamped(path, stop, count)
+
     with ThreadPoolExecutor(HASH_THREADS, "quantpress-hash") as pool:
-        waiting: list[tuple[Path, Future[Hashed]]] = [(path, pool.submit(hash_stamped, path, stop)) for path in paths]
+        waiting: list[tuple[Path, Future[Hashed]]] = [(path, pool.submit(read, path)) for path in counts]
         try:
             for path, future in waiting:
+                while not wait([future], _TELL).done:
+                    progress(phase, min(sum(counts.values()), total), total)
                 yield path, _result(future)
+                progress(phase, min(sum(counts.values()), total), total)
         finally:
             stop.set()
             for _, future in waiting:
                 future.cancel()
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except (OSError, ValueError):
+        return 0  # whoever reads it says why
 
 
 def _result(future: Future[Hashed]) -> Hashed | InputError:

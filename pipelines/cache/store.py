@@ -24,6 +24,7 @@ from quantpress.pipelines.cache.keys import is_key, key_of, plain
 from quantpress.pipelines.cache.layout import Layout
 from quantpress.pipelines.cache.making import Making, maker_lock, never, to_trash
 from quantpress.pipelines.cache.use_lock import in_use, is_held_on, is_unused, take_shared
+from quantpress.pipelines.progress import Progress, no_progress
 from quantpress.quant.errors import BusyError, InputError, OutputError
 
 __all__ = ["Cache", "Making"]
@@ -39,13 +40,17 @@ class Cache:
     Several threads may use one object; they may ask for different keys at the same time.
     """
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(self, folder: Path | str, progress: Progress = no_progress) -> None:
         """Looks at a cache folder, which is made when something is kept in it.
+
+        Args:
+            folder: the folder.
+            progress: told how many bytes of an entry are hashed, when it is found and when it is made.
 
         Raises:
             UsageError: something else is there, or the cache of a newer quantpress.
         """
-        self.layout = Layout.of(folder)
+        self.layout, self._progress = Layout.of(folder), progress
         self._lock = threading.Lock()
         self._held: dict[str, int] = {}
         self._finalizer = weakref.finalize(self, _close_all, self._held)
@@ -153,7 +158,7 @@ class Cache:
             raise ValueError(f"{key} is not the key of the material")
         self.layout.create()
         with maker_lock(self.layout, key, kind, wait, cancelled):
-            making = Making(self.layout, key, kind, material, self.hold)
+            making = Making(self.layout, key, kind, material, self.hold, self._progress)
             making.entry = self._found_by_maker(key)
             if making.entry is None:
                 making.begin()
@@ -199,21 +204,15 @@ class Cache:
         except BusyError:
             return False
 
-    def hold(self, entry: Entry) -> Entry:
-        """Keeps an entry from being removed for as long as this object is open.
-
-        Raises:
-            OutputError: it is gone.
-        """
-        if not self._hold(entry.key):
-            raise OutputError(f"{entry.folder}: the cache entry was removed while it was in use")
-        return entry
-
     def _use_lock(self, key: str) -> Path:
         return self.layout.entry(key) / USE_LOCK
 
-    def _hold(self, key: str) -> bool:
-        """Takes the lock of an entry's readers; False where there is no entry."""
+    def hold(self, key: str) -> bool:
+        """Keeps an entry from being removed for as long as this object is open; reads nothing of it.
+
+        Returns:
+            False where there is none.
+        """
         path = self._use_lock(key)
         with self._lock:
             if key in self._held and is_held_on(self._held[key], path):
@@ -233,14 +232,14 @@ class Cache:
     def _whole(self, key: str, *, hold: bool) -> Entry | None:
         """Gives an entry whose every byte is checked; InputError where it is damaged."""
         held_before = key in self._held
-        if not self._hold(key):
+        if not self.hold(key):
             if self.layout.entry(key).exists():
                 raise InputError(f"{self._use_lock(key)}: no such file")
             return None
         keep = False
         try:
             entry = read_entry(self.layout.entry(key), key)
-            check_files(entry)
+            check_files(entry, progress=self._progress)
             with contextlib.suppress(OSError):
                 os.utime(self._use_lock(key))  # when it was last used, for prune
             keep = hold or held_before

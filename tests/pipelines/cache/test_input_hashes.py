@@ -26,9 +26,9 @@ class Reads:
         self.ahead = ahead
         hash_file = stamped_hash.hash_file
 
-        def counted(path: Path, stop: threading.Event | None = None) -> tuple[str, int]:
+        def counted(path: Path, *rest: Any) -> tuple[str, int]:
             self.paths.append(path)
-            return hash_file(path, stop)
+            return hash_file(path, *rest)
 
         monkeypatch.setattr(stamped_hash, "hash_file", counted)
         monkeypatch.setattr(stamped_hash, "now", lambda: time.time_ns() + int(self.ahead * 1e9))
@@ -150,8 +150,8 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
 ) -> None:
     hash_file = stamped_hash.hash_file
 
-    def slow(path: Path, stop: threading.Event | None = None) -> tuple[str, int]:
-        found = hash_file(path, stop)
+    def slow(path: Path, *rest: Any) -> tuple[str, int]:
+        found = hash_file(path, *rest)
         with path.open("ab") as file:
             file.write(b"more")
         return found
@@ -230,6 +230,29 @@ def test_progress_is_told_in_bytes_and_may_end_the_work(tmp_path: Path, files: l
     with pytest.raises(KeyboardInterrupt):
         InputHashes(tmp_path / "other").hashes(files, stop)
     assert not [thread for thread in threading.enumerate() if "quantpress-hash" in thread.name]
+
+
+def test_progress_is_told_while_a_large_file_is_read(
+    tmp_path: Path, files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, int, int]] = []
+    asked = threading.Event()
+    hash_file = stamped_hash.hash_file
+
+    def slow(path: Path, stop: threading.Event, on_read: Any) -> tuple[str, int]:
+        found = hash_file(path, stop, on_read)
+        assert asked.wait(20)
+        return found
+
+    def progress(*call: Any) -> None:
+        told.append(call)
+        asked.set()
+
+    monkeypatch.setattr(stamped_hash, "hash_file", slow)
+    monkeypatch.setattr(stamped_hash, "_TELL", 0.05)
+    assert InputHashes(tmp_path / "cache").hashes(files[:1], progress) == expected(files[:1])
+    assert told[0][0] == "hash inputs"
+    assert told[-1] == ("hash inputs", 70000, 70000)
 
 
 def test_in_the_background_nothing_is_read_that_is_remembered(tmp_path: Path, files: list[Path], reads: Reads) -> None:

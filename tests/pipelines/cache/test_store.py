@@ -185,9 +185,9 @@ def test_a_file_is_hashed_once_in_a_process_as_long_as_it_does_not_change(
     hash_files = entries.hash_files
     entry = make(cache)
 
-    def counted(paths: Sequence[Path]) -> Any:
+    def counted(paths: Sequence[Path], *rest: Any) -> Any:
         hashed.extend(paths)
-        return hash_files(paths)
+        return hash_files(paths, *rest)
 
     monkeypatch.setattr(entries, "hash_files", counted)
     monkeypatch.setattr("quantpress.pipelines.cache.stamped_hash.now", lambda: time.time_ns() + 10**10)
@@ -274,7 +274,7 @@ def test_one_that_holds_an_entry_that_was_replaced_holds_the_new_one(cache: Cach
 
 
 def test_an_entry_that_goes_away_while_its_lock_is_taken_is_not_there(
-    cache: Cache, monkeypatch: pytest.MonkeyPatch
+    cache: Cache, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     make(cache)
     cache.close()
@@ -286,6 +286,32 @@ def test_an_entry_that_goes_away_while_its_lock_is_taken_is_not_there(
 
     monkeypatch.setattr(use_lock, "_locks", late)
     assert Cache(cache.folder).find(KEY) is None
+    assert not caplog.text
+
+
+def test_an_entry_can_be_held_without_reading_it(cache: Cache) -> None:
+    make(cache)
+    cache.close()
+    other = Cache(cache.folder)
+    assert other.hold(KEY)
+    assert not other.hold(key_of(material(3)))
+    assert not cache.remove(KEY)
+
+
+def test_progress_is_told_when_entries_are_made_and_checked_and_may_end_it(cache: Cache) -> None:
+    told: list[tuple[str, int, int]] = []
+    total = sum(map(len, FILES.values()))
+    make(Cache(cache.folder, lambda *call: told.append(call)))
+    assert told[-1] == ("hash what is kept", total, total)
+    assert Cache(cache.folder, lambda *call: told.append(call)).find(KEY)
+    assert told[-1] == ("check the cache", total, total)
+
+    def stop(phase: str, done: int, total: int) -> None:
+        raise CancelledError
+
+    with pytest.raises(CancelledError):
+        Cache(cache.folder, stop).find(KEY)
+    assert Cache(cache.folder).find(KEY)
 
 
 def test_many_entries_do_not_take_all_descriptors(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
