@@ -34,7 +34,9 @@ def find_perform(name: str) -> Perform:
     return found
 
 
-def attempt(perform: str | Perform, task: Task, progress: Progress, threads: int) -> TaskResult:
+def attempt(
+    perform: str | Perform, task: Task, progress: Progress, threads: int, *, own_process: bool = True
+) -> TaskResult:
     """Does a task; every error becomes its result, a bug's traceback is logged.
 
     Args:
@@ -42,11 +44,13 @@ def attempt(perform: str | Perform, task: Task, progress: Progress, threads: int
         task: what to do.
         progress: told how far the work has come.
         threads: worker threads.
+        own_process: whether the process is the executor's, so that its peak memory may be counted anew.
 
     Returns:
         The result, with time and peak memory where `perform` has not said them.
     """
-    reset_peak_rss()
+    if own_process:
+        reset_peak_rss()
     started = time.perf_counter()
     try:
         function = find_perform(perform) if isinstance(perform, str) else perform

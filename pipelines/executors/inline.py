@@ -53,7 +53,8 @@ class InlinePool:
         task, self._task = self._task, None
         if self._watch is not None:
             self._watch(Event("started", task.id))
-        result = attempt(self._perform, task, functools.partial(self._progress, task), self._threads)
+        progress = functools.partial(self._progress, task)
+        result = attempt(self._perform, task, progress, self._threads, own_process=False)
         return [Event("finished", task.id, result=result)]
 
     def _progress(self, task: Task, phase: str, done: int, total: int) -> None:

@@ -86,7 +86,7 @@ class WorkerProcess:
         ]
         for thread in self._threads:
             thread.start()
-        self._write(json.dumps(sys.path).encode() + b"\n", framed=False)
+        self._write(json.dumps([str(path) for path in sys.path]).encode() + b"\n", framed=False)
         self._write(encode(hello))
 
     @property

@@ -46,17 +46,23 @@ def _steps(progress: Progress, count: int, seconds: float = 0.0) -> None:
         time.sleep(seconds)
 
 
-def _die(progress: Progress, number: int, marker: str = "") -> str:
-    """Dies of a signal; with a marker only the first time."""
+def _hold(progress: Progress, file: str, seconds: float) -> None:
+    Path(file).touch()
+    time.sleep(seconds)
+    Path(file).unlink()
+
+
+def _die(progress: Progress, number: int, marker: str = "") -> list[str]:
+    """Dies of a signal; with a marker only the first time, then gives the files beside the marker."""
     if marker and Path(marker).exists():
-        return "survived"
+        return sorted(path.name for path in Path(marker).parent.iterdir())
     if marker:
         Path(marker).touch()
     if number == signal.SIGSEGV:
         ctypes.string_at(0)
     os.kill(os.getpid(), number)
     time.sleep(30)
-    return ""
+    return []
 
 
 def _leave(progress: Progress, code: int) -> None:

@@ -183,7 +183,7 @@ def test_the_task_of_a_lost_worker_is_tried_once_more(
     number: int, make_pool: Callable[..., LocalPool], tmp_path: Path
 ) -> None:
     results, seen = ran(make_pool(), work("a", "die", int(number), str(tmp_path / "marker")), work("b", "pid"))
-    assert (results["a"].state, results["a"].output) == ("done", "survived")
+    assert (results["a"].state, results["a"].output) == ("done", ["marker"])
     assert results["b"].state == "done"
     assert [event.kind for event in seen if event.task == "a"] == ["started", "retried", "finished"]
     assert "fake is tried once more" in seen[1].message
@@ -213,13 +213,16 @@ def test_a_worker_that_dies_twice_fails_its_task_with_what_is_known(
 
 @posix
 def test_a_task_that_was_killed_is_tried_again_alone(make_pool: Callable[..., LocalPool], tmp_path: Path) -> None:
-    (tmp_path / "here").mkdir()
-    pool = make_pool(2)
-    marker = str(tmp_path / "marker")
-    tasks = [work("long", "steps", 1, 0.5), work("killed", "die", int(signal.SIGKILL), marker), work("later", "pid")]
-    _, seen = ran(pool, *tasks)
-    order = [(event.kind, event.task) for event in seen if event.kind in ("started", "retried", "finished")]
-    assert order.index(("finished", "long")) < order.index(("finished", "killed"))
+    marker, file = str(tmp_path / "marker"), str(tmp_path / "held")
+    tasks = [
+        work("held", "hold", file, 2.0),
+        work("killed", "die", int(signal.SIGKILL), marker),
+        work("later", "hold", file, 0.2),
+    ]
+    results, seen = ran(make_pool(2), *tasks)
+    assert results["killed"].output == ["marker"]  # when it ran again, no other held its file
+    order = [(event.kind, event.task) for event in seen]
+    assert order.index(("retried", "killed")) < order.index(("finished", "held"))
     assert order.index(("started", "later")) > order.index(("finished", "killed"))
 
 

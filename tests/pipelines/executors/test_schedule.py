@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
 from quantpress.pipelines.batch.tasks import Event, Task, TaskResult
 from quantpress.pipelines.executors.inline import InlinePool
 from quantpress.pipelines.executors.schedule import run_tasks
+from quantpress.pipelines.machine import peak_rss
 from quantpress.quant.errors import InputError
 
 
@@ -222,3 +224,12 @@ def test_a_task_in_this_process_is_cancelled_where_it_tells_its_progress() -> No
     results = run_tasks([job("a"), job("b")], pool, seen.append, lambda: bool(stop))
     assert [result.state for result in results.values()] == ["cancelled", "cancelled"]
     assert max(event.done for event in seen) == 5
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="counts memory as Linux does")
+def test_the_callers_own_peak_memory_is_not_forgotten() -> None:
+    data = bytearray(200 << 20)
+    del data
+    before = peak_rss()
+    run_tasks([job("a")], InlinePool(perform=lambda task, progress, threads: TaskResult(task.id, "done")), ignore)
+    assert peak_rss() >= before
