@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 from quantpress.convert.disk import remove
 from quantpress.convert.open import open_checkpoint
 from quantpress.pipelines.batch.chain import Step, walk
-from quantpress.pipelines.batch.outputs import OUTPUT, Standing, find_standing, keep
+from quantpress.pipelines.batch.outputs import OUTPUT, Standing, find_standing, keep, output_material
 from quantpress.pipelines.batch.remote import is_url, publish
 from quantpress.pipelines.batch.sources import localized, model_place
 from quantpress.pipelines.batch.tasks import Task, TaskResult
 from quantpress.pipelines.batch.work import Proof, Work
 from quantpress.pipelines.cache.input_hashes import InputHashes
+from quantpress.pipelines.cache.keys import key_of
 from quantpress.pipelines.cache.store import Cache
 from quantpress.pipelines.machine import peak_rss
 from quantpress.pipelines.progress import Progress
@@ -157,6 +158,7 @@ def _reference(bench: _Bench, context: RunContext) -> None:
 
 def _build(bench: _Bench, context: RunContext) -> Standing:
     work, step = bench.work, bench.step()
+    bench.expect(key_of(output_material(step.material or {}, work.path, bench.cache.folder)))
     with bench.cache.making(work.key, OUTPUT, work.material) as making:
         if making.entry is not None:
             standing = find_standing(bench.cache, work.material, work.path, bench.hashes)

@@ -105,7 +105,8 @@ def test_a_changed_output_is_not_replaced_without_force(batch: Batch) -> None:
     output.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     changed = output.read_bytes()
     states = done(batch.run())
-    assert states["a"].startswith("failed") and "--force" in states["a"]
+    assert states["a"].startswith("failed")
+    assert "--force" in states["a"]
     assert states["b"] == "verified"
     assert output.read_bytes() == changed
     assert done(batch.run(force=True))["a"] == "verified"
@@ -191,8 +192,10 @@ def test_one_bad_job_leaves_the_others(batch: Batch) -> None:
     states = done(result)
     assert result.exit_code == 7
     assert (states["a"], states["c"]) == ("verified", "verified")
-    assert states["b"].startswith("failed") and "model.safetensors" in states["b"]
-    assert states["d"].startswith("failed") and "missing" in states["d"]
+    assert states["b"].startswith("failed")
+    assert "model.safetensors" in states["b"]
+    assert states["d"].startswith("failed")
+    assert "missing" in states["d"]
     assert not batch.output("b.gguf").exists()
     with pytest.raises(qp.BatchError, match="2 of 4 jobs failed: b, d"):
         result.require_success()
@@ -230,16 +233,21 @@ def test_verify_speaks_of_the_outputs_before_it(batch: Batch) -> None:
     assert [job.state for job in result.jobs] == ["verified", "written", "verified"]
 
 
-def test_an_input_that_changes_between_plan_and_work_is_noticed(batch: Batch) -> None:
-    batch.write(job("a", GPTQ, gguf("Q4_0")))
+@pytest.mark.parametrize("before", [{}, GPTQ], ids=["converted", "calibrated"])
+def test_an_input_that_changes_between_plan_and_work_is_noticed(batch: Batch, before: dict[str, Any]) -> None:
+    batch.write(job("a", *([before] if before else []), gguf("Q4_0")))
     path = batch.folder / "model" / "model.safetensors"
+    changed: list[str] = []
 
     def change(event: qp.Event) -> None:
-        if event.kind == "finished" and event.task.startswith("gptq"):
+        last = "gptq" if before else "reference"
+        if event.kind == "finished" and event.task.startswith(last) and not changed:
+            changed.append(event.task)
             weights = load_file(path)
             save_file({name: value * 2 for name, value in weights.items()}, path)
 
     result = batch.run(watch=change)
+    assert changed
     assert result.jobs[0].exit_code == 3
     assert "changed" in result.jobs[0].error or "removed" in result.jobs[0].error
     assert not batch.output("Q4_0.gguf").exists()
