@@ -179,7 +179,7 @@ def _hint(group: Sequence[Any], node: Node) -> str:
     kinds, value = {each["type"] for each in group}, node.value
     if "list_type" in kinds and not isinstance(value, dict | list):
         return f"; write [{value[:40]}]" if isinstance(value, str) else "; write it as a list, in [ ]"
-    if "string_type" in kinds and isinstance(value, bool | int | float):
+    if kinds == {"string_type"} and isinstance(value, bool | int | float):
         return "; write it in quotation marks"
     if not isinstance(value, str):
         return ""

@@ -89,7 +89,7 @@ class WrittenJob(BaseModel):
 
     model_config = ConfigDict(**{**_STRICT, "extra": "ignore"})
 
-    name: Any
+    name: str | int | float
     matrix: dict[str, Annotated[list[Variable], Field(min_length=1)] | _Text] = Field(default_factory=dict)
     exclude: list[dict[str, _Value]] = Field(default_factory=list)
     model: Any

@@ -60,6 +60,8 @@ def expanded(job: Node, variables: Mapping[str, Node], room: int, problems: Prob
         known = {**variables, **values}
         node = filled(stripped, known, problems)
         texts = {key: text_of(value) for key, value in known.items()}
+        if isinstance(node.items()["name"].value, list):
+            problems.add(name.mark, f"name: wanted a text, found a list in {shown(name.value)}")
         called = text_of(node.items()["name"])
         named = dataclasses.replace(node, value={**node.items(), "name": Node(called, name.mark)})
         jobs.append(Expanded(called, name, named, texts, tuple(axes)))

@@ -92,7 +92,9 @@ class Places:
         if not hint and near:
             hint = f"; {shown(str(there), 200)} has {shown(near)}"
         elsewhere = f"; for the model of that name on the Hub write {text}@main" if hub else ""
-        return f"{shown(text, 200)}: no such file or folder in {self.folder}{hint}{elsewhere}"
+        far = local_path(text) or Path(text).is_absolute() or text.startswith("~/")
+        where = "" if far else f" in {self.folder}"
+        return f"{shown(text, 200)}: no such file or folder{where}{hint}{elsewhere}"
 
     def _near(self, folder: Path, name: str) -> str:
         """Gives the name in a folder that is nearest to one that is not there."""

@@ -6,6 +6,7 @@ from quantpress.convert.files import shown
 from quantpress.pipelines.batch.checking import check, found_text
 from quantpress.pipelines.batch.document import JobFrame, JobSettings, WrittenFile, WrittenJob
 from quantpress.pipelines.batch.problems import Problems, nearest
+from quantpress.pipelines.batch.registry import BUILT_IN
 from quantpress.pipelines.batch.yaml_file import Node
 
 __all__ = ["check_written"]
@@ -48,4 +49,6 @@ def _check_keys(node: Node, known: tuple[str, ...], label: str, problems: Proble
     for key in node.items():
         if key not in known:
             near = nearest(key, known) or f"; known are {', '.join(known)}"
+            if key in BUILT_IN and known == _JOB:
+                near = f"; it is a stage: write it below `stages`, as `- {key}: ...`"
             problems.add(node.key_mark(key), f"unknown key {shown(key)} of {label}{near}")

@@ -186,6 +186,10 @@ def test_what_is_there_is_never_a_hub_id_and_links_are_not_followed(load: Load, 
         ("jobs:\n", "cache: 's3://b/c'\njobs:\n", "2:8: cache: wanted a folder on a disk"),
         ("    model:", "    modle:", "3:5: job 'a': model is missing; is 'modle' it?; 4:5: unknown key 'modle' of jo"),
         ("name: a", "nmae: a", "3:5: unknown key 'nmae' of job; did you mean \"name\"?; 3:5: job: name is missing; "),
+        ("name: a", "name: [a]", "3:11: job.name: wanted a text or a whole number or a number, found a list"),
+        ("      - gguf:", "    gguf:", "5:12: job 'a'.stages: wanted a list, found nothing; write it as a list, in ["),
+        ("stages:\n      -", "gguf: {}\n    stages:\n      -", "5:5: unknown key 'gguf' of job 'a'; it is a stage: w"),
+        ("models/smol", "~/none/x", "4:12: model: '~/none/x': no such file or folder"),
         ("name: a", "name: 'a*'", "3:11: name: 'a*': no blanks at its ends, control characters, "),
         ("output", "outptu", "6:15: gguf: output is missing; is 'outptu' it?; 6:16: unknown key 'outptu' of gguf; did"),
         ("gguf:", "ggfu:", '6:9: no stage is called "ggfu"; did you mean "gguf"?; installed are merge_lora, '),
@@ -215,7 +219,8 @@ def test_a_mistake_is_named_with_its_line_and_what_is_wanted(
 ) -> None:
     text = HEAD + JOB
     assert old in text
-    found = said(load, text.replace(old, new)).replace(str(tmp_path), "DIR")
+    kind = InputError if "no such file" in message else UsageError
+    found = said(load, text.replace(old, new), kind).replace(str(tmp_path), "DIR")
     assert found.startswith(f"F:{message}"), found
 
 
