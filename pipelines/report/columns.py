@@ -47,7 +47,12 @@ def verdict_text(row: Row) -> str:
 
 COLUMNS = (
     Column("verdict", "whether every figure is within its limit", verdict_text),
-    Column("type", "main type of the weights, and the format", lambda row: row.ftype, below=lambda row: row.kind),
+    Column(
+        "type",
+        "main type of the weights, and the format",
+        lambda row: row.ftype,
+        below=lambda row: " · ".join(filter(None, [row.kind, row.method])),
+    ),
     Column("size", "bytes of all files", lambda row: bytes_text(row.nbytes), lambda row: row.nbytes),
     Column(
         "bits/weight",

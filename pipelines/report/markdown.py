@@ -102,8 +102,8 @@ def _license(rows: Sequence[Row], models: Mapping[str, str], facts: Mapping[str,
 
 
 def _left_out(result: BatchResult, rows: Sequence[Row]) -> str:
-    """Names what is not in the card, where only its author sees it."""
-    lines = [f"job {plain(job.name)}: {plain(job.error, 600) or job.state}" for job in result.failed]
+    """Names what is not in the card, where only its author looks; errors name folders that are nobody else's matter."""
+    lines = [f"job {plain(job.name)}: {plain(job.state, 40)}, exit code {job.exit_code}" for job in result.failed]
     lines += [f"file {row.path}: {row.reason or 'not as its source'}" for row in rows if row.verdict == "failed"]
     if not lines:
         return ""
@@ -124,7 +124,7 @@ def _table(source: Source) -> str:
     ]
     for row in source.rows:
         cells = [
-            code(row.name), escaped(f"{row.ftype} {row.kind}"), bytes_text(row.nbytes), significant(row.bits),
+            code(row.name), escaped(f"{row.label} {row.kind}"), bytes_text(row.nbytes), significant(row.bits),
             perplexity_text(row), significant(row.mean_kld), percent_text(row.top1),
             "yes" if row.verdict == "passed" else "no",
         ]  # fmt: skip

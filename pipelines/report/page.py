@@ -112,9 +112,9 @@ def _points(rows: Sequence[Row], figure: str) -> list[Point]:
         value: Any = getattr(row, figure)
         if value is None or not row.nbytes:
             continue
-        title = f"{row.ftype} · {row.path} · {values.bytes_text(row.nbytes)} · {values.significant(value, 4)}"
+        title = f"{row.label} · {row.path} · {values.bytes_text(row.nbytes)} · {values.significant(value, 4)}"
         loss = value if figure == "mean_kld" else _distance(row)
-        points.append(Point(row.nbytes, value, row.ftype, row.kind, row.anchor, title, row.verdict == "failed", loss))
+        points.append(Point(row.nbytes, value, row.label, row.kind, row.anchor, title, row.verdict == "failed", loss))
     return points
 
 

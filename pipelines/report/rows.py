@@ -65,6 +65,19 @@ class Row:
     output: OutputResult
 
     @property
+    def method(self) -> str:
+        """How codes were found, "gptq", where a stage before the writing one or an option says so; else empty."""
+        stages = items(self.sidecar.get("stages"))
+        before = [text(stage.get("name"), 40) for stage in stages[:-1] if stage.get("name") != "merge_lora"]
+        own = text(mapping(stages[-1].get("options")).get("method"), 40) if stages else ""
+        return " ".join(filter(None, [*before, own]))
+
+    @property
+    def label(self) -> str:
+        """What to call the output among others of its source: "gptq Q4_0"."""
+        return f"{self.method} {self.ftype}".strip()
+
+    @property
     def folder(self) -> str:
         """What stands before the name in the path, with its slash; empty where nothing does."""
         return self.path.rstrip("/").removesuffix(self.name)

@@ -70,11 +70,12 @@ def test_base_model_is_the_hub_id_of_the_pipeline_file_without_its_revision(tmp_
 
 def test_what_failed_is_named_only_where_readers_do_not_see_it(tmp_path: Path) -> None:
     bad = output("bad--name.gguf", proof=parity(0.9, passed=False))
-    failed = JobResult("--> <script>x</script>", "failed", error="no --> way", exit_code=3)
+    failed = JobResult("--> <script>x</script>", "failed", error="/home/someone/x", exit_code=3)
     text = card(batch(output(), bad, failed=[failed]), tmp_path)
     comment = re.search(r"<!--(.*?)-->", text, re.DOTALL)
     assert comment is not None
-    assert "no - -) way" in comment[1]
+    assert "- -) <script)x</script): failed, exit code 3" in comment[1]
+    assert "someone" not in text
     assert "bad- -name.gguf" in comment[1]
     seen = text.replace(comment[0], "")
     assert "bad" not in seen
