@@ -23,7 +23,7 @@ Examples:
   quantpress run release.yaml --job 'smol-*' --set model=./my-model
   quantpress run release.yaml --report report.html --report README.md
   quantpress run release.yaml --fresh --workers 2
-  RAY_ADDRESS=ray://head:10001 quantpress run release.yaml --executor ray
+  RAY_ADDRESS=head:6379 quantpress run release.yaml --executor ray
 """
 
 

@@ -26,7 +26,7 @@ from quantpress.pipelines.executors.frames import decode, encode, read_frame, sk
 from quantpress.pipelines.executors.ray_bridge import END, KILL, Connected
 from quantpress.pipelines.executors.ray_cluster import RayHello
 from quantpress.pipelines.sidecar import environment
-from quantpress.quant.errors import OutputError
+from quantpress.quant.errors import OutputError, UsageError
 
 __all__ = ["RayPool"]
 
@@ -82,10 +82,16 @@ class RayPool:
 
         Raises:
             OutputError: Ray is not installed or cannot be reached, or a node cannot do the work.
+            UsageError: an address of Ray Client.
         """
         if importlib.util.find_spec("ray") is None:
             raise OutputError("the ray executor needs Ray: pip install 'quantpress[ray]'")
         wanted = address if address is not None else os.environ.get("RAY_ADDRESS", "")
+        if wanted.startswith("ray://"):
+            raise UsageError(
+                f"{wanted}: Ray Client cannot hand on what tasks tell; run this on a machine of the cluster with the"
+                " address of its head (HOST:6379 or auto), or by `ray job submit`"
+            )
         hello = RayHello(
             address="" if wanted == "local" else wanted,
             workers=workers,

@@ -16,10 +16,12 @@ from typing import Any
 
 import pytest
 
+import quantpress as qp
 from quantpress.pipelines.batch.tasks import Estimate, Event, Task, TaskResult
 from quantpress.pipelines.executors.ray_pool import RayPool
 from quantpress.pipelines.executors.schedule import run_tasks
-from quantpress.quant.errors import OutputError
+from quantpress.quant.errors import OutputError, UsageError
+from tests.pipelines.batch.batches import Batch, gguf, job
 from tests.pipelines.executors.processes import is_gone, within
 
 pytest.importorskip("ray", reason="the ray executor needs Ray: pip install 'quantpress[ray]'")
@@ -137,7 +139,7 @@ def test_one_failed_task_leaves_the_others(pool: Kept) -> None:
 def test_a_killed_worker_is_replaced_and_told_of(pool: Kept, tmp_path: Path) -> None:
     results, events = run(pool, task("a", "die", signal.SIGKILL, str(tmp_path / "died")), task("b", "pid"))
     assert [result.state for result in results] == ["done", "done"]
-    assert results[0].output == "survived"
+    assert (tmp_path / "died").exists()
     assert [
         (event.kind, event.task) for event in events if event.kind in ("retried", "started") and event.task == "a"
     ] == [
@@ -165,6 +167,21 @@ def test_nodes_that_do_not_see_the_cache_folder_fail_with_its_name(pool: Kept, c
         token.write_bytes(data)
     assert results[0].exit_code == OutputError.exit_code
     assert f"{cache}: the cache folder is not there on" in results[0].error
+
+
+def test_a_batch_on_ray_gives_the_bytes_of_a_batch_here(
+    pool: Kept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", pool.address)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    batch = Batch.with_model(tmp_path)
+    codes = {"rtn": {"bits": 4, "group_size": 32}}
+    batch.write(job("a", gguf("Q8_0")), job("b", codes, gguf("Q4_0")))
+    there = qp.run_pipeline(batch.file, executor="ray", workers=2)
+    assert [each.state for each in there.jobs] == ["verified", "verified"]
+    bytes_there = {name: batch.output(f"{name}.gguf").read_bytes() for name in ("Q8_0", "Q4_0")}
+    assert [each.state for each in batch.run(force=True, fresh=True).jobs] == ["verified", "verified"]
+    assert {name: batch.output(f"{name}.gguf").read_bytes() for name in bytes_there} == bytes_there
 
 
 def children(pid: int) -> set[int]:
@@ -292,6 +309,11 @@ def test_an_address_where_nobody_is_is_an_error(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "1")
     with pytest.raises(OutputError, match=r"the Ray cluster at 127\.0\.0\.1:1 cannot be used"):
         RayPool(perform=WORK)
+
+
+def test_an_address_of_ray_client_is_refused() -> None:
+    with pytest.raises(UsageError, match="ray://head:10001: Ray Client"):
+        RayPool(address="ray://head:10001")
 
 
 def test_without_ray_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
