@@ -17,8 +17,11 @@ from quantpress.pipelines.cache.store import Cache
 from quantpress.pipelines.cache.use_lock import is_unused
 from quantpress.quant.errors import BusyError
 
-__all__ = ["DAMAGED", "INPUT", "UNFINISHED", "WHOLE", "Piece", "pieces", "unused"]
+__all__ = ["DAMAGED", "INPUT", "OUTPUT", "UNFINISHED", "WHOLE", "Piece", "pieces", "unused"]
 
+OUTPUT = (
+    "output"  # kind of entries that only say what an output is; their material has its "place", seen from the cache
+)
 WHOLE, DAMAGED, UNFINISHED, INPUT = "whole", "damaged", "unfinished", "input"
 
 
@@ -34,6 +37,8 @@ class Piece:
         nbytes: of all of them on the disk.
         created: seconds since 1970; 0 where it is not known.
         used: when it was last read or written.
+        stands: of the record of an output: whether the output is still there. Without its record a run takes it for
+            another's, and will not replace it.
     """
 
     state: str
@@ -43,6 +48,7 @@ class Piece:
     nbytes: int
     created: float
     used: float
+    stands: bool = False
 
 
 def pieces(cache: Cache) -> list[Piece]:
@@ -101,7 +107,9 @@ def _entry(cache: Cache, key: str) -> Piece:
     if entry is None:
         return Piece(DAMAGED, "entry", key, place, nbytes, 0.0, changed)
     used = max(entry.created, _time(place / USE_LOCK), _time(place / DESCRIPTION))
-    return Piece(WHOLE, entry.kind, key, place, nbytes, entry.created, used)
+    output = entry.material.get("place") if entry.kind == OUTPUT else None
+    stands = isinstance(output, str) and os.path.lexists(cache.folder / output)
+    return Piece(WHOLE, entry.kind, key, place, nbytes, entry.created, used, stands)
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -24,6 +24,8 @@ _STALE = 3600.0  # seconds after which a file that was never renamed to its fina
 class Wanted:
     """What is to be removed; a piece goes if any of these says so.
 
+    Records of outputs that stand go only with everything: they are small, and without them the outputs are in the way.
+
     Attributes:
         older_than: pieces that were not used for so many seconds.
         max_size: those that were not used for longest, until what is left has at most so many bytes.
@@ -42,12 +44,12 @@ class Wanted:
         too_much = sum(piece.nbytes for piece in ordered) - self.max_size if self.max_size is not None else 0
         gone: list[Piece] = []
         for piece in ordered:
-            old = self.older_than is not None and piece.used < now - self.older_than
+            old = self.older_than is not None and piece.used < now - self.older_than and not piece.stands
             if self.everything or old or piece.name in self.names:
                 gone.append(piece)
         too_much -= sum(piece.nbytes for piece in gone)
         for piece in ordered:
-            if too_much > 0 and piece not in gone:
+            if too_much > 0 and piece not in gone and not piece.stands:
                 gone.append(piece)
                 too_much -= piece.nbytes
         return gone

@@ -133,7 +133,12 @@ def verify(session: Session, /, pipeline: Path | None, folder: Path | None, as_j
 @click.option("--older-than", type=Age(), help="Remove what was not used for so long, as in 30d.")
 @click.option("--max-size", type=ByteSize(), help="Remove what was not used for longest, down to a size, as in 50G.")
 @click.option("--damaged", is_flag=True, help="Remove entries that are damaged; reads all of them.")
-@click.option("--all", "everything", is_flag=True, help="Remove everything that no run is using.")
+@click.option(
+    "--all",
+    "everything",
+    is_flag=True,
+    help="Remove everything that no run is using, and what is known of outputs: to replace them takes --force then.",
+)
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
 def prune(
     pipeline: Path | None,

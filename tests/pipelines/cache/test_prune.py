@@ -127,6 +127,20 @@ def test_what_is_too_old_counts_for_the_size(cache: Cache) -> None:
     assert names(result.removed) == ["slot-0", "slot-1", "slot-2"]
 
 
+@pytest.mark.parametrize("wanted", [Wanted(older_than=-DAY), Wanted(max_size=0)], ids=["age", "size"])
+def test_records_of_outputs_that_stand_go_only_with_everything(cache: Cache, wanted: Wanted) -> None:
+    keys = []
+    for place in ("../out/there.gguf", "../out/gone.gguf", "s3://bucket/x.gguf"):
+        keys.append(key_of({"work": {}, "place": place}))
+        with cache.making(keys[-1], "output", {"work": {}, "place": place}) as making:
+            making.commit({})
+    cache.close()
+    (cache.folder.parent / "out").mkdir()
+    (cache.folder.parent / "out" / "there.gguf").touch()
+    assert set(names(prune(cache, wanted).removed)) == set(keys[1:])
+    assert names(prune(cache, ALL).removed) == keys[:1]
+
+
 def test_a_dry_run_only_tells(cache: Cache) -> None:
     make(cache)
     cache.close()
