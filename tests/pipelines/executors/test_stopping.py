@@ -92,7 +92,7 @@ def test_workers_notice_a_lost_driver_by_the_end_of_their_input(
     process, workers = drive("undying")  # has told the system not to kill it with its parent
     process.kill()
     process.wait()
-    assert within(1, lambda: all(is_gone(pid) for pid in workers))
+    assert within(5, lambda: all(is_gone(pid) for pid in workers))
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -108,7 +108,7 @@ def test_a_driver_that_is_stopped_stops_its_workers_which_clean_up(
     _, errors = process.communicate(timeout=20)
     assert process.returncode == code
     assert errors == b""
-    assert time.monotonic() - started < 4
+    assert time.monotonic() - started < 10  # on a busy machine
     assert all(is_gone(pid) for pid in workers)
     assert workers_in(tmp_path) == []
 
