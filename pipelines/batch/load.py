@@ -111,10 +111,9 @@ def _expanded_all(document: Node, variables: dict[str, Node], problems: Problems
 
 def _with_defaults(job: Node, defaults: Node | None) -> Node:
     """Gives a job with the settings of `defaults` that it has not itself."""
-    own = job.items()
-    more = {key: node for key, node in defaults.items().items() if key not in own} if defaults is not None else {}
-    keys = {**(defaults.keys if defaults is not None else {}), **job.keys}
-    return Node({**more, **own}, job.mark, keys, job.size)
+    if defaults is None:
+        return job
+    return Node({**defaults.items(), **job.items()}, job.mark, {**defaults.keys, **job.keys}, job.size)
 
 
 def _job(

@@ -164,6 +164,7 @@ def test_keys_are_not_filled_in() -> None:
         ("pure: [true, false]", "pure: [true, {a: 1}]", "F:6:46: job 'q.${type}-${pure}'.matrix.pure[2]: wanted "),
         ("type: F16, pure: true", "type: F16, pur: true", "F:8:21: exclude: 'pur' is no variable of the matrix; did "),
         ("type: F16, pure: true", "type: F32", "F:8:9: exclude: no combination of the matrix has these values"),
+        ("type: F16, pure: true", "pure: 1", "F:8:9: exclude: no combination of the matrix has these values"),
         ("type: F16, pure: true", "type: F16, pure: 'true'", "F:8:9: exclude: no combination of the matrix has these"),
         ("name: q.${type}-${pure}", "name: q", "F:5:11: name: two jobs are called 'q'; put ${pure} into the name"),
         ("name: q.${type}-${pure}", "name: q.${type}", "F:5:11: name: two jobs are called 'q.Q8_0'; put ${pure} into"),

@@ -318,6 +318,7 @@ def test_a_name_that_is_filled_in_later_may_stand_twice_where_stages_differ(load
     assert "twice; line 8 writes it too" in said(load, text + stage.replace("TYPE", "Q8_0"))
 
 
+@pytest.mark.slow
 def test_ten_thousand_jobs_are_read_in_seconds_and_one_more_is_refused(load: Load) -> None:
     numbers = ", ".join(map(str, range(100)))
     matrix = f"matrix: {{x: [{numbers}], y: [{numbers}]}}"

@@ -114,6 +114,12 @@ def test_every_value_and_key_knows_its_line_and_column() -> None:
     check(parse_yaml(text.encode(), "f.yaml"))
 
 
+def test_a_merged_key_stands_where_it_was_written_last() -> None:
+    node = parse_yaml(b"a: &x {p: 1, q: 2}\nb:\n  <<: *x\n  q: 3\n", "f").items()["b"]
+    places = {key: (node.key_mark(key).line, node.items()[key].mark.line) for key in node.items()}
+    assert places == {"p": (1, 1), "q": (4, 4)}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
