@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 __all__ = ["Axis", "fitting_axis"]
 
+_LEAST = 1e-290  # what is below has no place on a logarithmic axis: it is drawn at the low end
 _WIDE = 8.0  # largest over smallest value from which an axis is logarithmic
 _STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
 _IN_DECADE = {1: (1.0, 2.0, 5.0), 2: (1.0, 3.0), 3: (1.0,)}  # ticks in each decade, by the number of decades
@@ -42,10 +43,10 @@ def fitting_axis(values: Sequence[float], *, log: bool | None = None) -> Axis:
     """Gives an axis on which all values have room.
 
     Args:
-        values: at least one, finite; for a logarithmic axis those that are not positive are left out.
+        values: at least one, finite; for a logarithmic axis those that are not positive lie at its low end.
         log: whether to divide by ratios; None where the values are far apart.
     """
-    positive = [value for value in values if value > 0]
+    positive = [value for value in values if value > _LEAST]
     if log is None:
         log = len(positive) == len(values) and max(positive) > _WIDE * min(positive)
     if log and positive:

@@ -6,7 +6,7 @@ import math
 import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from quantpress.pipelines.report.axes import fitting_axis
@@ -43,6 +43,7 @@ def test_the_best_points_are_those_that_no_other_beats(values: list[tuple[int, i
 
 
 @settings(max_examples=300)
+@example([5e-324], True)
 @given(st.lists(st.floats(-1e12, 1e12), min_size=1, max_size=6), st.sampled_from([True, False, None]))
 def test_an_axis_has_room_for_every_value_and_keeps_their_order(values: list[float], log: bool | None) -> None:
     axis = fitting_axis(values, log=log)
