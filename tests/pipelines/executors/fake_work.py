@@ -119,6 +119,7 @@ def _cleanly(progress: Progress, folder: str) -> None:
             progress("work", step, 600)
             time.sleep(0.05)
     finally:
+        time.sleep(0.3)
         file.unlink()
 
 

@@ -157,6 +157,19 @@ def test_a_cancelled_batch_ends_its_workers_and_says_what_was_cancelled(
         assert within(2, lambda: all(is_gone(pid) for pid in children))
 
 
+def test_a_second_sigterm_does_not_stop_the_cleaning_up(tmp_path: Path) -> None:
+    pool = LocalPool(1, gpus=(), perform="fake_work:perform")
+    pool.start(tasks_of("cleanly", tmp_path)[0])
+    assert within(30, lambda: len(workers_in(tmp_path)) == 1)
+    (pid,) = pool.pids
+    for _ in range(2):
+        os.kill(pid, signal.SIGTERM)
+        time.sleep(0.1)
+    assert within(10, lambda: is_gone(pid))
+    assert workers_in(tmp_path) == []
+    pool.close(kill=True)
+
+
 def test_closing_twice_and_without_work_is_harmless() -> None:
     pool = LocalPool(1, gpus=())
     pool.close(kill=False)
