@@ -108,11 +108,12 @@ def make_reference(
     text = read_text(chosen.text).text
     assert chosen.context is not None, "filled in by sized"
     windows = text_windows(tokenizer, text, context=chosen.context, chunks=chosen.chunks)
-    states = _States(windows, {"vocabulary": tokenizer.size}, context)
-    states.keep(source_runtime(source, chosen), folder / SOURCE, _about(judge, source, source), "source")
+    material = reference_material(chosen, source)
+    states = _States(windows, {"material": material, "vocabulary": tokenizer.size}, context)
+    states.keep(source, source_runtime(source, chosen), folder / SOURCE, "source")
     base = _base_of(source) if without is None else None
     if base is not None and knows(runtime := base_runtime(base, chosen), windows):
-        states.keep(runtime, folder / WITHOUT, _about(judge, source, base), "source without adapters")
+        states.keep(base, runtime, folder / WITHOUT, "source without adapters")
     else:
         remove(folder / WITHOUT)
 
@@ -138,29 +139,30 @@ def open_reference(
         InputError: it is damaged, or was made for another source, text or window length.
     """
     runtime = source_runtime(source, judge, head_only=True)
-    states = _opened(folder / SOURCE, _about(judge, source, source), runtime)
+    material = reference_material(judge, source)
+    states = _opened(folder / SOURCE, material, source, runtime)
     base, beside = _base_of(source), None
     path = folder / WITHOUT if without is None else without / SOURCE
     if base is not None and path.exists():
         alone = base_runtime(base, judge, head_only=True)
-        beside = KeptRuntime(alone, _opened(path, _about(judge, source, base), alone))
+        beside = KeptRuntime(alone, _opened(path, material, base, alone))
     found = Kept(states.windows, states.about["vocabulary"], KeptRuntime(runtime, states), beside)
     return Reference(source, judge, progress, kept=found)
 
 
 @dataclass(frozen=True, slots=True)
 class _States:
-    """Windows whose states are to be kept, and what else is written beside them."""
+    """Windows whose states are to be kept, and what is written about them."""
 
     windows: Sequence[NDArray[np.int32]]
-    more: Mapping[str, Any]
+    about: Mapping[str, Any]
     context: RunContext
 
-    def keep(self, runtime: TorchRuntime, path: Path, about: Mapping[str, Any], phase: str) -> None:
+    def keep(self, model: Checkpoint, runtime: TorchRuntime, path: Path, phase: str) -> None:
         """Runs a model on the windows and writes its states."""
         shape = len(self.windows[0]) - len(self.windows[0]) // 2, runtime.hidden_size
         states = self._states(runtime, partial(self.context.progress, phase))
-        write_states(path, self.windows, states, shape=shape, about={**about, **self.more})
+        write_states(path, self.windows, states, shape=shape, about={**self.about, "model": _identity(model)})
 
     def _states(self, runtime: TorchRuntime, progress: Callable[[int, int], None]) -> Iterator[NDArray[np.float32]]:
         length, layers = len(self.windows[0]), runtime.layers
@@ -184,11 +186,6 @@ def _base_of(source: Checkpoint) -> Checkpoint | None:
     return source.adapted.base if source.adapted is not None and source.adapted.applied else None
 
 
-def _about(judge: JudgeOptions, source: Checkpoint, model: Checkpoint) -> dict[str, Any]:
-    """Says what states are made of: the source's windows, and the model that ran on them."""
-    return {"material": reference_material(judge, source), "model": _identity(model)}
-
-
 def _identity(model: Checkpoint) -> str:
     """Hashes what headers say of a model: that a folder was taken for another model's is noticed by it.
 
@@ -201,14 +198,15 @@ def _identity(model: Checkpoint) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _opened(path: Path, about: Mapping[str, Any], runtime: TorchRuntime) -> KeptStates:
+def _opened(path: Path, material: Mapping[str, Any], model: Checkpoint, runtime: TorchRuntime) -> KeptStates:
     """Opens states and checks that they are these.
 
     Raises:
         InputError: they are not.
     """
     states = open_states(path)
-    wrong = [name for name, value in about.items() if states.about.get(name) != value]
+    wanted = {"material": material, "model": _identity(model)}
+    wrong = [name for name, value in wanted.items() if states.about.get(name) != value]
     vocabulary = states.about.get("vocabulary")
     if wrong or not isinstance(vocabulary, int) or states.hidden.shape[2] != runtime.hidden_size:
         raise InputError(f"{path}: kept for another {' and '.join(wrong) or 'model'}; remove it, and it is made again")

@@ -171,7 +171,7 @@ class TorchRuntime:
     def head(self, hidden: torch.Tensor) -> NDArray[np.float32]:
         """Gives the logits (n, vocab_size) float32 of the last layer's output (n, hidden) float32."""
         with full_float32():
-            found = self._decoder.head(hidden[None], observe=self._observe(-1))
+            found = self._decoder.head(hidden[None].to(self._decoder.device), observe=self._observe(-1))
         values: NDArray[np.float32] = found[0].cpu().numpy()
         return values
 

@@ -93,7 +93,7 @@ class Step:
 
 def walk(
     job: JobSpec, source: Checkpoint, hashes: FileHashes, device: str,
-    folder_of: Callable[[str], Path | None], localized: Callable[[Any], Any],
+    folder_of: Callable[[str], Path | None], localized: Callable[[Any], Any], threads: int | None = None,
 ) -> Iterator[Step]:  # fmt: skip
     """Gives the stages of a job that do work, in order: those that prepare and those that build.
 
@@ -104,11 +104,12 @@ def walk(
         device: what stages that run the model run it on.
         folder_of: folder of a cache entry; None where the model is only planned with.
         localized: gives a stage whose files are all on this machine.
+        threads: worker threads of stages that work when they are read; None for all.
 
     Raises:
         QuantpressError: a stage that does not fit the model or those before it.
     """
-    point = _begin(source, hashes)
+    point, context = _begin(source, hashes), RunContext() if threads is None else RunContext(threads=threads)
     for index, call in enumerate(job.stages):
         stage = call.stage
         if isinstance(stage, Verify):
@@ -124,7 +125,7 @@ def walk(
             yield Step(index, stage, point, key, material)
             point = _after_preparing(point, stage, key, material, folder_of(key))
         else:
-            point = _after_lazy(point, localized(stage), hashes)
+            point = _after_lazy(point, localized(stage), hashes, context)
 
 
 def stage_material(stage: Stage, hashes: FileHashes) -> dict[str, Any]:
@@ -168,9 +169,9 @@ def _begin(source: Checkpoint, hashes: FileHashes) -> Point:
     return Point(known, Upstream.of(source), known)
 
 
-def _after_lazy(point: Point, stage: Stage, hashes: FileHashes) -> Point:
+def _after_lazy(point: Point, stage: Stage, hashes: FileHashes, context: RunContext) -> Point:
     resolved = stage.resolved(point.checkpoint) if isinstance(stage, LazyCodesStage) else stage
-    view, upstream = run_stages(point.checkpoint, [stage], RunContext(), point.upstream)
+    view, upstream = run_stages(point.checkpoint, [stage], context, point.upstream)
     material = {
         "stage": stage_material(resolved, hashes),
         "files": _new_files(point.checkpoint, view, hashes),

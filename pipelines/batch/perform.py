@@ -59,7 +59,7 @@ def perform(task: Task, progress: Progress, threads: int) -> TaskResult:
         force=work.force, allow_nonfinite=settings.allow_nonfinite,
     )  # fmt: skip
     try:
-        standing = _KINDS[work.kind](_Bench(work, progress), context)
+        standing = _KINDS[work.kind](_Bench(work, context), context)
         result = TaskResult(task.id, "done") if standing is None else _judged(task, standing)
     except QuantpressError as error:
         result = TaskResult(task.id, "failed", " ".join(str(error).split()), error.exit_code)
@@ -78,8 +78,8 @@ def _judged(task: Task, standing: Standing) -> TaskResult:
 class _Bench:
     """What a task works with: the cache, hashes of files, and the job's model up to the stage that is meant."""
 
-    def __init__(self, work: Work, progress: Progress) -> None:
-        self.work = work
+    def __init__(self, work: Work, context: RunContext) -> None:
+        self.work, self._threads, progress = work, context.threads, context.progress
         self.cache, self.hashes = Cache(work.cache), InputHashes(work.cache)
         self.local = partial(localized, cache=work.cache, progress=progress)
         self.source = open_checkpoint(model_place(work.job.model, work.cache, progress))
@@ -95,7 +95,7 @@ class _Bench:
         """
         work = self.work
         folder_of = _not_yet if planned else self.folder
-        steps = walk(work.job, self.source, self.hashes, work.device, folder_of, self.local)
+        steps = walk(work.job, self.source, self.hashes, work.device, folder_of, self.local, self._threads)
         return next(step for step in steps if step.index == work.index)
 
     def expect(self, key: str) -> None:

@@ -20,7 +20,7 @@ from quantpress.pipelines.batch.tasks import Event, TaskResult, Watch
 from quantpress.pipelines.cache.explain import History
 from quantpress.pipelines.executors.schedule import run_tasks
 from quantpress.pipelines.progress import Progress, no_progress
-from quantpress.quant.errors import OutputError, ParityError, UsageError
+from quantpress.quant.errors import BusyError, OutputError, ParityError, UsageError
 
 if TYPE_CHECKING:
     from quantpress.pipelines.executors.pool import Pool
@@ -82,7 +82,7 @@ def run_batch(
     """Does what is planned; see `run_pipeline`."""
     start = time.perf_counter()
     cancelled = (lambda: False) if cancel is None else cancel.is_set
-    tell: Watch = watch if watch is not None else _nobody
+    tell = _holding(plan, watch if watch is not None else _nobody)
     results: dict[str, TaskResult] = {}
     if plan.tasks:
         pool = _pool(plan, executor, workers, tell, cancelled)
@@ -149,6 +149,20 @@ def _pool(plan: BatchPlan, executor: str, workers: int | None, watch: Watch, can
 def device_on(executor: str) -> Callable[[str], str]:
     """Gives what turns a job's device into "cpu" or "cuda": on other machines "auto" is the processor."""
     return resolve_device if executor == "local" else lambda device: "cpu" if device == "auto" else device
+
+
+def _holding(plan: BatchPlan, watch: Watch) -> Watch:
+    """Gives a watch that first holds what a task has kept: `cache prune` must not take it before others read it."""
+    works = {task.id: task.work for task in plan.tasks}
+
+    def tell(event: Event) -> None:
+        work = works[event.task]
+        if event.result is not None and event.result.state == "done" and work.kind in ("prepare", "reference"):
+            with contextlib.suppress(OutputError, BusyError):
+                plan.cache.hold(work.key)
+        watch(event)
+
+    return tell
 
 
 def _nobody(event: Event) -> None:
