@@ -156,10 +156,11 @@ def _holding(plan: BatchPlan, watch: Watch) -> Watch:
     works = {task.id: task.work for task in plan.tasks}
 
     def tell(event: Event) -> None:
-        work = works[event.task]
-        if event.result is not None and event.result.state == "done" and work.kind in ("prepare", "reference"):
-            with contextlib.suppress(OutputError, BusyError):
-                plan.cache.hold(work.key)
+        if event.result is not None and event.result.state == "done":
+            work = works[event.task]
+            if work.kind in ("prepare", "reference"):
+                with contextlib.suppress(OutputError, BusyError):
+                    plan.cache.hold(work.key)
         watch(event)
 
     return tell
