@@ -212,6 +212,13 @@ def test_a_path_may_add_what_the_file_does_not_say(load: Load) -> None:
     assert batch.jobs[-1].stages[1].stage.max_kld == 0.5  # type: ignore[attr-defined]
 
 
+def test_of_names_that_begin_alike_the_longest_is_meant(load: Load) -> None:
+    job = "  - {name: NAME, model: org/name, stages: [gguf: {output: NAME.gguf}]}\n"
+    text = "version: 1\njobs:\n" + "".join(job.replace("NAME", name) for name in ("q", "q.model", "q.model.x"))
+    batch = load(text, "jobs.q.model.model=org/second", "jobs.q.model=org/first", "jobs.q.model.x.model=org/third")
+    assert [job.model for job in batch.jobs] == ["org/first", "org/second", "org/third"]
+
+
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
