@@ -159,7 +159,10 @@ class WorkerProcess:
 
     def terminate(self) -> None:
         """Stops what it does, as SIGTERM stops a command."""
-        self._process.terminate()
+        if sys.platform == "win32":
+            self._process.terminate()
+        elif self._process.returncode is None:  # Popen would look for its end, and its group could not be killed then
+            os.kill(self.pid, signal.SIGTERM)
 
     def wait(self, deadline: float) -> None:
         """Waits until it has ended, until `deadline` (time.monotonic); then kills it and whatever it has started."""
