@@ -1,4 +1,4 @@
-"""A building stage whose work is long: a `Job` plans it, holds its output meanwhile, and goes on where it was stopped."""
+"""A building stage whose work is long: a `Job` plans it, holds its output, and goes on where it was stopped."""
 
 from __future__ import annotations
 

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 
 from quantpress.convert.checkpoint import Checkpoint
 from quantpress.convert.onnx.options import OnnxOptions
+from quantpress.pipelines.job_stage import JobStage
 from quantpress.pipelines.onnx_codes import filled
 from quantpress.pipelines.onnx_job import QUANTIZED, OnnxJob, keeps_codes, type_of_codes
-from quantpress.pipelines.job_stage import JobStage
 from quantpress.quant.errors import UsageError
 
 __all__ = ["METHODS", "Onnx"]

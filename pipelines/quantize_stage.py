@@ -9,11 +9,11 @@ from typing import ClassVar
 
 from quantpress.convert.checkpoint import Checkpoint
 from quantpress.convert.quantized import PackFormat
+from quantpress.pipelines.job_stage import JobStage
 from quantpress.pipelines.quantize_formats import find_format
 from quantpress.pipelines.quantize_job import QuantizeJob
 from quantpress.pipelines.quantize_plan import own_scale_type
 from quantpress.pipelines.quantize_recipe import CALIBRATED, Asked, Recipe, fill_recipe, scale_type_of
-from quantpress.pipelines.job_stage import JobStage
 from quantpress.quant.drift import SHARE, check_share
 from quantpress.quant.errors import UnknownFamilyError, UsageError
 from quantpress.quant.grid import Grid

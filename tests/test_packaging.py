@@ -26,7 +26,7 @@ def test_every_sub_package_is_listed_for_the_wheel() -> None:
 
 def test_data_files_of_packages_are_of_a_kind_that_the_wheel_takes() -> None:
     files = (path for folder in ("convert", "quant", "pipelines") for path in (ROOT / folder).rglob("*.*"))
-    assert {path.suffix for path in files if "__pycache__" not in path.parts} <= {".py", ".json"}
+    assert {path.suffix for path in files if "__pycache__" not in path.parts} <= {".css", ".j2", ".js", ".json", ".py"}
 
 
 def _extra(name: str) -> list[Requirement]:

@@ -84,28 +84,8 @@ class RayPool:
             OutputError: Ray is not installed or cannot be reached, or a node cannot do the work.
             UsageError: an address of Ray Client.
         """
-        if importlib.util.find_spec("ray") is None:
-            raise OutputError("the ray executor needs Ray: pip install 'quantpress[ray]'")
-        wanted = address if address is not None else os.environ.get("RAY_ADDRESS", "")
-        if wanted.startswith("ray://"):
-            raise UsageError(
-                f"{wanted}: Ray Client cannot hand on what tasks tell; run this on a machine of the cluster with the"
-                " address of its head (HOST:6379 or auto), or by `ray job submit`"
-            )
-        hello = RayHello(
-            address="" if wanted == "local" else wanted,
-            workers=workers,
-            cores=cores,
-            memory=memory,
-            threads=threads,
-            perform=perform,
-            level=logging.getLogger("quantpress").getEffectiveLevel(),
-            cache=str(cache.absolute()) if cache is not None else "",
-            paths=tuple(sys.path),
-            python=platform.python_version(),
-            packages=environment("cpu")["packages"],
-        )
-        self.workers = workers = workers or None
+        hello = _hello(workers or None, cache, address, cores, memory, threads, perform)
+        self.workers = hello.workers
         self._where = f"the Ray cluster at {hello.address}" if hello.address else "a Ray on this machine"
         self._running: dict[str, Task] = {}
         self._said: deque[Event] = deque()
@@ -115,21 +95,25 @@ class RayPool:
         self._threads = [
             threading.Thread(target=work, name="quantpress-ray", daemon=True) for work in (self._hear, self._hear_print)
         ]
-        for thread in self._threads:
-            thread.start()
-        try:
-            self._write(json.dumps(sys.path).encode() + b"\n", framed=False)
-            self._write(encode(hello))
-            first = self._connected()
-        except BaseException:
-            self.close(kill=True)
-            raise
+        first = self._greeted(hello)
         self.threads, self.nodes, self.address = first.threads, first.nodes, first.address
 
     @property
     def pid(self) -> int:
         """Process id of the process that talks to Ray."""
         return self._process.pid
+
+    def _greeted(self, hello: RayHello) -> Connected:
+        """Says what is wanted and waits for the cluster; ends the process where that fails."""
+        for thread in self._threads:
+            thread.start()
+        try:
+            self._write(json.dumps(sys.path).encode() + b"\n", framed=False)
+            self._write(encode(hello))
+            return self._connected()
+        except BaseException:
+            self.close(kill=True)
+            raise
 
     def _connected(self) -> Connected:
         deadline = time.monotonic() + _CONNECT_SECONDS
@@ -232,6 +216,44 @@ class RayPool:
 
     def _last_words(self) -> str:
         return self._printed[-1][:300] if self._printed else "it said nothing"
+
+
+def _hello(
+    workers: int | None,
+    cache: Path | None,
+    address: str | None,
+    cores: int | None,
+    memory: int | None,
+    threads: int | None,
+    perform: str,
+) -> RayHello:
+    """Fills in what depends on this program and its environment.
+
+    Raises:
+        OutputError: Ray is not installed.
+        UsageError: an address of Ray Client.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise OutputError("the ray executor needs Ray: pip install 'quantpress[ray]'")
+    wanted = address if address is not None else os.environ.get("RAY_ADDRESS", "")
+    if wanted.startswith("ray://"):
+        raise UsageError(
+            f"{wanted}: Ray Client cannot hand on what tasks tell; run this on a machine of the cluster with the"
+            " address of its head (HOST:6379 or auto), or by `ray job submit`"
+        )
+    return RayHello(
+        address="" if wanted == "local" else wanted,
+        workers=workers,
+        cores=cores,
+        memory=memory,
+        threads=threads,
+        perform=perform,
+        level=logging.getLogger("quantpress").getEffectiveLevel(),
+        cache=str(cache.absolute()) if cache is not None else "",
+        paths=tuple(sys.path),
+        python=platform.python_version(),
+        packages=environment("cpu")["packages"],
+    )
 
 
 def _started() -> subprocess.Popen[bytes]:
