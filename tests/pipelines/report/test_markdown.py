@@ -98,6 +98,8 @@ def test_hostile_names_stay_inside_their_cells_and_fences(name: str, tmp_path: P
     assert len(tables) == 2
     cells = [token for token in tokens if token.type == "td_open"]
     assert len(cells) == 8
+    first = tokens[tokens.index(cells[0]) + 1].children or []
+    assert [child.content for child in first] == [name.replace("\n", "\\x0a")]
     headings = [token.tag for token in tokens if token.type == "heading_open"]
     assert headings in (["h1", "h3", "h3"], ["h1", "h3", "h3", "h3", "h4"])  # without commands, and with them
 

@@ -209,6 +209,17 @@ def test_an_output_without_proof_is_not_called_verified() -> None:
     assert "verified" not in text
 
 
+@pytest.mark.parametrize("passed", ["yes", 1, None, [True]])
+def test_only_a_plain_true_is_a_passed_proof(passed: object) -> None:
+    assert "✗ failed" in page(batch(output(proof={**parity(), "passed": passed}))).text
+
+
+def test_figures_that_are_not_finite_are_no_figures() -> None:
+    for bad in (math.nan, math.inf, -math.inf, 10**400, True, "1", None):
+        (row,) = rows_of(batch(output(proof=parity(mean_kld=bad, ppl_ratio=bad, top1_agreement=bad))))
+        assert (row.mean_kld, row.ppl_ratio, row.top1) == (None, None, None)
+
+
 def test_a_report_shows_no_folder_above_the_pipeline_file() -> None:
     inside, outside = output("a.gguf"), OutputResult("g", "/home/someone/b.gguf", "gguf", "F16", 9, "done", sidecar())
     text = page(batch(inside, outside)).text
