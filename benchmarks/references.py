@@ -94,8 +94,14 @@ def packed_16_bits(row: Row) -> Arrays:
 
 
 def judge_16_bits(kept: Arrays, candidate: Logits, targets: NDArray[np.int32]) -> Any:
+    """Compares as llama.cpp does: what is less likely than exp(-16) is left out, and nothing is made to sum to one."""
     scale, least, levels = kept
-    return whole(levels.astype(np.float32) * scale + least, candidate, targets)
+    base = levels.astype(np.float64) * scale + least
+    other = log_probabilities(candidate)
+    divergence = np.where(base > -NATS, np.exp(base) * (base - other), 0).sum(axis=1)
+    rows = np.arange(len(targets))
+    figures = TokenFigures(divergence, -base[rows, targets], -other[rows, targets])
+    return figures, base.argmax(axis=1) == candidate.argmax(axis=1)
 
 
 def log_probabilities(logits: Logits) -> NDArray[np.float64]:

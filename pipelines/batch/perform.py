@@ -80,7 +80,7 @@ class _Bench:
 
     def __init__(self, work: Work, context: RunContext) -> None:
         self.work, self._threads, progress = work, context.threads, context.progress
-        self.cache, self.hashes = Cache(work.cache), InputHashes(work.cache)
+        self.cache, self.hashes = Cache(work.cache, progress), InputHashes(work.cache)
         self.local = partial(localized, cache=work.cache, progress=progress)
         self.source = open_checkpoint(model_place(work.job.model, work.cache, progress))
 

@@ -76,7 +76,7 @@ def plan_batch(
         spec: from `load_batch`.
         force: outputs may be replaced.
         fresh: nothing that earlier runs have kept is used; the outputs that they wrote are written anew.
-        dry_run: the cache is left as it is.
+        dry_run: nothing but the inputs' hashes is kept in the cache.
         explain: rows say why there is something to do.
         device_of: gives "cpu" or "cuda" for a job's `device`; default: what this machine has.
         progress: told how far the hashing has come.
@@ -105,7 +105,7 @@ class Planner:
     ) -> None:  # fmt: skip
         self.force, self.fresh, self._dry_run = force, fresh, dry_run
         self._progress, self._device_of = progress, device_of
-        self.cache, self._hashes = Cache(spec.cache), InputHashes(spec.cache)
+        self.cache, self._hashes = Cache(spec.cache, progress), InputHashes(spec.cache)
         self._history = History(self.cache) if explain else None
         self._models: dict[str, Checkpoint] = {}
         self._kept: dict[str, bool] = {}

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -131,6 +131,13 @@ def contents(out: Path) -> dict[str, bytes]:
                 data = json.dumps(record).encode()
             found[path.relative_to(out).as_posix()] = data
     return found
+
+
+def only_whole(out: Path, whole: Mapping[str, bytes]) -> bool:
+    """Whether every output that is there is the one it should be; unfinished work is told by its name."""
+    found = contents(out) if out.exists() else {}
+    finished = {name for name in found if not any(part.startswith(".quantpress-") for part in Path(name).parts)}
+    return all(found[name] == whole.get(name) for name in finished)
 
 
 def children(pid: int) -> list[int]:
