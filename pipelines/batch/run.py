@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import shutil
 import threading
 import time
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from quantpress.pipelines.executors.pool import Pool
 
 __all__ = ["EXECUTORS", "device_on", "require_disk", "run_batch", "run_pipeline"]
+
+log = logging.getLogger(__name__)
 
 EXECUTORS = ("local", "ray")
 
@@ -82,7 +85,7 @@ def run_batch(
     """Does what is planned; see `run_pipeline`."""
     start = time.perf_counter()
     cancelled = (lambda: False) if cancel is None else cancel.is_set
-    tell = _holding(plan, watch if watch is not None else _nobody)
+    tell = _holding(plan, watch if watch is not None else _logged)
     results: dict[str, TaskResult] = {}
     if plan.tasks:
         pool = _pool(plan, executor, workers, tell, cancelled)
@@ -166,8 +169,11 @@ def _holding(plan: BatchPlan, watch: Watch) -> Watch:
     return tell
 
 
-def _nobody(event: Event) -> None:
-    del event
+def _logged(event: Event) -> None:
+    """Hands what workers log on to this process's logging, where nobody watches."""
+    if event.message:
+        level = logging.getLevelName(event.level)
+        log.log(level if isinstance(level, int) else logging.WARNING, "%s", event.message)
 
 
 def _remember(plan: BatchPlan, results: Mapping[str, TaskResult]) -> None:
