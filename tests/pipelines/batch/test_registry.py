@@ -111,7 +111,10 @@ def test_a_stage_of_another_package_is_found_described_and_filled_in(install: In
         with pytest.raises(UsageError) as caught:
             load_batch(path)
         assert message in str(caught.value)
-    assert pipeline_schema({"good": stage})["$defs"]["stage_good"]["properties"]["level"]["default"] == "low"
+    properties = pipeline_schema({"good": stage})["$defs"]["stage_good"]["properties"]
+    assert properties["level"]["default"] == "low"
+    numbers = properties["numbers"]["anyOf"][0]["additionalProperties"]
+    assert numbers == {"anyOf": [{"type": "integer"}, {"$ref": "#/$defs/variable"}]}
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,7 @@ def test_every_option_of_every_stage_is_in_the_schema_with_its_description_and_d
         assert stage.name in entries
         for option in stage.options:
             assert option.description
+            assert "None" not in option.description  # a file has null
             assert options["properties"][option.name]["description"] == option.description
             if not option.required:
                 default = options["properties"][option.name]["default"]
