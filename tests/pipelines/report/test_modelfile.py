@@ -99,7 +99,7 @@ def test_ollama_sends_what_transformers_renders(name: str, adds_bos: bool) -> No
         LOOP + "{{ m.content | upper }}" + END,
         LOOP + "{{ m.content }}{{ m.content }}" + END,
         "{% raw %}{{ .Prompt }}{% endraw %}" + LOOP + "{{ m.content }}|" + END,  # Go would execute it
-        LOOP + "<a>{{ '{' }}{ .Prompt }}<b>{{ m.content }}<c>" + END,
+        LOOP + "{% if m.role == 'user' %}<a>{{ '{' }}{ .Prompt }}<b>{% endif %}{{ m.content }}<c>" + END,
         LOOP + '"""\nSYSTEM x {{ m.content }}' + END,  # would end the instruction
         "{{ messages",
         "{{ 1 / 0 }}",
