@@ -219,6 +219,7 @@ def press(
             adapters=[rounded(entry.to_json()) for entry in ledger],
             stages=[*before.records, stage_record(stage)],
             device=context.device,
+            parameters=yardstick.parameters,
             **_written(artifact),
             parity=rounded(parity.to_json()) if parity is not None else None,
             notes=(*notes, *artifact.notes),

@@ -58,8 +58,12 @@ def statement(
     timings: Mapping[str, Any],
     adapters: Sequence[Mapping[str, Any]] = (),
     calibration: Mapping[str, Any] | None = None,
+    parameters: int = 0,
 ) -> dict[str, Any]:
-    """Builds the sidecar's contents (INTERFACE: Sidecar); `calibration` is there only where a text was used."""
+    """Builds the sidecar's contents (INTERFACE: Sidecar); `calibration` is there only where a text was used.
+
+    `parameters` is the number of values in all tensors of the source.
+    """
     return {
         "_type": "https://in-toto.io/Statement/v1",
         "predicateType": SCHEMA,
@@ -67,6 +71,7 @@ def statement(
         "schema": SCHEMA,
         "created_by": f"quantpress {version_of('quantpress')}",
         "inputs": list(inputs),
+        "parameters": parameters,
         "adapters": list(adapters),
         "stages": list(stages),
         "environment": environment(device),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -48,10 +49,11 @@ def load_batch(path: Path | str, *, sets: Sequence[str] = (), jobs: Sequence[str
 
     Raises:
         UsageError: the file, `sets` or `jobs` are wrong: `FILE:LINE:COLUMN: what`, mistakes joined by "; ".
-        InputError: the file cannot be read, or a model, adapter or text that it names is not there.
+        InputError: the file cannot be read. That a job's model, adapter or text is not there is said in its
+            `JobSpec.missing`.
     """
     path = Path(path)
-    problems, missing = Problems(), Problems()
+    problems = Problems()
     document = with_sets(read_yaml(path), sets)
     check_written(document, problems)
     problems.raise_any()
@@ -71,11 +73,16 @@ def load_batch(path: Path | str, *, sets: Sequence[str] = (), jobs: Sequence[str
     problems.raise_any()
     chosen = _chosen(templates, jobs)
     specs = [spec for _, spec, _ in made if spec is not None]
-    for job, _, lost in made:
-        for problem in lost.found if job.name in chosen else ():
-            missing.add(problem.mark, problem.message + _maker(places.lost[problem.mark], specs), missing=True)
-    missing.raise_any()
-    return BatchSpec(path, cache, tuple(spec for spec in specs if spec.name in chosen))
+    wanted = [(spec, lost) for _, spec, lost in made if spec is not None and spec.name in chosen]
+    return BatchSpec(path, cache, tuple(replace(spec, missing=_missing(lost, places, specs)) for spec, lost in wanted))
+
+
+def _missing(lost: Problems, places: Places, specs: Sequence[JobSpec]) -> str:
+    """Says what of a job's inputs is not there."""
+    found = Problems()
+    for problem in lost.found:
+        found.add(problem.mark, problem.message + _maker(places.lost[problem.mark], specs))
+    return found.text()
 
 
 def _maker(lost: Path, specs: Sequence[JobSpec]) -> str:

@@ -25,7 +25,7 @@ from quantpress.pipelines.judging import JudgeOptions
 from quantpress.pipelines.progress import Progress, no_progress
 from quantpress.pipelines.stage import BuildingStage, PreparingStage
 from quantpress.pipelines.verify_stage import Verify
-from quantpress.quant.errors import QuantpressError, UsageError
+from quantpress.quant.errors import InputError, QuantpressError, UsageError
 
 __all__ = ["BatchPlan", "PlannedJob", "Planner", "label_of", "plan_batch", "resolve_device"]
 
@@ -127,6 +127,8 @@ class Planner:
             return PlannedJob(spec, error=error)
 
     def _planned(self, spec: JobSpec) -> PlannedJob:
+        if spec.missing:
+            raise InputError(spec.missing)
         device, folder = self._device_of(spec.settings.device), self.cache.folder
         place = model_place(spec.model, folder, self._progress)
         if place not in self._models:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from quantpress.quant.errors import InputError, UsageError
+from quantpress.quant.errors import UsageError
 
 __all__ = ["Mark", "Problem", "Problems", "nearest"]
 
@@ -74,16 +74,16 @@ class Problems:
         """Raises what has been found, in the order of the file.
 
         Raises:
-            UsageError: the file is wrong.
-            InputError: it is right, and names inputs that are not there.
+            UsageError: naming them.
         """
-        if not self.found:
-            return
+        if self.found:
+            raise UsageError(self.text())
+
+    def text(self) -> str:
+        """Gives what has been found in one line, in the order of the file; empty where nothing was."""
         found = sorted(self.found, key=lambda problem: problem.mark)
-        text = "; ".join(_texts(found[:_MOST]))
         more = f"; and {len(found) - _MOST} more" if len(found) > _MOST else ""
-        kind = InputError if all(problem.missing for problem in found) else UsageError
-        raise kind(text + more)
+        return "; ".join(_texts(found[:_MOST])) + more
 
 
 def _texts(found: Sequence[Problem]) -> Iterable[str]:

@@ -59,6 +59,7 @@ class JobSpec:
         settings: after defaults.
         line: of the job in the pipeline file.
         variables: values of the matrix and of the file's variables, as text.
+        missing: which of its inputs are not there, as an error says it; the job fails, and the others do not.
     """
 
     name: str
@@ -67,6 +68,7 @@ class JobSpec:
     settings: Settings = field(default_factory=Settings)
     line: int = 0
     variables: Mapping[str, str] = field(default_factory=dict)
+    missing: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from quantpress.pipelines.onnx_stage import Onnx
 from quantpress.pipelines.quantize_stage import Quantize
 from quantpress.pipelines.safetensors_stage import Safetensors
 from quantpress.pipelines.verify_stage import Verify
-from quantpress.quant.errors import InputError, UsageError
+from quantpress.quant.errors import UsageError
 
 HEAD = "version: 1\n"
 JOB = """\
@@ -73,7 +73,15 @@ def said(load: Load, text: str, kind: type[Exception] = UsageError, **options: o
     with pytest.raises(kind) as caught:
         load(text, **options)
     assert type(caught.value) is kind
-    message = str(caught.value)
+    return shortened(str(caught.value))
+
+
+def missing(load: Load, text: str) -> str:
+    """What the first job misses."""
+    return shortened(load(text).jobs[0].missing)
+
+
+def shortened(message: str) -> str:
     assert "\n" not in message
     head, found, rest = message.partition("p.yaml:")
     return found.replace("p.yaml", "F") + rest if found else head
@@ -219,8 +227,8 @@ def test_a_mistake_is_named_with_its_line_and_what_is_wanted(
 ) -> None:
     text = HEAD + JOB
     assert old in text
-    kind = InputError if "no such file" in message else UsageError
-    found = said(load, text.replace(old, new), kind).replace(str(tmp_path), "DIR")
+    find = missing if "no such file" in message else said
+    found = find(load, text.replace(old, new)).replace(str(tmp_path), "DIR")
     assert found.startswith(f"F:{message}"), found
 
 
@@ -285,25 +293,25 @@ HUB = "; for the model of that name on the Hub write models/smoll@main"
         ("stages:", "stages:\n      - merge_lora: {adapter: ./ton}", "6:31: merge_lora.adapter: './ton': GONE"),
     ],
 )  # fmt: skip
-def test_an_input_that_is_not_there_is_a_bad_input_with_its_line(
+def test_an_input_that_is_not_there_is_said_of_its_job_with_its_line(
     load: Load, tmp_path: Path, old: str, new: str, message: str
 ) -> None:
-    found = said(load, (HEAD + JOB).replace(old, new), InputError)
+    found = missing(load, (HEAD + JOB).replace(old, new))
     assert found.startswith("F:" + message.replace("GONE", f"no such file or folder in {tmp_path}")), found
 
 
 def test_an_input_that_another_job_writes_is_told_from_others(load: Load) -> None:
     text = HEAD + JOB.replace("models/smol", "./b.gguf") + "  - name: b\n    model: models/smol\n    stages: [STAGE]\n"
-    found = said(load, text.replace("STAGE", "gguf: {output: b.gguf}"), InputError)
+    found = missing(load, text.replace("STAGE", "gguf: {output: b.gguf}"))
     assert found.endswith("; job 'b' writes it, but jobs do not wait for each other: make it one job")
-    assert "job 'b'" not in said(load, text.replace("STAGE", "gguf: {output: c.gguf}"), InputError)
+    assert "job 'b'" not in missing(load, text.replace("STAGE", "gguf: {output: c.gguf}"))
 
 
-def test_inputs_of_jobs_that_are_not_wanted_need_not_be_there(load: Load) -> None:
+def test_an_input_that_is_missing_is_missing_in_its_job_alone(load: Load) -> None:
     text = HEAD + JOB + JOB.replace("jobs:\n", "").replace("name: a", "name: b").replace("a.gguf", "b.gguf")
     text = text.replace("model: models/smol", "model: ./gone", 1)
-    assert "./gone" in said(load, text, InputError)
-    assert [job.name for job in load(text, jobs=["b"]).jobs] == ["b"]
+    assert ["./gone" in job.missing for job in load(text).jobs] == [True, False]
+    assert [job.missing for job in load(text, jobs=["b"]).jobs] == [""]
 
 
 def test_a_wrong_file_is_a_wrong_file_even_where_inputs_are_missing_too(load: Load) -> None:
