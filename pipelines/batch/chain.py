@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from quantpress.convert.checkpoint import Checkpoint
 from quantpress.pipelines.batch.specs import JobSpec
+from quantpress.pipelines.batch.registry import OWN_PACKAGE, package_of
 from quantpress.pipelines.cache.keys import key_of
 from quantpress.pipelines.codes_stage import LazyCodesStage
 from quantpress.pipelines.merge_stage import input_names
@@ -129,7 +130,10 @@ def walk(
 
 
 def stage_material(stage: Stage, hashes: FileHashes) -> dict[str, Any]:
-    """Describes a stage for a key: files by their contents, not by their names, and never the output."""
+    """Describes a stage for a key: files by their contents, not by their names, and never the output.
+
+    A third-party stage's package counts too: its authors may forget to raise the stage's version.
+    """
     described = dict(stage.describe())
     options = dict(described["options"])
     options.pop("output", None)
@@ -137,7 +141,8 @@ def stage_material(stage: Stage, hashes: FileHashes) -> dict[str, Any]:
         value = getattr(stage, field.name)
         if isinstance(value, Path) and field.name != "output":
             options[field.name] = _contents(value, hashes)
-    return {**described, "options": options}
+    package = package_of(type(stage))
+    return {**described, "options": options, **({} if package == OWN_PACKAGE else {"package": package})}
 
 
 def _material(stage: Stage, point: Point, hashes: FileHashes, device: str) -> dict[str, Any]:

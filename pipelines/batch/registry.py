@@ -14,9 +14,12 @@ from quantpress.pipelines.stage import BuildingStage, PreparingStage, Stage
 from quantpress.pipelines.verify_stage import Verify
 from quantpress.quant.errors import UsageError
 
-__all__ = ["BUILT_IN", "GROUP", "find_stage", "kind_of", "package_of", "stage_classes", "stage_names"]
+__all__ = ["BUILT_IN", "GROUP", "OWN_PACKAGE", "find_stage", "kind_of", "package_of", "stage_classes", "stage_names"]
 
 log = logging.getLogger(__name__)
+
+OWN_PACKAGE = "quantpress"
+"""What `package_of` says of the stages that come with the program."""
 
 GROUP = "quantpress.stages"
 # what modules raise while they are imported; anything else is as odd as to be worth its traceback
@@ -96,7 +99,7 @@ def kind_of(stage: type[Stage]) -> str:
 def package_of(stage: type[Stage]) -> str:
     """Gives name and version of the package that a stage comes from, without a version for our own."""
     if stage.name in BUILT_IN:
-        return "quantpress"
+        return OWN_PACKAGE
     offers = _offered().get(stage.name, [])
     return _package(offers[0]) if offers else stage.__module__.partition(".")[0]
 
