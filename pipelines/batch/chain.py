@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from quantpress.convert.checkpoint import Checkpoint
-from quantpress.pipelines.batch.specs import JobSpec
 from quantpress.pipelines.batch.registry import OWN_PACKAGE, package_of
+from quantpress.pipelines.batch.specs import JobSpec
 from quantpress.pipelines.cache.keys import key_of
 from quantpress.pipelines.codes_stage import LazyCodesStage
 from quantpress.pipelines.merge_stage import input_names
