@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # the programs that `make gpu` runs; an environment that has torch for the GPU already: make gpu GPU_BIN=/path/to/bin
 GPU_BIN ?= $(BIN)
 
-.PHONY: demo test check quick format bench proofs builds gpu clean
+.PHONY: demo test check quick format bench proofs faults builds gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/quantpress demo demo
@@ -32,6 +32,10 @@ bench: $(VENV)/.dev
 # the longer form of proofs that make test shortens: whole texts in llama.cpp, longer ones by onnxruntime-genai
 proofs: $(VENV)/.dev
 	OMP_NUM_THREADS=2 QUANTPRESS_WHOLE_TEXTS=1 $(BIN)/pytest tests/pipelines/test_adapter_proof.py tests/pipelines/test_onnx_real_models.py
+
+# batches and caches that are killed again and again, 50 times each, and must end with the bytes of undisturbed ones
+faults: $(VENV)/.dev
+	OMP_NUM_THREADS=1 QUANTPRESS_KILLS=50 $(BIN)/pytest tests/pipelines/batch/test_batch_kills.py tests/pipelines/cache/test_killed.py
 
 # kernels compiled for a GPU that is not there, as they are launched for random shapes and types
 builds: $(VENV)/.dev
