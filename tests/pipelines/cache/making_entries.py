@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from quantpress.pipelines.cache.entry import Entry
 from quantpress.pipelines.cache.keys import key_of
-from quantpress.pipelines.cache.store import Cache
+from quantpress.pipelines.cache.store import Cache, Making
 
 FILES = {"codes.bin": b"codes " * 500, "deep/er/scales.bin": bytes(range(256)), "empty": b""}
 
@@ -31,3 +34,19 @@ def make(cache: Cache, bits: int = 4, files: dict[str, bytes] = FILES) -> Entry:
 
 def files_in(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+class Failed(Exception):
+    pass
+
+
+def begin(cache: Cache, steps: Callable[[Making], object]) -> None:
+    """Work that fails after some steps."""
+
+    def work() -> None:
+        with cache.making(key_of(material()), "prepare", material()) as making:
+            steps(making)
+            raise Failed
+
+    with pytest.raises(Failed):
+        work()
