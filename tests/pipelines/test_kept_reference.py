@@ -103,14 +103,14 @@ def test_no_layer_is_read(merged: Callable[..., Checkpoint], tmp_path: Path) -> 
     assert reads.keys() == {"model.embed_tokens.weight", "model.norm.weight"}
 
 
-@pytest.mark.parametrize("max_memory", [0, None])
+@pytest.mark.parametrize(("max_memory", "times"), [(0, 3), (512 * 64 * 4, 1), (None, 1)])
 def test_a_head_is_read_once_where_it_fits_the_memory(
-    base: Checkpoint, tmp_path: Path, max_memory: int | None
-) -> None:  # fmt: skip
+    base: Checkpoint, tmp_path: Path, max_memory: int | None, times: int
+) -> None:
     reads, judge = Counter[str](), dataclasses.replace(JUDGE, max_memory=max_memory)
     artifact, folder = press(base, tmp_path / "file"), kept(base, JUDGE, tmp_path / "kept")
     parity = open_reference(watched(base, reads), judge, folder).judge(artifact, "BF16")
-    assert reads["model.embed_tokens.weight"] == (1 if max_memory is None else 3)
+    assert reads["model.embed_tokens.weight"] == times
     assert parity == Reference(base, JUDGE).judge(artifact, "BF16")
 
 
@@ -124,10 +124,17 @@ def test_many_windows_pass_in_groups_and_the_file_is_the_same(
     base: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = kept(base, JUDGE, tmp_path / "whole")
+    runtime = kept_reference.source_runtime(base, JUDGE)
+    monkeypatch.setattr(kept_reference, "source_runtime", lambda *options: runtime)
     monkeypatch.setattr(kept_reference, "_GROUP_BYTES", 2 * 64 * 64 * 4)  # two windows of three
     told: list[tuple[str, int, int]] = []
+
+    def tell(phase: str, done: int, total: int) -> None:
+        told.append((phase, done, total))
+        assert not runtime._prepared, "states of a group that is written are forgotten"
+
     (tmp_path / "parts").mkdir()
-    make_reference(base, JUDGE, tmp_path / "parts", RunContext(progress=lambda *now: told.append(now)))
+    make_reference(base, JUDGE, tmp_path / "parts", RunContext(progress=tell))
     assert (tmp_path / "parts" / "source.safetensors").read_bytes() == (whole / "source.safetensors").read_bytes()
     assert told == [("source", done, 10) for done in range(1, 11)]
 
@@ -225,6 +232,15 @@ def test_adapters_of_one_base_share_what_is_kept_of_it(
         assert parity == Reference(source, JUDGE).judge(artifact, "BF16")
 
 
+def test_a_base_that_an_earlier_run_left_in_the_folder_goes_where_another_serves(
+    base: Checkpoint, merged: Callable[..., Checkpoint], tmp_path: Path
+) -> None:
+    folder = kept(merged(), JUDGE, tmp_path / "kept")
+    assert len(list(folder.iterdir())) == 2
+    make_reference(merged(), JUDGE, folder, RunContext(), without=kept(base, JUDGE, tmp_path / "alone"))
+    assert [path.name for path in folder.iterdir()] == ["source.safetensors"]
+
+
 def test_a_base_that_was_kept_for_other_windows_is_refused(
     base: Checkpoint, merged: Callable[..., Checkpoint], tmp_path: Path
 ) -> None:
@@ -247,6 +263,17 @@ def test_an_adapter_with_a_tokenizer_of_its_own_keeps_its_own_base(
     parity = open_reference(own, JUDGE, folder).judge(artifact, "BF16")
     assert parity.adapter_share is not None
     assert parity == Reference(own, JUDGE).judge(artifact, "BF16")
+
+
+def test_where_the_text_has_tokens_that_the_base_lacks_nothing_is_kept_of_it(
+    merged: Callable[..., Checkpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept_reference, "knows", lambda runtime, windows: False)
+    folder = kept(merged(), JUDGE, tmp_path / "kept")
+    assert [path.name for path in folder.iterdir()] == ["source.safetensors"]
+    parity = open_reference(merged(), JUDGE, folder).judge(press(merged(), tmp_path / "file"), "BF16")
+    assert parity.passed
+    assert parity.adapter_share is None
 
 
 def test_default_windows_of_an_adapted_source_are_those_its_base_is_kept_for(merged: Callable[..., Checkpoint]) -> None:
