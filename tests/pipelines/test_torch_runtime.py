@@ -12,6 +12,7 @@ import torch
 from quantpress.convert.checkpoint import Checkpoint
 from quantpress.convert.open import open_checkpoint
 from quantpress.pipelines.torch_runtime import TorchRuntime
+from quantpress.quant.errors import InputError
 from tests.pipelines.kept_references import watched
 from tests.tiny import tiny_checkpoint
 
@@ -60,3 +61,38 @@ def test_a_window_that_was_not_prepared_stays_with_its_weights(source: Checkpoin
     for window in WINDOWS:
         runtime.logits(window, 12)
     assert set(reads.values()) == {1}
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_windows_side_by_side_give_what_one_after_the_other_gives(source: Checkpoint, threads: int) -> None:
+    one, other = (TorchRuntime.of_checkpoint(source) for _ in range(2))
+    one.prepare(WINDOWS, 12)
+    torch.set_num_threads(threads)
+    other.prepare(WINDOWS, 12)
+    assert torch.get_num_threads() == threads
+    for window in WINDOWS:
+        np.testing.assert_array_equal(one.prepared(window, 12), other.prepared(window, 12))
+
+
+@pytest.mark.parametrize(
+    ("threads", "windows", "length", "taken"),
+    [(4, 5, 24, 4), (4, 3, 24, 3), (8, 5, 24, 5), (10, 5, 24, 1), (1, 5, 24, 1), (4, 5, 6000, 1)],
+    ids=["enough", "fewer windows", "most are busy", "half would be idle", "one", "too much memory"],
+)
+def test_windows_run_side_by_side_where_that_keeps_threads_busy_and_memory_small(
+    source: Checkpoint, threads: int, windows: int, length: int, taken: int
+) -> None:
+    torch.set_num_threads(threads)
+    assert TorchRuntime.of_checkpoint(source)._threads(windows, length) == taken
+
+
+def test_an_error_in_a_window_reaches_the_caller(source: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(layer: int, slot: str, values: torch.Tensor) -> torch.Tensor:
+        raise InputError(f"layer {layer}")
+
+    runtime = TorchRuntime.of_checkpoint(source)
+    monkeypatch.setattr(runtime, "_rounded_input", refuse)
+    torch.set_num_threads(2)
+    with pytest.raises(InputError, match="layer 0"):
+        runtime.prepare(WINDOWS, 12)
+    assert torch.get_num_threads() == 2
