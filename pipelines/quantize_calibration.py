@@ -17,6 +17,7 @@ from quantpress.convert.tokenizer import Tokenizer, TokenizerFiles
 from quantpress.pipelines.default_text import calibration_text
 from quantpress.pipelines.machine import free_memory
 from quantpress.pipelines.perplexity import plain_text
+from quantpress.pipelines.windows import read_text
 from quantpress.quant.errors import UsageError
 
 if TYPE_CHECKING:
@@ -76,8 +77,6 @@ class Calibration:
         Raises:
             InputError: the text or the tokenizer cannot be used, or the text is too short for one window.
         """
-        from quantpress.pipelines.verification import read_text  # brings torch
-
         text = calibration_text() if stage.calibration is None else read_text(stage.calibration, "calibrate")
         tokenizer = Tokenizer(TokenizerFiles(source.tokenizer_files, name=source.name))
         ids = tokenizer.encode(plain_text(text.text), special=False)

@@ -60,7 +60,7 @@ def attempt(
     except MemoryError:
         result = TaskResult(task.id, "failed", error=_out_of_memory(task), exit_code=OutputError.exit_code)
     except Exception as error:  # the edge of a job: a bug in it, or in a plug-in, ends this job only
-        log.exception("%s: %s", task.job, task.title)
+        log.exception("an error that nobody expected")
         result = TaskResult(task.id, "failed", error=_bug(error), exit_code=QuantpressError.exit_code)
     if result.state == "failed" and result.exit_code == CancelledError.exit_code:
         result = dataclasses.replace(result, state="cancelled")
