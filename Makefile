@@ -33,9 +33,10 @@ bench: $(VENV)/.dev
 proofs: $(VENV)/.dev
 	OMP_NUM_THREADS=2 QUANTPRESS_WHOLE_TEXTS=1 $(BIN)/pytest tests/pipelines/test_adapter_proof.py tests/pipelines/test_onnx_real_models.py
 
-# batches and caches that are killed again and again, 50 times each, and must end with the bytes of undisturbed ones
+# batches and caches that are killed again and again, 50 times each, and must end with the bytes of undisturbed ones; full
+# disks; a cluster that loses a node
 faults: $(VENV)/.dev
-	OMP_NUM_THREADS=1 QUANTPRESS_KILLS=50 $(BIN)/pytest tests/pipelines/batch/test_batch_kills.py tests/pipelines/cache/test_killed.py
+	OMP_NUM_THREADS=1 QUANTPRESS_KILLS=50 $(BIN)/pytest tests/pipelines/batch/test_batch_kills.py tests/pipelines/batch/test_batch_program.py tests/pipelines/cache/test_killed.py tests/pipelines/executors/test_ray_pool.py
 
 # kernels compiled for a GPU that is not there, as they are launched for random shapes and types
 builds: $(VENV)/.dev

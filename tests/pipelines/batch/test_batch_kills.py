@@ -17,7 +17,7 @@ from tests.tiny import tiny_checkpoint
 
 pytestmark = pytest.mark.slow
 
-KILLS = int(os.environ.get("QUANTPRESS_KILLS", "2"))
+KILLS = int(os.environ.get("QUANTPRESS_KILLS", "1"))
 SEED = int(os.environ.get("QUANTPRESS_KILLS_SEED", "0"))
 
 
