@@ -101,7 +101,8 @@ class JobPlan:
         if standing is None and not force and not planner.cache.was_begun(key):
             self._refuse_existing(path, stage, key)
         self._refuse_inputs(path, step, judge)
-        kind = "build" if standing is None else "prove"
+        again = standing is not None and proof is not None and proof.reference and not is_url(path)
+        kind = "prove" if again else "build"
         work = self._work(kind, step.index, key, material, path=path, proof=proof, force=force)
         needs = () if kind == "prove" else self._needs(step.before.needs)
         if proof is not None and proof.reference:

@@ -214,10 +214,10 @@ def _prove(bench: _Bench, context: RunContext) -> Standing:
     """Judges an output that stands, by other limits or on another text."""
     from quantpress.pipelines.kept_reference import prove_again
 
-    work, step, proof = bench.work, bench.step(), _proof(bench.work)
+    work, step, proof = bench.work, bench.step(planned=True), _proof(bench.work)
     standing = find_standing(bench.cache, work.material, work.path, bench.hashes)
     reference = _opened(bench, step, context)
-    if standing is None or reference is None or is_url(work.path):
+    if standing is None or reference is None:
         return _build(bench, replace(context, force=True))
     with bench.cache.making(work.key, OUTPUT, work.material) as making:
         sidecar = prove_again(Path(work.path), standing.sidecar, reference, standing.record["judged_as"])

@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import quantpress as qp
+from quantpress.pipelines.cache.store import Cache
 from tests.pipelines.batch.batches import GPTQ, Batch, done, gguf, job, started
 
 
@@ -144,6 +145,18 @@ def test_other_limits_are_judged_without_writing_again(batch: Batch) -> None:
     batch.write(job("a", GPTQ, gguf("Q4_0")))
     assert done(batch.run()) == {"a": "verified"}
     assert sidecar(output) == said
+
+
+def test_judging_again_needs_no_codes(batch: Batch) -> None:
+    batch.write(job("a", GPTQ, gguf("Q4_0")))
+    batch.run()
+    with Cache(batch.folder / "cache") as cache:
+        codes = [key for key in cache.kept_keys() if (entry := cache.peek(key)) is not None and entry.kind == "gptq"]
+        assert [cache.remove(key) for key in codes] == [True]
+    batch.write(job("a", GPTQ, gguf("Q4_0")), max_kld=8)
+    result, tasks = run(batch)
+    assert done(result) == {"a": "verified"}
+    assert tasks == ["a: gguf Q4_0 [1]"]
 
 
 @pytest.mark.parametrize("option", [{"bits": 3}, {"damping": 0.02}, {"seed": 1}])
