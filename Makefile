@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # the programs that `make gpu` runs; an environment that has torch for the GPU already: make gpu GPU_BIN=/path/to/bin
 GPU_BIN ?= $(BIN)
 
-.PHONY: demo test check quick format bench proofs faults builds gpu clean
+.PHONY: demo test check quick format bench proofs faults fuzz builds gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/quantpress demo demo
@@ -37,6 +37,10 @@ proofs: $(VENV)/.dev
 # disks; a cluster that loses a node
 faults: $(VENV)/.dev
 	OMP_NUM_THREADS=1 QUANTPRESS_KILLS=50 $(BIN)/pytest tests/pipelines/batch/test_batch_kills.py tests/pipelines/batch/test_batch_program.py tests/pipelines/cache/test_killed.py tests/pipelines/executors/test_ray_pool.py
+
+# the tests that make up their examples, with other examples each time
+fuzz: $(VENV)/.dev
+	OMP_NUM_THREADS=1 QUANTPRESS_FUZZ=1 $(BIN)/pytest -n 2 --dist worksteal -m "not slow" $$(grep -rl "from hypothesis" tests --include="test_*.py")
 
 # kernels compiled for a GPU that is not there, as they are launched for random shapes and types
 builds: $(VENV)/.dev

@@ -12,6 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
+
+# The same examples each time, so that a change is judged by itself; `make fuzz` looks for new ones.
+settings.register_profile("fixed", derandomize=True)
+settings.load_profile("default" if os.environ.get("QUANTPRESS_FUZZ") else "fixed")
 
 
 def _interpret_kernels() -> None:

@@ -29,16 +29,20 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "")
     """
     for name in sorted(old.keys() | new.keys(), key=_order):
         before, after = old.get(name, _MISSING), new.get(name, _MISSING)
-        if _same(before, after):
-            continue
-        if name in _PARTS and isinstance(before, Mapping) and isinstance(after, Mapping):
-            yield from _PARTS[name](before, after, where)
-        elif name in ("files", "tokenizer") and _MISSING not in (before, after):
-            yield from _files(before, after, where)
-        elif name == "input" and _MISSING not in (before, after):
-            yield f"{where}what stands before it changed"
-        else:
-            yield from _value(f"{where}{name}", before, after)
+        if not _same(before, after):
+            yield from list(_part(name, before, after, where)) or [f"{where}{name} changed"]
+
+
+def _part(name: str, before: Any, after: Any, where: str) -> Iterator[str]:
+    """What differs in a part; nothing where only its form does: no files as a list, then as a mapping."""
+    if name in _PARTS and isinstance(before, Mapping) and isinstance(after, Mapping):
+        yield from _PARTS[name](before, after, where)
+    elif name in ("files", "tokenizer") and _MISSING not in (before, after):
+        yield from _files(before, after, where)
+    elif name == "input" and _MISSING not in (before, after):
+        yield f"{where}what stands before it changed"
+    else:
+        yield from _value(f"{where}{name}", before, after)
 
 
 def _order(name: str) -> tuple[int, str]:
@@ -54,10 +58,10 @@ def _same(before: Any, after: Any) -> bool:
 
 
 def _stage(old: Mapping[str, Any], new: Mapping[str, Any], where: str) -> Iterator[str]:
-    if old.get("name") != new.get("name"):
+    if not _same(old.get("name", _MISSING), new.get("name", _MISSING)):
         yield f"{where}stage {old.get('name')} -> {new.get('name')}"
         return
-    if old.get("version") != new.get("version"):
+    if not _same(old.get("version", _MISSING), new.get("version", _MISSING)):
         yield f"{where}stage {new.get('name')}: version {old.get('version')} -> {new.get('version')}"
     for name in sorted((old.keys() | new.keys()) - {"name", "version"}):
         before, after = old.get(name, _MISSING), new.get(name, _MISSING)
@@ -86,7 +90,7 @@ def _before(old: Mapping[str, Any], new: Mapping[str, Any], where: str) -> Itera
     del where
     stages = [value.get("stage") for value in (old, new)]
     names = [stage.get("name") if isinstance(stage, Mapping) else None for stage in stages]
-    if names[0] == names[1]:
+    if _same(*names):
         yield from differences(old, new, f"{names[1]}: " if names[1] else "")
     else:
         kinds = [f"stage {name}" if name else "the model itself" for name in names]
@@ -103,7 +107,7 @@ def _files(old: Any, new: Any, where: str) -> Iterator[str]:
             yield f"input {name} is new"
         elif name not in after:
             yield f"input {name} is gone"
-        elif before[name] != after[name]:
+        elif not _same(before[name], after[name]):
             yield f"input {name} changed"
 
 
