@@ -16,6 +16,7 @@ import numpy.typing as npt
 from quantpress.quant.errors import InputError
 
 if TYPE_CHECKING:
+    from quantpress.convert.gguf.importance import ImportanceMatrix
     from quantpress.convert.lora.ledger import Adapted
     from quantpress.convert.quantized import CodesOrigin, LazyQuantized
 
@@ -118,6 +119,8 @@ class Checkpoint:
             `tensors` has the same weights as the numbers they stand for.
         adapted: what adapters were merged into which base, and the ledger of their tensors; None where none were.
         codes_origin: how `quantized` was made, where that was done in this run; None for what was opened from files.
+        importance: what errors in the columns of weights cost, where a stage measured it; GGUF's types are chosen and
+            searched with it.
     """
 
     name: str
@@ -132,6 +135,7 @@ class Checkpoint:
     quantized: Mapping[str, LazyQuantized] = field(default_factory=dict, repr=False)
     adapted: Adapted | None = field(default=None, repr=False)
     codes_origin: CodesOrigin | None = field(default=None, repr=False)
+    importance: ImportanceMatrix | None = field(default=None, repr=False)
 
     @property
     def parameters(self) -> int:

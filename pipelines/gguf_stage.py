@@ -10,10 +10,11 @@ from typing import Any, ClassVar
 
 from quantpress.convert.atomic import check_replaceable
 from quantpress.convert.checkpoint import Checkpoint
-from quantpress.convert.gguf.export import TensorPlan, WriteResult, plan_tensors, write_gguf
+from quantpress.convert.gguf.export import WriteResult, write_gguf
 from quantpress.convert.gguf.general import general_metadata
 from quantpress.convert.gguf.mixture import TypeOptions
 from quantpress.convert.gguf.overrides import override, read_metadata_file
+from quantpress.convert.gguf.plan import TensorPlan, plan_tensors
 from quantpress.convert.gguf.vocab import plan_vocab
 from quantpress.convert.preflight import check_tied_head, preflight
 from quantpress.convert.tokenizer_files import TokenizerFiles

@@ -10,9 +10,9 @@ from typing import Any
 
 from quantpress.convert.arch.spec import Hyperparameters
 from quantpress.convert.checkpoint import Checkpoint, LazyTensor
-from quantpress.convert.gguf.export import plan_tensors
 from quantpress.convert.gguf.file_types import FILE_TYPES
 from quantpress.convert.gguf.mixture import TypeOptions
+from quantpress.convert.gguf.plan import plan_tensors
 from quantpress.convert.hub import download, is_hub_id
 from quantpress.convert.onnx.read_folder import is_onnx
 from quantpress.convert.open import open_checkpoint

@@ -38,7 +38,7 @@ def relative_error(squared_error: float, squared_values: float) -> float:
     return math.sqrt(squared_error / squared_values) if squared_values else math.inf
 
 
-def encode_rows(rows: Array, kind: str, *, offset: float, sample: bool) -> Encoded:
+def encode_rows(rows: Array, kind: str, *, offset: float, sample: bool, importance: Array | None = None) -> Encoded:
     """Encodes rows.
 
     Args:
@@ -46,19 +46,21 @@ def encode_rows(rows: Array, kind: str, *, offset: float, sample: bool) -> Encod
         kind: name of a type that can be written.
         offset: added to every value first, in float32.
         sample: decode some rows again and compare them.
+        importance: (1, K) float32, what an error of a column costs; None where nothing is known.
 
     Raises:
         LayoutError: finite values that the type cannot hold.
     """
     if offset:
         rows = to_float32(rows) + np.float32(offset)
-    data = quantize_rows(kind, rows)
+    data = quantize_rows(kind, rows, None if importance is None else importance[0])
     if not sample or np.may_share_memory(data, rows):
         return Encoded(data, 0.0, 0.0)
-    return Encoded(data, *_sampled_error(rows, data, kind))
+    return Encoded(data, *sampled_error(rows, data, kind))
 
 
-def _sampled_error(rows: Array, data: Array, kind: str) -> tuple[float, float]:
+def sampled_error(rows: Array, data: Array, kind: str) -> tuple[float, float]:
+    """Decodes some rows again: sums of squares of what they differ by, and of their values."""
     step = max(1, len(rows) // _SAMPLED_ROWS) if rows.ndim > 1 else 1
     taken = slice(None, None, step)
     source = to_float32(rows[taken]).reshape(-1)

@@ -23,10 +23,11 @@ from quantpress.quant.floats import (
     widen,
 )
 from quantpress.quant.ggml import fp4, iq, k, legacy, ternary
+from quantpress.quant.ggml.search import SEARCHED, Search, searcher
 from quantpress.quant.ggml.types import GGMLType, ggml_type, row_bytes
 from quantpress.quant.ggml.workspace import Workspace
 
-__all__ = ["DECODERS", "ENCODERS", "PLAIN", "dequantize", "quantize", "quantize_rows"]
+__all__ = ["DECODERS", "ENCODERS", "PLAIN", "QUANTIZED", "dequantize", "quantize", "quantize_rows"]
 
 Bytes: TypeAlias = NDArray[np.uint8]
 Floats: TypeAlias = NDArray[np.float32]
@@ -55,6 +56,11 @@ ENCODERS: Final[MappingProxyType[str, Encoder]] = MappingProxyType(
         "Q5_1": legacy.encode_q5_1,
     }
 )
+
+_SEARCHED_VALUES: Final = 1 << 16  # values that a search is given at once: 256 KB of float32
+
+QUANTIZED: Final = (*ENCODERS, *(name for name in SEARCHED if name not in ENCODERS))
+"""Block types that can be written."""
 
 DECODERS: Final[MappingProxyType[str, Decoder]] = MappingProxyType(
     {
@@ -99,14 +105,16 @@ def quantize(kind: GGMLType | str, rows: Floats) -> Bytes:
     return quantize_rows(kind, rows)
 
 
-def quantize_rows(kind: GGMLType | str, array: NDArray[Any]) -> Bytes:
+def quantize_rows(kind: GGMLType | str, array: NDArray[Any], importance: Floats | None = None) -> Bytes:
     """Quantize rows of any real number type by the fastest exact path.
 
     The result is that of the float32 values: F16 from bfloat16 is one rounding, from float64 it is two.
 
     Args:
-        kind: target type, or its name; F32, F16, BF16 or a key of `ENCODERS`.
+        kind: target type, or its name; F32, F16, BF16, a key of `ENCODERS` or one of `search.SEARCHED`.
         array: (..., K), finite (see `floats.count_nonfinite`), K a multiple of the block.
+        importance: (K,) float32, finite and not negative, what an error of a column costs; types that llama.cpp
+            encodes without it (Q8_0, the ternary ones, MXFP4) do not look at it.
 
     Returns:
         (..., row bytes) uint8, C order; shares memory with `array` where nothing had to change.
@@ -121,14 +129,19 @@ def quantize_rows(kind: GGMLType | str, array: NDArray[Any]) -> Bytes:
     shape = (*array.shape[:-1], row_bytes(kind, array.shape[-1]))
     if kind.name in ("F32", "F16", "BF16"):
         return _cast(kind, array).reshape(-1).view(np.uint8).reshape(shape)
+    search = searcher(kind.name, weighted=importance is not None)
     encode = ENCODERS.get(kind.name)
-    if encode is None:
-        raise LayoutError(f"no quantizer for {kind.name}; there are F32, F16, BF16, {', '.join(ENCODERS)}")
+    if encode is None and search is None:
+        raise LayoutError(f"no quantizer for {kind.name}; there are F32, F16, BF16, {', '.join(QUANTIZED)}")
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
     blocks = np.ascontiguousarray(array).reshape(-1, kind.block_size)
     out = np.empty((len(blocks), kind.block_bytes), np.uint8)
-    wild = _encode(encode, blocks, out)
+    if search is not None:
+        wild = _search(search, blocks, importance, out)
+    else:
+        assert encode is not None
+        wild = _encode(encode, blocks, out)
     if wild:
         raise LayoutError(
             f"{kind.name} keeps scales as float16, and {wild} of {len(blocks)} blocks need one beyond 65504; "
@@ -198,4 +211,18 @@ def _encode(encode: Encoder, blocks: NDArray[Any], out: Bytes) -> int:
                 widen(chunk.reshape(-1), work.values.reshape(-1))
                 chunk = work.values
             wild += encode(chunk, out[start : start + step], work)
+    return wild
+
+
+def _search(search: Search, blocks: NDArray[Any], importance: Floats | None, out: Bytes) -> int:
+    """Run a search over all blocks, chunk by chunk; return how many cannot be stored."""
+    size = blocks.shape[1]
+    weights = None
+    if importance is not None:
+        weights = np.ascontiguousarray(importance, np.float32).reshape(-1, size)
+    step = max(1, _SEARCHED_VALUES // size)
+    wild = 0
+    for start in range(0, len(blocks), step):
+        chunk = to_float32(blocks[start : start + step])
+        wild += search(chunk, weights, start, out[start : start + step])
     return wild

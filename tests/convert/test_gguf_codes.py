@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from quantpress.convert.compressed_tensors.pack import FORMAT
-from quantpress.convert.gguf.export import TensorPlan, WriteResult, plan_tensors, write_gguf
+from quantpress.convert.gguf.export import WriteResult, write_gguf
 from quantpress.convert.gguf.mixture import TypeOptions
+from quantpress.convert.gguf.plan import TensorPlan, plan_tensors
 from quantpress.convert.open import open_checkpoint
 from quantpress.convert.preflight import preflight
 from quantpress.quant.qtensor import QuantizedTensor

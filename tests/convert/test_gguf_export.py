@@ -14,8 +14,9 @@ import pytest
 
 from quantpress.convert.arch.registry import find_arch
 from quantpress.convert.checkpoint import Checkpoint, LazyTensor
-from quantpress.convert.gguf.export import TensorPlan, WriteResult, plan_tensors, write_gguf
+from quantpress.convert.gguf.export import WriteResult, write_gguf
 from quantpress.convert.gguf.mixture import TypeOptions
+from quantpress.convert.gguf.plan import TensorPlan, plan_tensors
 from quantpress.convert.preflight import preflight
 from quantpress.quant.errors import InputError, OutputError, UsageError
 
@@ -134,7 +135,7 @@ def test_bytes_do_not_depend_on_threads_or_on_the_size_of_chunks(
     model = checkpoint(LLAMA, random_weights(LLAMA, ml_dtypes.bfloat16))
     hashes = {export(tmp_path / "m.gguf", model, outtype, threads=1).sha256}
     for chunk, threads in ((1, 3), (64 * 20, 1), (64 * 33, 4)):
-        monkeypatch.setattr("quantpress.convert.gguf.export._CHUNK_VALUES", chunk)
+        monkeypatch.setattr("quantpress.convert.gguf.plan._CHUNK_VALUES", chunk)
         hashes.add(export(tmp_path / "m.gguf", model, outtype, threads=threads, force=True).sha256)
     assert len(hashes) == 1
 

@@ -15,9 +15,10 @@ import pytest
 from quantpress.convert.arch.registry import ARCHITECTURES, find_arch
 from quantpress.convert.checkpoint import Checkpoint, LazyTensor
 from quantpress.convert.gguf.container import MetadataValue
-from quantpress.convert.gguf.export import WriteResult, plan_tensors, write_gguf
+from quantpress.convert.gguf.export import WriteResult, write_gguf
 from quantpress.convert.gguf.general import general_metadata
 from quantpress.convert.gguf.mixture import TypeOptions
+from quantpress.convert.gguf.plan import plan_tensors
 from quantpress.convert.gguf.source import open_gguf
 from quantpress.convert.preflight import preflight
 from quantpress.quant.errors import InputError
