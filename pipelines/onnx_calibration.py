@@ -131,7 +131,7 @@ def input_ranges(
     """
     from quantpress.convert.calibration.ranges import RangeMethod
     from quantpress.convert.calibration.walk import calibrate
-    from quantpress.pipelines.quantize_layers import with_checks
+    from quantpress.pipelines.layer_work import with_checks
 
     _check_percentile(percentile)
     save_memory()  # the text has been tokenized, and no worker has started

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,13 +18,21 @@ from quantpress.pipelines.default_text import calibration_text
 from quantpress.pipelines.machine import free_memory
 from quantpress.pipelines.perplexity import plain_text
 from quantpress.pipelines.windows import read_text
-from quantpress.quant.errors import UsageError
+from quantpress.quant.drift import SHARE, check_share
+from quantpress.quant.errors import UnknownFamilyError, UsageError
 
-if TYPE_CHECKING:
-    from quantpress.pipelines.quantize_stage import Quantize
+__all__ = [
+    "CalibratedChoice",
+    "Calibration",
+    "TextChoice",
+    "activation_budget",
+    "chosen_precision",
+    "drift_share",
+    "needs",
+    "sequence_length",
+]
 
-__all__ = ["Calibration", "TextChoice", "activation_budget", "needs", "sequence_length"]
-
+_QUICK = 1e12  # parameters times tokens: a second forward pass of about ten seconds on two cores
 _LONGEST = 2048  # tokens of a window unless the user says more: what GPTQ's authors took
 _FLOAT = 4  # bytes
 _BASE_BYTES = 500 << 20  # torch, and what the slices under way take
@@ -51,6 +59,20 @@ class TextChoice(Protocol):
     @property
     def seed(self) -> int:
         """Chooses their places."""
+        ...
+
+
+class CalibratedChoice(TextChoice, Protocol):
+    """The same, of a stage whose method runs the model on the text."""
+
+    @property
+    def method(self) -> str | None:
+        """Name of the method; None for GPTQ."""
+        ...
+
+    @property
+    def drift(self) -> float | None:
+        """Share of the inputs' drift that GPTQ makes up for; None where that is to be chosen."""
         ...
 
 
@@ -117,7 +139,37 @@ def activation_budget(max_memory: int | None) -> int:
     return free_memory() // 2 if max_memory is None else max_memory
 
 
-def needs(source: Checkpoint, stage: Quantize) -> tuple[int, int]:
+def drift_share(source: Checkpoint, stage: CalibratedChoice) -> float:
+    """Gives the share of the inputs' drift that GPTQ makes up for: what is asked for, or all where that is quick.
+
+    Raises:
+        UsageError: a share that is none.
+    """
+    if stage.drift is not None:
+        check_share(stage.drift)
+        return stage.drift
+    try:
+        tokens = stage.samples * sequence_length(source, stage.sequence_length)
+    except UnknownFamilyError:
+        return 0.0  # GPTQ will be refused
+    return SHARE if source.parameters * tokens < _QUICK else 0.0
+
+
+def chosen_precision(asked: str | None) -> str:
+    """Gives how products of a calibration are computed: what is asked for, or what the processor is made for.
+
+    Raises:
+        UsageError: there is no such precision.
+    """
+    from quantpress.convert.calibration.precision import PRECISIONS, native_precision
+
+    chosen = native_precision("cpu") if asked is None else asked.lower()
+    if chosen not in PRECISIONS:
+        raise UsageError(f"--calibration-dtype {chosen}: must be one of {', '.join(PRECISIONS)}")
+    return chosen
+
+
+def needs(source: Checkpoint, stage: CalibratedChoice) -> tuple[int, int]:
     """Estimates bytes of memory and of temporary files that calibration takes."""
     hyper = find_arch(source.config).read_config(source.config)
     dims, tokens = hyper.dims, stage.samples * sequence_length(source, stage.sequence_length)

@@ -14,12 +14,10 @@ from quantpress.pipelines.quantize_formats import find_format
 from quantpress.pipelines.quantize_job import QuantizeJob
 from quantpress.pipelines.quantize_plan import own_scale_type
 from quantpress.pipelines.quantize_recipe import CALIBRATED, Asked, Recipe, fill_recipe, scale_type_of
-from quantpress.quant.drift import SHARE, check_share
 from quantpress.quant.errors import UnknownFamilyError, UsageError
 from quantpress.quant.grid import Grid
 
 _DEFAULT_METHOD = "gptq"
-_QUICK = 1e12  # parameters times tokens: a second forward pass of about ten seconds on two cores
 _GRID_OPTIONS = (
     "bits", "group_size", "symmetric", "clip_search", "activation_bits", "skip", "override", "calibration",
 )  # fmt: skip
@@ -105,7 +103,7 @@ class Quantize(JobStage):
             if self.calibration is not None:
                 raise UsageError(f"--calibration {self.calibration}: --method {recipe.method} reads no text")
             return filled
-        from quantpress.pipelines.quantize_calibration import sequence_length
+        from quantpress.pipelines.quantize_calibration import chosen_precision, sequence_length
 
         try:
             length = sequence_length(source, self.sequence_length)
@@ -114,30 +112,16 @@ class Quantize(JobStage):
                 f"{source.name}: {error}; --method {recipe.method} runs the model, which --method rtn and hqq need not"
             ) from error
         drift = self._drift(source) if recipe.method == "gptq" else None
-        return dataclasses.replace(filled, sequence_length=length, drift=drift, calibration_dtype=self._precision())
+        precision = chosen_precision(self.calibration_dtype)
+        return dataclasses.replace(filled, sequence_length=length, drift=drift, calibration_dtype=precision)
 
     def _drift(self, source: Checkpoint) -> float:
         """Gives the share of drift that GPTQ makes up for."""
-        from quantpress.pipelines.quantize_calibration import sequence_length
+        from quantpress.pipelines.quantize_calibration import drift_share
 
-        if self.drift is not None:
-            check_share(self.drift)
-            return self.drift
-        if self.bits == 8:
+        if self.drift is None and self.bits == 8:
             return 0.0  # so little drift that it is lost among what bfloat16 rounds, which would be made up for too
-        try:
-            tokens = self.samples * sequence_length(source, self.sequence_length)
-        except UnknownFamilyError:
-            return 0.0  # GPTQ will be refused
-        return SHARE if source.parameters * tokens < _QUICK else 0.0
-
-    def _precision(self) -> str:
-        from quantpress.convert.calibration.precision import PRECISIONS, native_precision
-
-        chosen = native_precision("cpu") if self.calibration_dtype is None else self.calibration_dtype.lower()
-        if chosen not in PRECISIONS:
-            raise UsageError(f"--calibration-dtype {chosen}: must be one of {', '.join(PRECISIONS)}")
-        return chosen
+        return drift_share(source, self)
 
     def recipe(self, source: Checkpoint) -> Recipe:
         """Gives the settings of the weights.
