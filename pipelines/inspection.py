@@ -12,6 +12,7 @@ from quantpress.convert.arch.spec import Hyperparameters
 from quantpress.convert.checkpoint import Checkpoint, LazyTensor
 from quantpress.convert.gguf.file_types import FILE_TYPES
 from quantpress.convert.gguf.mixture import TypeOptions
+from quantpress.convert.gguf.mixture_rules import NEEDS_IMPORTANCE
 from quantpress.convert.gguf.plan import plan_tensors
 from quantpress.convert.hub import download, is_hub_id
 from quantpress.convert.onnx.read_folder import is_onnx
@@ -140,7 +141,13 @@ def estimated_bytes(checked: Preflight) -> dict[str, int]:
     sizes = {}
     for ftype in FILE_TYPES:
         try:
-            plan = plan_tensors(checked.bindings, checked.spec, checked.hyper, TypeOptions(outtype=ftype))
+            plan = plan_tensors(
+                checked.bindings,
+                checked.spec,
+                checked.hyper,
+                TypeOptions(outtype=ftype),
+                has_importance=ftype in NEEDS_IMPORTANCE,
+            )
         except LayoutError:
             continue
         sizes[ftype] = sum(tensor.nbytes for tensor in plan.tensors)

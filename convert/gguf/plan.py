@@ -16,11 +16,12 @@ from quantpress.convert.checkpoint import Array, LazyTensor
 from quantpress.convert.gguf.codes import CodeRows, codes_note
 from quantpress.convert.gguf.container import MetadataValue
 from quantpress.convert.gguf.file_types import FILE_TYPES
-from quantpress.convert.gguf.mixture import Mixture, TypeOptions, resolve_outtype
+from quantpress.convert.gguf.mixture import Choice, Matrix, Mixture, TypeOptions, resolve_outtype
+from quantpress.convert.gguf.mixture_rules import MODEL_RULES, ModelFacts
 from quantpress.convert.gguf.rows import IN_PLACE, ReadRows, RowOrder, Transposed, row_order
 from quantpress.convert.gguf.writer import FilePlan, Slot
 from quantpress.convert.preflight import Binding
-from quantpress.quant.errors import InputError
+from quantpress.quant.errors import InputError, UsageError
 from quantpress.quant.ggml.from_codes import FROM_CODES
 from quantpress.quant.ggml.types import ggml_type, row_bytes
 
@@ -87,10 +88,11 @@ class PlannedTensor:
 
 @dataclass(frozen=True, slots=True)
 class TensorPlan:
-    """Every tensor of a file, in its order, and the type that the file is named after."""
+    """Every tensor of a file, in its order, the type that the file is named after, and whose rules chose the types."""
 
     outtype: str
     tensors: tuple[PlannedTensor, ...]
+    rules: str = MODEL_RULES
 
     @property
     def file_type(self) -> int:
@@ -122,6 +124,7 @@ def plan_tensors(
     quantized: Mapping[str, LazyQuantized] = _NO_CODES,
     importance: ImportanceMatrix | None = None,
     blocks: Mapping[str, LazyTensor] = _NO_BLOCKS,
+    has_importance: bool | None = None,
 ) -> TensorPlan:
     """Plans the tensors of a GGUF file without reading a weight.
 
@@ -134,20 +137,50 @@ def plan_tensors(
         importance: what errors cost, by the tensors' names in GGUF.
         blocks: name of a weight in the checkpoint -> its blocks, see `PlannedTensor.blocks`; their type must be the one
             that the mixture gives.
+        has_importance: plan as if there were one though it is not here yet, because it is measured later; None:
+            whether `importance` is given.
 
     Raises:
-        UsageError: an option names an unknown type, or a pattern meets no tensor.
+        UsageError: an option names an unknown type, a pattern meets no tensor, or a type needs an importance.
         InputError: the head is missing and not tied.
     """
     rows = _with_head(list(bindings), arch, hyper)
     outtype = resolve_outtype(options.outtype, (tensor for _, _, tensor in rows))
-    mixture = Mixture(options, outtype, tied=all(row.role is not Role.HEAD for row, _, _ in rows))
-    extra = [_plan_extra(name, values) for name, values in arch.gguf_tensors(hyper).items()]
-    tensors = (
-        *extra, *(_plan_row(arch, hyper, mixture, binding, quantized, importance, blocks) for binding in rows)
-    )  # fmt: skip
-    mixture.check_used()
-    return TensorPlan(outtype, tensors)
+    expected = importance is not None if has_importance is None else has_importance
+    mixture = Mixture(options, outtype, _facts(arch, hyper), importance=expected)
+    matrices = [_matrix(binding) for binding in rows]
+    choices = mixture.choose(matrices)
+    planned = [_plan_extra(name, values) for name, values in arch.gguf_tensors(hyper).items()]
+    for binding, matrix in zip(rows, matrices, strict=True):
+        choice = choices[matrix.name]
+        weights = None if importance is None else importance.of(matrix.name, matrix.shape)
+        if choice.needs_importance and weights is None and (importance is not None or not expected):
+            raise _without_importance(outtype, matrix.name, choice.type)
+        planned.append(_plan_row(arch, hyper, binding, matrix, choice, quantized, weights, blocks))
+    return TensorPlan(outtype, tuple(planned))
+
+
+def _facts(arch: ArchSpec, hyper: Hyperparameters) -> ModelFacts:
+    """Gives what the rules ask of a model; none of the families here has experts."""
+    return ModelFacts(arch.gguf, hyper.layers, hyper.heads, hyper.kv_heads)
+
+
+def _matrix(binding: Binding) -> Matrix:
+    row, layer, tensor = binding
+    shape = tensor.shape[::-1] if _transposed(binding) else tensor.shape
+    return Matrix(row.gguf.format(layer=layer), row.role, shape, tensor.dtype)
+
+
+def _transposed(binding: Binding) -> bool:
+    row, _, tensor = binding
+    return row.layout is Layout.TRANSPOSED and len(tensor.shape) == 2
+
+
+def _without_importance(outtype: str, name: str, kind: str) -> UsageError:
+    return UsageError(
+        f"--outtype {outtype.lower()}: tensor {name!r} as {kind} is garbage without an importance matrix, and there is "
+        "none of it; give one with --imatrix, or choose q2_k"
+    )
 
 
 def _with_head(bindings: list[Binding], arch: ArchSpec, hyper: Hyperparameters) -> list[Binding]:
@@ -172,25 +205,21 @@ def _plan_extra(name: str, values: tuple[float, ...]) -> PlannedTensor:
 def _plan_row(
     arch: ArchSpec,
     hyper: Hyperparameters,
-    mixture: Mixture,
     binding: Binding,
+    matrix: Matrix,
+    choice: Choice,
     quantized: Mapping[str, LazyQuantized],
-    importance: ImportanceMatrix | None,
+    weights: Array | None,
     blocks: Mapping[str, LazyTensor],
 ) -> PlannedTensor:
-    row, layer, tensor = binding
-    name = row.gguf.format(layer=layer)
-    transposed = row.layout is Layout.TRANSPOSED and len(tensor.shape) == 2
-    shape = tensor.shape[::-1] if transposed else tensor.shape
-    choice = mixture.choose(name, row.role, shape, tensor.dtype)
+    row, _, tensor = binding
+    shape = matrix.shape
     nbytes = math.prod(shape[:-1]) * row_bytes(ggml_type(choice.type), shape[-1] if shape else 1)
-    order = row_order(arch, row, hyper)
     codes = None if row.offset else quantized.get(tensor.name)
     note = choice.note or ("" if codes is None else codes_note(codes.form, choice.type))
     if choice.type not in FROM_CODES:
         codes = None
-    weights = None if importance is None else importance.of(name, shape)
     return PlannedTensor(
-        name, shape, choice.type, nbytes, note, tensor, order, transposed, row.offset, codes, weights,
-        blocks.get(tensor.name),
+        matrix.name, shape, choice.type, nbytes, note, tensor, row_order(arch, row, hyper), _transposed(binding),
+        row.offset, codes, weights, blocks.get(tensor.name),
     )  # fmt: skip
