@@ -1,0 +1,137 @@
+"""What the searches of scales share: 64 blocks of 32 weights lie side by side, so that the blocks are vector lanes.
+
+libggml adds the terms of a sum from the first weight of a block to the last, each addition rounded, and those additions
+wait for each other. Blocks are independent: with a tile of them transposed, each step of 64 such sums is a few vector
+operations and the result is the same to the last bit. Nothing here may be reordered or fused, so there is no fastmath.
+
+A division is spelled `np.divide`: that gives infinity or NaN for a divisor of 0 (of lanes whose result is not used)
+where `/` would stop the program.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantpress.quant.compiled import compiled
+
+__all__ = [
+    "COLUMNS",
+    "LANES",
+    "TINY",
+    "farthest",
+    "gather",
+    "put_halves",
+    "put_nibbles",
+    "rounded",
+    "squares",
+    "weigh",
+    "writable",
+]
+
+Array = NDArray[Any]
+
+COLUMNS: Final = 32  # weights of a block, or of a sub-block of IQ4_XS
+LANES: Final = 64
+TINY: Final = np.float32(1e-15)  # GROUP_MAX_EPS: blocks whose values are all nearer to 0 are stored as zeros
+
+_ZERO = np.float32(0)
+_ROUNDER = np.float32(1.5 * 2**23)
+_ROWS = 8  # whose sums are run side by side
+_LOW = np.uint8(15)
+
+
+def writable(array: Array) -> Array:
+    """Gives `array`, or a copy of one that is read-only: numba compiles everything again for those."""
+    return array if array.flags.writeable else array.copy()
+
+
+def put_halves(scales: Array, target: Array) -> int:
+    """Writes `scales` (B,) float32 as float16 to the first two bytes of rows of `target`.
+
+    Returns:
+        How many are not finite as float16.
+    """
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        half = scales.astype("<f2")
+    target[:, :2] = half.view(np.uint8).reshape(-1, 2)
+    return int(np.count_nonzero(~np.isfinite(half)))
+
+
+@compiled()
+def rounded(value: np.float32) -> np.float32:
+    """Rounds to the nearest integer, ties to even, for |value| below 2^22; -0 becomes 0."""
+    return (value + _ROUNDER) - _ROUNDER
+
+
+@compiled()
+def gather(blocks: Array, first: int, tile: Array) -> None:
+    """Fills `tile` (32, 64) with blocks `first` and following of `blocks` (B, 32); lanes past the end with zeros."""
+    count = min(blocks.shape[0] - first, tile.shape[1])
+    for lane in range(count):
+        block = blocks[first + lane]
+        for column in range(tile.shape[0]):
+            tile[column, lane] = block[column]
+    for column in range(tile.shape[0]):
+        for lane in range(count, tile.shape[1]):
+            tile[column, lane] = _ZERO
+
+
+@compiled()
+def squares(rows: Array, sums: Array) -> None:
+    """Sums the squares of each row of `rows` (R, n) from its first to its last into `sums` (R,), all float32."""
+    for start in range(0, rows.shape[0], _ROWS):
+        stop = min(start + _ROWS, rows.shape[0])
+        for row in range(start, stop):
+            sums[row] = _ZERO
+        for column in range(rows.shape[1]):
+            for row in range(start, stop):
+                sums[row] += rows[row, column] * rows[row, column]
+
+
+@compiled()
+def weigh(tile: Array, importance: Array, first: int, energy: Array, weights: Array) -> None:
+    """Fills `weights` (32, 64) with what an error of each weight costs: importance * sqrt(energy + weight^2).
+
+    Args:
+        tile: (32, 64) float32 weights.
+        importance: (P, 32) float32; lane b has row (first + b) % P. Without rows the cost is weight^2.
+        first: number of the first lane's block in its row.
+        energy: (64,) float32.
+        weights: (32, 64) float32, filled.
+    """
+    period = importance.shape[0]
+    if period == 0:
+        for column in range(tile.shape[0]):
+            for lane in range(tile.shape[1]):
+                weights[column, lane] = tile[column, lane] * tile[column, lane]
+        return
+    for lane in range(tile.shape[1]):
+        costs = importance[(first + lane) % period]
+        for column in range(tile.shape[0]):
+            weights[column, lane] = costs[column]
+    for column in range(tile.shape[0]):
+        for lane in range(tile.shape[1]):
+            value = tile[column, lane]
+            weights[column, lane] *= np.sqrt(energy[lane] + value * value)
+
+
+@compiled()
+def farthest(tile: Array, extreme: Array) -> None:
+    """Fills `extreme` (64,) with each lane's value that is farthest from 0, the first of several."""
+    for lane in range(tile.shape[1]):
+        extreme[lane] = _ZERO
+    for column in range(tile.shape[0]):
+        for lane in range(tile.shape[1]):
+            value = tile[column, lane]
+            if abs(value) > abs(extreme[lane]):
+                extreme[lane] = value
+
+
+@compiled()
+def put_nibbles(codes: Array, lane: int, target: Array) -> None:
+    """Packs the low halves of column `lane` of `codes` (32, 64) into `target` (16,): j with j + 16, as Q4_0 does."""
+    for byte in range(16):
+        target[byte] = (codes[byte, lane] & _LOW) | (codes[byte + 16, lane] & _LOW) << 4
