@@ -12,6 +12,7 @@ from quantpress.pipelines.quantize_calibration import Calibration
 from quantpress.pipelines.quantize_weights import pack
 from quantpress.pipelines.spool import Spool
 from quantpress.pipelines.stage import RunContext
+from quantpress.quant.qtensor import QuantizedTensor
 
 if TYPE_CHECKING:
     from quantpress.pipelines.quantize_codes import WeightsJob
@@ -32,6 +33,7 @@ def quantize_layers(job: WeightsJob, calibration: Calibration, spool: Spool, con
     def stored(result: LayerResult) -> Mapping[str, Array]:
         tensors: dict[str, Array] = dict(result.changed)
         for name, quantized in result.quantized.items():
+            assert isinstance(quantized, QuantizedTensor)  # these methods give no blocks
             tensors |= pack(job.format, weights[name], quantized)
         return tensors
 

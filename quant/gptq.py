@@ -129,7 +129,9 @@ def more_damping(damping: float) -> float:
     return min(max(10 * damping, 1e-4), _MOST_DAMPING)
 
 
-def factorize(hessian: NDArray[np.float32], options: GptqOptions, threads: int = 1) -> Factor:
+def factorize(
+    hessian: NDArray[np.float32], options: GptqOptions, threads: int = 1, *, order: NDArray[np.int64] | None = None
+) -> Factor:
     """Inverts a Hessian into the triangular factor that the column loop needs.
 
     The damping grows tenfold up to the mean diagonal where the matrix is not positive definite in float32.
@@ -139,6 +141,7 @@ def factorize(hessian: NDArray[np.float32], options: GptqOptions, threads: int =
             less than another is needed beside it.
         options: order and damping.
         threads: workers; the bytes do not depend on it.
+        order: (K,) columns in the order they are to be visited, in the place of that of the options.
 
     Raises:
         InputError: it is not finite, or not positive definite whatever the damping.
@@ -148,7 +151,8 @@ def factorize(hessian: NDArray[np.float32], options: GptqOptions, threads: int =
     if not np.isfinite(hessian).all():
         raise InputError("the Hessian is not finite: the layer's inputs or their squares are beyond float32")
     diagonal = hessian.diagonal().copy()
-    order = np.argsort(-diagonal, kind="stable") if options.act_order else np.arange(len(diagonal))
+    if order is None:
+        order = np.argsort(-diagonal, kind="stable") if options.act_order else np.arange(len(diagonal))
     filled = np.where(diagonal == 0, np.float32(mean_diagonal(diagonal)), diagonal)[order]
     matrix, damping = torch.empty(hessian.shape), options.damping
     with Workers(threads) as workers:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ml_dtypes
@@ -141,6 +141,11 @@ class QuantizedTensor:
     def zeros(self) -> NDArray[np.uint8]:
         """Gives the zero of every group, (N, G)."""
         return np.full(self.scale.shape, 1 << (self.bits - 1), np.uint8) if self.zero is None else self.zero
+
+    def take_rows(self, order: NDArray[np.integer]) -> QuantizedTensor:
+        """Gives the same matrix with row `order[i]` in the place of row i."""
+        zero = None if self.zero is None else self.zero[order]
+        return replace(self, codes=self.codes[order], scale=self.scale[order], zero=zero)
 
     def dequantize(self, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
         """Gives rows `[start, stop)` as float32 (n, K): scale * (codes - zero), one rounding."""

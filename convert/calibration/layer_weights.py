@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 
 from quantpress.convert.arch.spec import ArchSpec, Hyperparameters, Layout, Role, TensorSpec
+from quantpress.convert.calibration.site import Coded
 from quantpress.convert.checkpoint import DTYPES, Array, LazyTensor
 from quantpress.convert.preflight import Preflight
 from quantpress.convert.weights import as_torch, canonical
-from quantpress.quant.qtensor import QuantizedTensor
 
 __all__ = ["LayerWeights", "ModelWeights"]
 
@@ -114,7 +113,7 @@ class LayerWeights:
         """Gives the norms and biases."""
         return {slot: self.weight(slot) for slot, row in self._rows.items() if row.role is not Role.LINEAR}
 
-    def apply(self, quantized: Mapping[str, QuantizedTensor], changed: Mapping[str, Array]) -> None:
+    def apply(self, quantized: Mapping[str, Coded], changed: Mapping[str, Array]) -> None:
         """Puts what codes stand for, and changed values, in the place of the tensors, so that later steps see them."""
         for slot, tensor in quantized.items():
             self.values[slot].copy_(torch.from_numpy(tensor.dequantize()))
@@ -136,14 +135,11 @@ class LayerWeights:
         offset = np.float32(row.offset)
         return stored + offset if row.offset else stored
 
-    def stored_codes(self, quantized: Mapping[str, QuantizedTensor]) -> Iterator[tuple[str, QuantizedTensor]]:
-        """Gives names and codes (N, K), rows in the order of the checkpoint."""
+    def stored_codes(self, quantized: Mapping[str, Coded]) -> Iterator[tuple[str, Coded]]:
+        """Gives names and codes or blocks (N, K), rows in the order of the checkpoint."""
         for slot, tensor in quantized.items():
             order = self._row_order(slot)
-            if order is not None:
-                zero = None if tensor.zero is None else tensor.zero[order]
-                tensor = replace(tensor, codes=tensor.codes[order], scale=tensor.scale[order], zero=zero)
-            yield self.name(slot), tensor
+            yield self.name(slot), tensor if order is None else tensor.take_rows(order)
 
     def stored_plain(self, changed: Mapping[str, Array]) -> Iterator[tuple[str, Array]]:
         """Gives names and values as the checkpoint stores them."""

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from quantpress.quant.ggml.blocks import BlockTensor
 from quantpress.quant.qtensor import QuantizedTensor
 
-__all__ = ["LayerMethod", "LayerResult", "Site", "SiteResult"]
+__all__ = ["Coded", "LayerMethod", "LayerResult", "Site", "SiteResult"]
 
 Array = NDArray[Any]
+Coded: TypeAlias = "QuantizedTensor | BlockTensor"
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -33,6 +35,7 @@ class Site:
         max_abs: (K,) float32 greatest |x| per input column; None where not wanted.
         ends: (2,) float32 least and greatest x; None where not wanted.
         counts: (65536,) int64 values x in each bin of `ranges.binned`; None where not wanted.
+        power: (K,) float64 sum of x^2 over the tokens, per input column; None where not wanted.
         left: slot -> (N, K) float32 weight of every linear that reads the same input and is not to be quantized: a
             scale on the input would have to be taken out of it too.
         read_back: (slot of a plain tensor, its values in the decoder's form) -> the values that will be read when it
@@ -49,6 +52,7 @@ class Site:
     max_abs: NDArray[np.float32] | None = None
     ends: NDArray[np.float32] | None = None
     counts: NDArray[np.int64] | None = None
+    power: NDArray[np.float64] | None = None
     left: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     read_back: Callable[[str, Array], NDArray[np.float32]] = field(default=lambda _slot, values: values, repr=False)
 
@@ -58,13 +62,13 @@ class SiteResult:
     """What a method made of one or all sites of a layer.
 
     Attributes:
-        quantized: slot -> codes in the decoder's form, (N, K).
+        quantized: slot -> codes or blocks in the decoder's form, (N, K).
         changed: slot -> plain tensor whose values changed (a norm that a scale was folded into), in the decoder's form
             and as it will be read back: already rounded to the type it is stored in.
         reports: slot -> figures for the sidecar: `loss`, `damping`, `dead_columns`, ...; no times.
     """
 
-    quantized: Mapping[str, QuantizedTensor]
+    quantized: Mapping[str, Coded]
     changed: Mapping[str, Array] = field(default_factory=dict)
     reports: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -75,18 +79,22 @@ class LayerResult:
 
     Attributes:
         layer: its number.
-        quantized: weight name -> codes, (N, K).
+        quantized: weight name -> codes or blocks, (N, K).
         changed: name of a plain tensor -> new values, as the checkpoint stores them.
         reports: weight name -> figures.
         seconds: "forward", "hessian" (all statistics) and "quantize" -> seconds; those of the first two are what the
             threads worked, divided by their number.
+        powers: name of a linear weight in GGUF -> (K,) float64 sum of squares of its inputs over all tokens, as it was
+            when the layer's weights before it were quantized; with the last layer the head's too. Empty where
+            `calibrate` was not asked for them.
     """
 
     layer: int
-    quantized: Mapping[str, QuantizedTensor]
+    quantized: Mapping[str, Coded]
     changed: Mapping[str, Array]
     reports: Mapping[str, Mapping[str, Any]]
     seconds: Mapping[str, float]
+    powers: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
 
 
 class LayerMethod(Protocol):
@@ -96,8 +104,8 @@ class LayerMethod(Protocol):
         sequential: called for one site after the other, each seeing the inputs that the quantized weights before it
             give (GPTQ); else once per layer with all sites, and the next layer sees what the source's weights give
             (AWQ, SmoothQuant).
-        wants: of "hessian", "drift", "mean_abs", "max_abs", "ends", "counts"; "drift" runs the source's weights beside
-            the others.
+        wants: of "hessian", "drift", "mean_abs", "max_abs", "ends", "counts", "power"; "drift" runs the source's
+            weights beside the others.
     """
 
     sequential: bool

@@ -25,26 +25,27 @@ from quantpress.convert.calibration.embedded import embedded
 from quantpress.convert.calibration.hessian import Statistics, finite
 from quantpress.convert.calibration.layer_weights import LayerWeights, ModelWeights
 from quantpress.convert.calibration.passes import Pair, Passes
-from quantpress.convert.calibration.site import LayerMethod, LayerResult, Site, SiteResult
+from quantpress.convert.calibration.powers import HeadInput, gguf_name
+from quantpress.convert.calibration.site import Coded, LayerMethod, LayerResult, Site, SiteResult
 from quantpress.convert.calibration.windows import windows_sha256
 from quantpress.convert.calibration.workers import Workers
 from quantpress.convert.checkpoint import Array, Checkpoint
 from quantpress.convert.files import shown
-from quantpress.convert.layer import DOWN, STEPS, Layer, steps_of
+from quantpress.convert.layer import DOWN, QKV, STEPS, Layer, steps_of
 from quantpress.convert.model import Decoder
 from quantpress.convert.preflight import preflight
 from quantpress.quant.errors import InputError, LayoutError
-from quantpress.quant.qtensor import QuantizedTensor
 
 __all__ = ["calibrate"]
 
 Progress = Callable[[int, int], None]
+POWER = frozenset({"power"})
 
 
 def calibrate(
     checkpoint: Checkpoint, windows: Sequence[NDArray[np.int32]], method: LayerMethod, *,
     targets: Callable[[str], bool], threads: int, folder: Path, device: str = "cpu", max_memory: int | None = None,
-    precision: str = "f32", first_layer: int = 0, progress: Progress | None = None,
+    precision: str = "f32", first_layer: int = 0, powers: bool = False, progress: Progress | None = None,
 ) -> Iterator[LayerResult]:  # fmt: skip
     """Quantizes a model's layers one after the other.
 
@@ -64,6 +65,8 @@ def calibrate(
         max_memory: bytes of memory for activations; None for as much as they need.
         precision: of the products of the forward pass and of the statistics, one of `precision.PRECISIONS`.
         first_layer: layer to begin with. If it is not 0, the folder must hold its inputs: see `load_chain`.
+        powers: measure the sum of squared inputs of every linear weight and of the head, targets or not:
+            `LayerResult.powers`.
         progress: told the steps that are done and how many there are.
 
     Yields:
@@ -85,7 +88,8 @@ def calibrate(
     with Workers(threads) as workers, ActivationStore(folder, len(windows) * length, max_memory) as store:
         both = "drift" in method.wants
         passes = Passes(decoder, store, workers, windows=len(windows), length=length, both=both, precision=precision)
-        walk = _Walk(checkpoint.name, decoder, passes, workers, method, targets, precision == "bf16")
+        last = HeadInput(weights, decoder.device) if powers else None
+        walk = _Walk(checkpoint.name, decoder, passes, workers, method, targets, precision == "bf16", last)
         head = Head(len(windows) * length, passes.chain_width, windows_sha256(windows))
         passes.begin(_saved(folder, first_layer, head) if first_layer else embedded(weights, windows, decoder.device))
         layers, steps = checked.hyper.layers, len(STEPS)
@@ -114,9 +118,10 @@ def _saved(folder: Path, layer: int, head: Head) -> Iterator[tuple[int, torch.Te
 class _Found:
     """What a method has made of a layer so far, by slot."""
 
-    quantized: dict[str, QuantizedTensor] = field(default_factory=dict)
+    quantized: dict[str, Coded] = field(default_factory=dict)
     changed: dict[str, Array] = field(default_factory=dict)
     reports: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    powers: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     seconds: float = 0.0
 
     def add(self, result: SiteResult) -> None:
@@ -136,6 +141,7 @@ class _Walk:
     method: LayerMethod
     targets: Callable[[str], bool]
     narrow: bool
+    head: HeadInput | None = None
 
     def layer(
         self, number: int, loaded: LayerWeights, chain: ChainWriter | None, tell: Callable[[int], None]
@@ -146,7 +152,7 @@ class _Walk:
         self.workers.take_seconds()
         for step in STEPS:
             tell(step)
-            sites += self._site(pair, loaded, step)  # no name for it, or its Hessian would outlive the next pass
+            sites += self._site(pair, loaded, step, found)  # no name for it, or its Hessian would outlive the next pass
             if sites and self.method.sequential:
                 result = self._quantize(sites, loaded, found)
                 loaded.apply(result.quantized, result.changed)
@@ -156,6 +162,8 @@ class _Walk:
         if chain is not None:
             with chain:
                 self.passes.run(pair, after=DOWN, chain=chain)
+        elif self.head is not None:
+            found.powers[self.head.name] = self._head_power(pair, self.head)
         tell(len(STEPS))
         return self._result(number, loaded, found)
 
@@ -178,25 +186,39 @@ class _Walk:
         weights = {**pair.layer.weights, **loaded.narrow((*result.quantized, *result.changed))}
         return replace(pair, layer=replace(pair.layer, weights=weights))
 
-    def _site(self, pair: Pair, loaded: LayerWeights, step: int) -> tuple[Site, ...]:
+    def _head_power(self, pair: Pair, head: HeadInput) -> NDArray[np.float64]:
+        """Finishes the last layer and measures what the head sees of it."""
+        statistics = Statistics(POWER, self.passes.widths[QKV], self.decoder.device)
+        self.passes.run(pair, after=DOWN, statistics=statistics, head=head.of)
+        seen = statistics.finish(partial(self.workers.submit, "hessian"))
+        if not finite(seen):
+            raise InputError(f"{self.name}: {head.name}: its inputs are not finite")
+        return seen["power"]
+
+    def _site(self, pair: Pair, loaded: LayerWeights, step: int, found: _Found) -> tuple[Site, ...]:
         """Finishes the step before and looks at the inputs of a step; gives nothing where there is no target."""
         slots = steps_of(self.decoder.traits)[step]
         names = {slot: loaded.name(slot) for slot in slots}
         chosen = [slot for slot in slots if self.targets(names[slot])]
+        wants = (self.method.wants if chosen else frozenset()) | (POWER if self.head is not None else frozenset())
         statistics = None
-        if chosen:
-            statistics = Statistics(
-                self.method.wants, self.passes.widths[step], self.decoder.device, narrow=self.narrow
-            )
+        if chosen or wants:
+            statistics = Statistics(wants, self.passes.widths[step], self.decoder.device, narrow=self.narrow)
         after = step - 1 if step else None
-        if chosen or after is not None:
+        if statistics is not None or after is not None:
             self.passes.run(pair, after=after, step=step, statistics=statistics)
         if statistics is None:
             return ()
         seen = statistics.finish(partial(self.workers.submit, "hessian"))
         if not finite(seen):
-            where = f"layer {pair.layer.index}: {chosen[0]} ({shown(names[chosen[0]])})"
+            slot = (chosen or slots)[0]
+            where = f"layer {pair.layer.index}: {slot} ({shown(names[slot])})"
             raise InputError(f"{self.name}: {where}: its inputs are not finite")
+        if self.head is not None:
+            power = seen["power"] if "power" in self.method.wants else seen.pop("power")
+            found.powers |= {gguf_name(pair.layer.index, slot): power for slot in slots}
+        if not chosen:
+            return ()
         site = Site(
             layer=pair.layer.index,
             weights={slot: loaded.weight(slot) for slot in chosen},
@@ -233,4 +255,5 @@ class _Walk:
                 "hessian": seconds.get("hessian", 0.0),
                 "quantize": found.seconds,
             },
+            powers=found.powers,
         )
