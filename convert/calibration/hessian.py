@@ -1,4 +1,4 @@
-"""Statistics of a linear's inputs: Hessian, drift, mean and greatest absolute value per column, range of all values.
+"""Statistics of a linear's inputs: Hessian, drift, power, mean and greatest size per column, range of all values.
 
 The Hessian is GPTQ's X^T X; the drift says how the inputs differ from those that the source's weights give.
 
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from quantpress.convert.calibration.ranges import BINS, binned
 
-__all__ = ["Gram", "Measured", "Statistics", "finite"]
+__all__ = ["Gram", "Measured", "Statistics", "finite", "power_of"]
 
 Submit = Callable[[Callable[[], None]], "Future[None]"]
 
@@ -84,7 +84,8 @@ class Gram:
 class Measured:
     """What one slice of tokens adds to statistics.
 
-    Its inputs and their drift, (n, K); sums and maxima, (K,); least and greatest value, (2,); counts, (BINS,).
+    Its inputs and their drift, (n, K); sums and maxima, (K,); least and greatest value, (2,); counts, (BINS,); sums of
+    squares, (K,) float64.
     """
 
     values: torch.Tensor
@@ -93,6 +94,7 @@ class Measured:
     greatest: NDArray[Any] | None
     ends: NDArray[Any] | None = None
     counts: NDArray[Any] | None = None
+    power: NDArray[np.float64] | None = None
 
 
 class Statistics:
@@ -102,7 +104,7 @@ class Statistics:
         """Starts from no tokens.
 
         Args:
-            wants: of "hessian", "drift", "mean_abs", "max_abs", "ends", "counts".
+            wants: of "hessian", "drift", "mean_abs", "max_abs", "ends", "counts", "power".
             columns: K.
             device: for the sums.
             narrow: compute the drift's products in bfloat16: it is a small correction, and nothing inverts it.
@@ -114,6 +116,7 @@ class Statistics:
         self._greatest = np.zeros(columns, np.float32) if "max_abs" in wants else None
         self._ends = np.array([np.inf, -np.inf], np.float32) if "ends" in wants else None
         self._counts = np.zeros(BINS, np.int64) if "counts" in wants else None
+        self._power = np.zeros(columns) if "power" in wants else None
         self.tokens = 0
 
     def measure(self, values: torch.Tensor, source: torch.Tensor | None = None) -> Measured:
@@ -128,7 +131,9 @@ class Statistics:
         total = None if self._sum is None else sizes.sum(0).cpu().numpy()
         greatest = None if self._greatest is None else sizes.amax(0).cpu().numpy()
         ends = None if self._ends is None else torch.stack(values.aminmax()).cpu().numpy()
-        return Measured(values, drift, total, greatest, ends, None if self._counts is None else binned(values))
+        counts = None if self._counts is None else binned(values)
+        power = None if self._power is None else power_of(values)
+        return Measured(values, drift, total, greatest, ends, counts, power)
 
     def add(self, slice_: Measured, submit: Submit) -> None:
         """Adds the next slice."""
@@ -147,6 +152,8 @@ class Statistics:
             self._ends = np.array([np.minimum(self._ends[0], least), np.maximum(self._ends[1], greatest)], np.float32)
         if self._counts is not None and slice_.counts is not None:
             self._counts += slice_.counts
+        if self._power is not None and slice_.power is not None:
+            self._power += slice_.power
 
     def wait(self) -> None:
         """Waits until all that was added is summed."""
@@ -155,7 +162,7 @@ class Statistics:
                 gram.wait()
 
     def finish(self, submit: Submit) -> dict[str, NDArray[Any]]:
-        """Gives the fields of a `Site` that were wanted, counts as int64 and all others as float32."""
+        """Gives the fields of a `Site` that were wanted: counts as int64, power as float64, all others as float32."""
         found: dict[str, NDArray[Any]] = {}
         if self._gram is not None:
             found["hessian"] = self._gram.finish(self.tokens, submit)
@@ -169,7 +176,15 @@ class Statistics:
             found["ends"] = self._ends
         if self._counts is not None:
             found["counts"] = self._counts
+        if self._power is not None:
+            found["power"] = self._power
         return found
+
+
+def power_of(values: torch.Tensor) -> NDArray[np.float64]:
+    """Gives the sum of squares of each column of (n, K), (K,) float64; the squares are rounded to float32."""
+    power: NDArray[np.float64] = values.square().sum(0, dtype=torch.float64).cpu().numpy()
+    return power
 
 
 def finite(found: dict[str, NDArray[Any]]) -> bool:

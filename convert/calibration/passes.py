@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -84,6 +84,10 @@ class _Stream:
         return state
 
 
+Look = Callable[[Layer, State], torch.Tensor]
+"""Gives the inputs to be measured from what a step has left."""
+
+
 class Passes:
     """How what is carried on gets from step to step."""
 
@@ -124,6 +128,7 @@ class Passes:
     def run(
         self, pair: Pair, *, after: int | None = None, step: int | None = None,
         statistics: Statistics | None = None, chain: ChainWriter | None = None,
+        head: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:  # fmt: skip
         """Finishes one step for all tokens and looks at the inputs of another.
 
@@ -133,12 +138,14 @@ class Passes:
             step: step whose inputs are looked at; None at the end of a layer.
             statistics: of these inputs.
             chain: takes the residual after the step.
+            head: gives what is to be looked at from the residual, where that is no step's input.
         """
         turns = self._decoder.turns(pair.layer.index, 0, self._length) if after == QKV else None
         for stream in self._streams:
             stream.prepare(after)
+        look = None if statistics is None else _look(step, head)
         tasks = [
-            partial(self._slice, pair, after, turns, step if statistics else None, statistics, chain, start, stop)
+            partial(self._slice, pair, after, turns, look, statistics, chain, start, stop)
             for start, stop in self._slices(whole_windows=after == QKV)
         ]
         submit = partial(self._workers.submit, "hessian")
@@ -158,7 +165,7 @@ class Passes:
         return [(start, min(start + size, self._tokens)) for start in range(0, self._tokens, size)]
 
     def _slice(
-        self, pair: Pair, after: int | None, turns: Any, step: int | None, statistics: Statistics | None,
+        self, pair: Pair, after: int | None, turns: Any, look: Look | None, statistics: Statistics | None,
         chain: ChainWriter | None, start: int, stop: int,
     ) -> Measured | None:  # fmt: skip
         layers = pair.streams
@@ -168,7 +175,13 @@ class Passes:
         if chain is not None:
             rows = [state["hidden"].reshape(stop - start, -1).cpu() for state in states]
             chain.write(start, rows[0] if len(rows) == 1 else torch.cat(rows, dim=1))
-        if step is None or statistics is None:
+        if look is None or statistics is None:
             return None
-        seen = [layer.begin(step, state).reshape(stop - start, -1) for layer, state in zip(layers, states, strict=True)]
+        seen = [look(layer, state).reshape(stop - start, -1) for layer, state in zip(layers, states, strict=True)]
         return statistics.measure(*seen)
+
+
+def _look(step: int | None, head: Callable[[torch.Tensor], torch.Tensor] | None) -> Look | None:
+    if head is not None:
+        return lambda _layer, state: head(state["hidden"])
+    return None if step is None else lambda layer, state: layer.begin(step, state)

@@ -39,7 +39,7 @@ from quantpress.quant.errors import InputError, LayoutError
 __all__ = ["calibrate"]
 
 Progress = Callable[[int, int], None]
-POWER = frozenset({"power"})
+_POWER = frozenset({"power"})
 
 
 def calibrate(
@@ -188,7 +188,7 @@ class _Walk:
 
     def _head_power(self, pair: Pair, head: HeadInput) -> NDArray[np.float64]:
         """Finishes the last layer and measures what the head sees of it."""
-        statistics = Statistics(POWER, self.passes.widths[QKV], self.decoder.device)
+        statistics = Statistics(_POWER, self.passes.widths[QKV], self.decoder.device)
         self.passes.run(pair, after=DOWN, statistics=statistics, head=head.of)
         seen = statistics.finish(partial(self.workers.submit, "hessian"))
         if not finite(seen):
@@ -200,7 +200,7 @@ class _Walk:
         slots = steps_of(self.decoder.traits)[step]
         names = {slot: loaded.name(slot) for slot in slots}
         chosen = [slot for slot in slots if self.targets(names[slot])]
-        wants = (self.method.wants if chosen else frozenset()) | (POWER if self.head is not None else frozenset())
+        wants = (self.method.wants if chosen else frozenset()) | (_POWER if self.head is not None else frozenset())
         statistics = None
         if chosen or wants:
             statistics = Statistics(wants, self.passes.widths[step], self.decoder.device, narrow=self.narrow)
