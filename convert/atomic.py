@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import io
 import os
-import re
-import secrets
 import shutil
 import stat
 from collections.abc import Iterator
@@ -21,6 +18,8 @@ from typing import Any, BinaryIO, cast
 
 from quantpress.convert.disk import remove, sync_folder, sync_tree
 from quantpress.convert.lock import locked
+from quantpress.convert.moved_files import put_back
+from quantpress.convert.temporary_names import leftovers, lock_file, temporary_name, work_folder
 from quantpress.quant.errors import OutputError, UsageError
 
 __all__ = [
@@ -31,12 +30,12 @@ __all__ = [
     "new_file",
     "output_errors",
     "require_space",
+    "temporary_beside",
     "work_folder",
     "write_file",
 ]
 
 _BUFFER = 1 << 20  # bytes
-_MAX_STEM = 120  # bytes of the target's name that a temporary name repeats; names may have 255
 _SIGNS_OF_A_MODEL = ("config.json", "quantpress.json", "adapter_config.json", "genai_config.json", "model.onnx")
 
 
@@ -153,20 +152,21 @@ def new_file(path: Path, output: Path | None = None) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path | str, *, force: bool = False, wait: float = 5.0) -> Iterator[BinaryIO]:
+def atomic_file(path: Path | str, *, force: bool = False, wait: float = 5.0, held: bool = False) -> Iterator[BinaryIO]:
     """Gives a file to write and to seek in, which gets its final name when the block ends without an error.
 
     Args:
         path: the output; missing parent folders are made.
         force: whether an existing file is replaced.
         wait: seconds to wait for another run that writes the same output.
+        held: the caller has the output's lock already, from `held_output`.
 
     Raises:
         UsageError: the output exists and `force` is not given.
         BusyError: another run is still writing it after `wait` seconds.
         OutputError: disk full, no permission.
     """
-    with _prepared(path, force, wait) as (target, temporary):
+    with _prepared(path, force, wait, held) as (target, temporary):
         if target.is_dir():
             raise UsageError(f"{path}: the output is a folder, a file is to be written")
         with new_file(temporary, target) as file:
@@ -192,7 +192,7 @@ def held_output(path: Path | str, *, wait: float = 5.0) -> Iterator[Path]:
         OutputError: no permission.
     """
     target = _target(path)
-    with locked(_lock_file(target), target, wait):
+    with locked(lock_file(target), target, wait):
         yield target
 
 
@@ -228,15 +228,31 @@ def atomic_folder(path: Path | str, *, force: bool = False, wait: float = 5.0, h
 def _prepared(path: Path | str, force: bool, wait: float, held: bool = False) -> Iterator[tuple[Path, Path]]:
     """Locks an output and gives its real path and a temporary one, which is gone afterwards in any case."""
     target = _target(path)
-    with contextlib.nullcontext() if held else locked(_lock_file(target), target, wait):
+    with contextlib.nullcontext() if held else locked(lock_file(target), target, wait):
         check_replaceable(path, force=force)
-        with output_errors(target):
-            _remove_leftovers(target)
-        temporary = target.parent / _temporary_name(target.name)
-        try:
+        with temporary_beside(target) as temporary:
             yield target, temporary
-        finally:
-            remove(temporary)
+
+
+@contextlib.contextmanager
+def temporary_beside(target: Path) -> Iterator[Path]:
+    """Removes what dead runs of an output left, and gives a new temporary name beside it, which is gone afterwards.
+
+    Args:
+        target: the output, links followed; the caller holds its lock.
+
+    Raises:
+        OutputError: no permission.
+    """
+    with output_errors(target):
+        for entry in leftovers(target):
+            put_back(entry)
+            remove(entry)
+    temporary = temporary_name(target)
+    try:
+        yield temporary
+    finally:
+        remove(temporary)
 
 
 def _target(path: Path | str) -> Path:
@@ -249,18 +265,9 @@ def _target(path: Path | str) -> Path:
     return target
 
 
-def _lock_file(target: Path) -> Path:
-    return target.parent / f".quantpress-{_stem(target.name)}.lock"
-
-
-def work_folder(target: Path) -> Path:
-    """Gives the place beside an output for what a long run must not lose when it is killed."""
-    return target.parent / f".quantpress-{_stem(target.name)}.work"
-
-
 def _exchange(new: Path, target: Path) -> None:
     """Puts a whole new folder in the place of an old one, if there is one, and removes the old one."""
-    old = target.parent / _temporary_name(target.name)
+    old = temporary_name(target)
     if target.exists():
         target.rename(old)
     try:
@@ -271,20 +278,3 @@ def _exchange(new: Path, target: Path) -> None:
         raise
     sync_folder(target.parent)
     remove(old)
-
-
-def _stem(name: str) -> str:
-    encoded = os.fsencode(name)
-    return name if len(encoded) <= _MAX_STEM else hashlib.sha256(encoded).hexdigest()[:32]
-
-
-def _temporary_name(name: str) -> str:
-    return f".quantpress-{_stem(name)}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
-
-
-def _remove_leftovers(target: Path) -> None:
-    """Removes temporary names of the same output; whoever made them is dead, for we hold the lock."""
-    pattern = re.compile(rf"\.quantpress-{re.escape(_stem(target.name))}-\d+-[0-9a-f]{{8}}\.tmp")
-    for entry in list(target.parent.iterdir()):
-        if pattern.fullmatch(entry.name):
-            remove(entry)

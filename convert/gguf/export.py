@@ -19,8 +19,10 @@ from quantpress.convert.gguf.container import MetadataValue
 from quantpress.convert.gguf.encode import Encoded, encode_rows, relative_error, sampled_error
 from quantpress.convert.gguf.plan import PlannedTensor, TensorPlan
 from quantpress.convert.gguf.rows import ReadRows
+from quantpress.convert.gguf.split import SplitOptions, part_paths, split_files
 from quantpress.convert.gguf.stream import in_order
-from quantpress.convert.gguf.writer import write_container
+from quantpress.convert.gguf.writer import write_parts
+from quantpress.convert.hashed_output import Written
 from quantpress.quant.errors import InputError, LayoutError
 from quantpress.quant.floats import count_nonfinite
 
@@ -48,11 +50,30 @@ class TensorOutcome:
 
 @dataclass(frozen=True, slots=True)
 class WriteResult:
-    """A GGUF file that was written: SHA-256 in hexadecimal, bytes, and what became of each tensor."""
+    """A GGUF model that was written.
 
-    sha256: str
-    nbytes: int
+    Attributes:
+        files: path -> hash and bytes, of each part in order; one where the model is not split.
+        tensors: what became of each.
+    """
+
+    files: Mapping[Path, Written]
     tensors: tuple[TensorOutcome, ...]
+
+    @property
+    def path(self) -> Path:
+        """The file that runtimes open: the only one or the first part."""
+        return next(iter(self.files))
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of that file in hexadecimal."""
+        return self.files[self.path].sha256
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(file.nbytes for file in self.files.values())
 
 
 def write_gguf(
@@ -61,26 +82,30 @@ def write_gguf(
     plan: TensorPlan,
     *,
     threads: int,
+    split: SplitOptions | None = None,
     force: bool = False,
+    held: bool = False,
     allow_nonfinite: bool = False,
     measure_error: bool = True,
     progress: Progress = lambda _phase, _done, _total: None,
 ) -> WriteResult:
-    """Writes a GGUF file atomically, reading every weight once.
+    """Writes a GGUF file, or all parts of one, atomically, reading every weight once.
 
     Args:
-        path: the output.
+        path: the output; where it is split the name of it as a whole, `model.gguf`, or of its first part.
         metadata: pairs in the order of the file.
         plan: what `plan_tensors` gave.
         threads: that read and encode; the bytes do not depend on it.
-        force: replace an existing file.
+        split: where to begin another file; None for a single one.
+        force: replace existing files.
+        held: the caller has the lock of the whole output already, see `held_output` and `whole_path`.
         allow_nonfinite: write NaN and infinities instead of refusing them.
         measure_error: measure the error of each tensor on a sample of its rows.
         progress: told the bytes that are written.
 
     Raises:
         InputError: a tensor holds NaN or infinities, or values its type cannot hold; or it cannot be read.
-        UsageError, BusyError, OutputError: see `atomic_file`.
+        UsageError, BusyError, OutputError: see `atomic_file`, `split_files` and `check_parts`.
     """
     errors = [[0.0, 0.0] for _ in plan.tensors]
     kept = [tensor.codes is not None for tensor in plan.tensors]
@@ -97,12 +122,14 @@ def write_gguf(
             done += encoded.data.nbytes
             progress("write", done, total)
 
-    written = write_container(path, plan.file(metadata), chunks(), force=force)
+    plans = split_files(plan.file(metadata), split)
+    place = Path(path) if split is None else part_paths(Path(path), len(plans))[0]
+    files = write_parts(place, plans, chunks(), force=force, held=held)
     outcomes = tuple(
         TensorOutcome(t.name, t.type, t.nbytes, relative_error(*sums) if measure_error else None, codes)
         for t, sums, codes in zip(plan.tensors, errors, kept, strict=True)
     )
-    return WriteResult(written.sha256, written.nbytes, outcomes)
+    return WriteResult(files, outcomes)
 
 
 def _tasks(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,11 +11,9 @@ from typing import BinaryIO
 
 from quantpress.convert.files import inside, open_regular, shown
 from quantpress.convert.gguf.container import MetadataValue
+from quantpress.convert.gguf.split import MAX_PARTS, SPLIT_COUNT, SPLIT_NO, SPLIT_TENSORS, PartName
 from quantpress.convert.gguf.table import Part, TensorInfo, read_part
 from quantpress.quant.errors import InputError
-
-_MAX_PARTS = 1000
-_PART_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
 @dataclass(frozen=True)
@@ -27,7 +24,7 @@ class GgufFile:
         paths: the files, in the order of their parts.
         sizes: their bytes when they were opened.
         version: of the container.
-        metadata: pairs of the first part, without `split.*` where there are several.
+        metadata: pairs of the first part, without `split.*`.
         tensors: name -> tensor, in the order of the files.
     """
 
@@ -66,24 +63,25 @@ def open_gguf_file(path: Path | str) -> GgufFile:
     """Reads the header of a GGUF file, or of every part of a split one, and checks it against the size of the file.
 
     Args:
-        path: the file; for a split model its first part, `...-00001-of-0000N.gguf`.
+        path: the file; for a split model its first part, `...-00001-of-0000N.gguf`, or any other one.
 
     Raises:
         InputError: the file is not GGUF of version 2 or 3, is damaged, or a part is missing or of another model.
     """
     path = Path(path)
-    first = _open_part(path, 0)
-    files = [first.file]
+    named = _open_part(path, 0)
+    files = [named.file]
     try:
-        count = _split_value(path, first, "split.count", default=1)
-        if count <= 1:
-            parts, paths = [first], [path]
+        count = _split_value(path, named, SPLIT_COUNT, default=1)
+        paths = [path] if count <= 1 else _part_paths(path, count)
+        if paths[0] == path:
+            parts = [named]
         else:
-            paths = _part_paths(path, count)
-            parts = [first]
-            for number in range(1, count):
-                parts.append(_open_part(paths[number], number))
-                files.append(parts[-1].file)
+            parts = []
+            named.file.close()
+        for number in range(len(parts), len(paths)):
+            parts.append(_open_part(_beside(path, paths[number]), number))
+            files.append(parts[-1].file)
         return _joined(paths, parts)
     except BaseException:
         _close(tuple(files))
@@ -101,16 +99,16 @@ def _joined(paths: list[Path], parts: list[Part]) -> GgufFile:
                 raise InputError(f"{paths[number]}: tensor {shown(tensor.name)} is in an earlier part as well")
             tensors[tensor.name] = tensor
     if len(parts) > 1:
-        promised = _split_value(paths[0], parts[0], "split.tensors.count", default=len(tensors))
+        promised = _split_value(paths[0], parts[0], SPLIT_TENSORS, default=len(tensors))
         if promised != len(tensors):
             raise InputError(f"{paths[0]}: split.tensors.count is {promised}, the parts hold {len(tensors)} tensors")
-        metadata = {key: value for key, value in metadata.items() if not key.startswith("split.")}
+    metadata = {key: value for key, value in metadata.items() if not key.startswith("split.")}
     sizes = tuple(part.nbytes for part in parts)
     return GgufFile(tuple(paths), sizes, parts[0].version, metadata, tensors, tuple(part.file for part in parts))
 
 
 def _check_part(path: Path, part: Part, number: int, count: int) -> None:
-    found = (_split_value(path, part, "split.no"), _split_value(path, part, "split.count"))
+    found = (_split_value(path, part, SPLIT_NO), _split_value(path, part, SPLIT_COUNT))
     if found != (number, count):
         raise InputError(
             f"{path}: split.no and split.count are {found[0]} and {found[1]}, wanted {number} and {count}; "
@@ -128,15 +126,25 @@ def _split_value(path: Path, part: Part, key: str, default: int | None = None) -
 
 
 def _part_paths(path: Path, count: int) -> list[Path]:
-    match = _PART_NAME.fullmatch(path.name)
-    if count > _MAX_PARTS:
-        raise InputError(f"{path}: split.count is {count}, at most {_MAX_PARTS} parts are read")
-    if match is None or int(match["count"]) != count or int(match["number"]) != 1:
+    name = PartName.of(path)
+    if count > MAX_PARTS:
+        raise InputError(f"{path}: split.count is {count}, at most {MAX_PARTS} parts are read")
+    if name is None or name.count != count or not 1 <= name.number <= count:
         raise InputError(
-            f"{path}: the model is split into {count} parts; open the first one, ...-00001-of-{count:05d}.gguf"
+            f"{path}: a part of {count}, and its name does not say which; name the parts ...-00001-of-{count:05d}.gguf"
+            " and so on, and open the first"
         )
-    names = [f"{match['stem']}-{number + 1:05d}-of-{count:05d}.gguf" for number in range(1, count)]
-    return [path, *(inside(path.parent, name) for name in names)]
+    paths = [path.with_name(each) for each in name.names()]
+    lost = [each.name for each in paths if not os.path.lexists(each)]
+    if lost:
+        what = f"{lost[0]} is" if len(lost) == 1 else f"{lost[0]} and {len(lost) - 1} more parts are"
+        raise InputError(f"{path}: {what} missing beside it; the model has {count} parts, put all into one folder")
+    return paths
+
+
+def _beside(named: Path, path: Path) -> Path:
+    """Gives the place of a part; the one that a user named may be a link to anywhere, those it leads to may not."""
+    return path if path == named else inside(path.parent, path.name)
 
 
 def _open_part(path: Path, number: int) -> Part:

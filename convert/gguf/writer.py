@@ -2,65 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate, groupby
 from pathlib import Path
 
-from quantpress.convert.atomic import atomic_file, require_space
+from quantpress.convert.atomic import atomic_file, new_file, require_space
+from quantpress.convert.atomic_files import atomic_files
 from quantpress.convert.checkpoint import Array
-from quantpress.convert.gguf.container import ALIGNMENT, ALIGNMENT_KEY, MetadataValue, align, encode_header
+from quantpress.convert.gguf.container import align
+from quantpress.convert.gguf.file_plan import FilePlan, Slot
+from quantpress.convert.gguf.split import check_parts, part_paths, whole_path
 from quantpress.convert.hashed_output import HashedOutput, Written, hashed_output
 
+__all__ = ["FilePlan", "Slot", "write_container", "write_parts"]
 
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """A place for a tensor in a file.
-
-    Attributes:
-        name: in GGUF.
-        shape: outermost dimension first.
-        type_id: ggml's number of the type.
-        nbytes: bytes of its data.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    type_id: int
-    nbytes: int
+_Chunks = Iterable[tuple[int, Array]]
 
 
-@dataclass(frozen=True)
-class FilePlan:
-    """Everything about one GGUF file but its data; a split model is several of these.
-
-    Attributes:
-        metadata: pairs in the order of the file.
-        slots: tensors in the order of the file.
-    """
-
-    metadata: Mapping[str, MetadataValue]
-    slots: Sequence[Slot]
-
-    @property
-    def alignment(self) -> int:
-        """Bytes that the place of every tensor is a multiple of."""
-        return int(self.metadata.get(ALIGNMENT_KEY, ("uint32", ALIGNMENT))[1])
-
-    def header(self) -> bytes:
-        """Gives the bytes before the data.
-
-        Raises:
-            LayoutError: something does not fit the format.
-        """
-        table = [(slot.name, slot.shape, slot.type_id, slot.nbytes) for slot in self.slots]
-        return encode_header(self.metadata, table)
-
-    def nbytes(self) -> int:
-        """Gives the size of the file."""
-        return len(self.header()) + sum(align(slot.nbytes, self.alignment) for slot in self.slots)
-
-
-def write_container(path: Path | str, plan: FilePlan, chunks: Iterable[tuple[int, Array]], *, force: bool) -> Written:
+def write_container(path: Path | str, plan: FilePlan, chunks: _Chunks, *, force: bool, held: bool = False) -> Written:
     """Writes a GGUF file atomically.
 
     Args:
@@ -68,20 +28,73 @@ def write_container(path: Path | str, plan: FilePlan, chunks: Iterable[tuple[int
         plan: header and table.
         chunks: number of the slot and the next bytes of it as a C-contiguous array, slot after slot.
         force: replace an existing file.
+        held: the caller has the output's lock already, see `held_output`.
 
     Raises:
         UsageError, BusyError, OutputError: see `atomic_file`.
         ValueError: the chunks are not what the plan promised.
     """
-    header = plan.header()
-    require_space(path, len(header) + sum(align(slot.nbytes, plan.alignment) for slot in plan.slots))
-    with atomic_file(path, force=force) as file, hashed_output(file) as output:
-        output.write(header)
-        _write_data(output, plan, chunks)
-        return output.finish()
+    require_space(path, plan.nbytes())
+    with atomic_file(path, force=force, held=held) as file, hashed_output(file) as output:
+        return _write(output, plan, chunks)
 
 
-def _write_data(output: HashedOutput, plan: FilePlan, chunks: Iterable[tuple[int, Array]]) -> None:
+def write_parts(
+    path: Path, plans: Sequence[FilePlan], chunks: _Chunks, *, force: bool, held: bool = False
+) -> dict[Path, Written]:
+    """Writes a model as one GGUF file or as several parts, so that all of them appear or none.
+
+    Args:
+        path: the output as a whole, or its first part.
+        plans: what `split_files` gave.
+        chunks: as `write_container`; slots are counted through all parts.
+        force: replace existing files.
+        held: the caller has the lock of the whole output already, see `held_output` and `whole_path`.
+
+    Returns:
+        The files, in the order of the parts.
+
+    Raises:
+        UsageError, BusyError, OutputError: see `atomic_files` and `check_parts`.
+        ValueError: the chunks are not what the plans promised.
+    """
+    if len(plans) == 1:
+        return {path: write_container(path, plans[0], chunks, force=force, held=held)}
+    paths, written = part_paths(path, len(plans)), dict[Path, Written]()
+    check_parts(path, len(plans), force=force)
+    require_space(path, sum(plan.nbytes() for plan in plans))
+    with atomic_files(whole_path(path), [each.name for each in paths], force=force, held=held) as folder:
+        check_parts(path, len(plans), force=force)  # once more: nobody else writes this output now
+        for place, plan, data in zip(paths, plans, _by_part(plans, chunks), strict=True):
+            with new_file(folder / place.name, place) as file, hashed_output(file) as output:
+                written[place] = _write(output, plan, data)
+    return written
+
+
+def _by_part(plans: Sequence[FilePlan], chunks: _Chunks) -> Iterator[_Chunks]:
+    """Gives the chunks of each part, slots counted in the part; each is to be used up before the next is asked for."""
+    ends = list(accumulate(len(plan.slots) for plan in plans))
+    groups = groupby(chunks, key=lambda chunk: bisect_right(ends, chunk[0]))
+    waiting = next(groups, None)
+    for part, (plan, end) in enumerate(zip(plans, ends, strict=True)):
+        if waiting is None or waiting[0] != part:
+            yield ()
+            continue
+        yield _counted_from(end - len(plan.slots), waiting[1])
+        waiting = next(groups, None)
+
+
+def _counted_from(first: int, chunks: _Chunks) -> _Chunks:
+    return ((number - first, data) for number, data in chunks)
+
+
+def _write(output: HashedOutput, plan: FilePlan, chunks: _Chunks) -> Written:
+    output.write(plan.header)
+    _write_data(output, plan, chunks)
+    return output.finish()
+
+
+def _write_data(output: HashedOutput, plan: FilePlan, chunks: _Chunks) -> None:
     current, filled = 0, 0
     for number, data in chunks:
         while current < number:

@@ -136,7 +136,7 @@ def test_a_part_of_another_model_is_refused(tmp_path: Path, changes: dict[str, i
 def test_a_missing_part_is_refused_by_its_name(tmp_path: Path) -> None:
     first = _parts(tmp_path)
     (tmp_path / "m-00002-of-00002.gguf").unlink()
-    with pytest.raises(InputError, match=r"m-00002-of-00002\.gguf: no such file"):
+    with pytest.raises(InputError, match=r"m-00002-of-00002\.gguf is missing beside it; the model has 2 parts"):
         open_gguf_file(first)
 
 
@@ -150,12 +150,60 @@ def test_a_part_that_is_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> N
         open_gguf_file(first)
 
 
-def test_a_later_part_or_a_renamed_one_is_not_opened_alone(tmp_path: Path) -> None:
+def test_every_missing_part_is_counted(tmp_path: Path) -> None:
+    first = _parts(tmp_path, 4)
+    for number in (2, 4):
+        (tmp_path / f"m-0000{number}-of-00004.gguf").unlink()
+    with pytest.raises(InputError, match=r"m-00002-of-00004\.gguf and 1 more parts are missing"):
+        open_gguf_file(first)
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_a_split_model_is_opened_by_any_of_its_parts(tmp_path: Path, number: int) -> None:
+    first = open_gguf_file(_parts(tmp_path, 3))
+    other = open_gguf_file(tmp_path / f"m-{number:05d}-of-00003.gguf")
+    assert (other.paths, other.sizes, other.tensors) == (first.paths, first.sizes, first.tensors)
+    assert dict(other.metadata) == {"general.architecture": ("string", "llama")}
+    for tensor in other.tensors.values():
+        assert other.read(tensor, 0, 8) == first.read(tensor, 0, 8)
+
+
+def test_a_part_whose_name_does_not_say_which_it_is_is_refused(tmp_path: Path) -> None:
     first = _parts(tmp_path)
-    with pytest.raises(InputError, match=r"split into 2 parts; open the first one, \.\.\.-00001-of-00002"):
-        open_gguf_file(first.with_name("m-00002-of-00002.gguf"))
-    with pytest.raises(InputError, match="open the first one"):
+    with pytest.raises(InputError, match=r"its name does not say which; name the parts \.\.\.-00001-of-00002"):
         open_gguf_file(first.rename(tmp_path / "renamed.gguf"))
+
+
+def test_parts_that_changed_their_names_are_refused(tmp_path: Path) -> None:
+    first = _parts(tmp_path)
+    second, between = tmp_path / "m-00002-of-00002.gguf", tmp_path / "between"
+    first.rename(between)
+    second.rename(first)
+    between.rename(second)
+    with pytest.raises(InputError, match=r"split\.no and split\.count are 1 and 2, wanted 0 and 2"):
+        open_gguf_file(first)
+
+
+def test_parts_that_are_links_into_a_hub_cache_keep_their_names(tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "main"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    first = _parts(snapshot, 2)
+    for number, path in enumerate(sorted(snapshot.iterdir())):
+        path.rename(blobs / str(number))
+        path.symlink_to(blobs / str(number))
+    for name in ("m-00001-of-00002.gguf", "m-00002-of-00002.gguf"):
+        file = open_gguf_file(snapshot / name)
+        assert file.paths == (first, snapshot / "m-00002-of-00002.gguf")
+        assert [file.read(tensor, 0, 4) for tensor in file.tensors.values()] == [
+            np.float32(number).tobytes() for number in range(2)
+        ]
+
+
+def test_a_single_part_of_one_is_a_file_like_any_other(tmp_path: Path) -> None:
+    file = open_gguf_file(_parts(tmp_path, 1))
+    assert dict(file.metadata) == {"general.architecture": ("string", "llama")}
+    assert list(file.tensors) == ["t0"]
 
 
 def test_a_tensor_in_two_parts_is_refused(tmp_path: Path) -> None:
