@@ -1,44 +1,25 @@
-"""Writes a checkpoint as one GGUF file."""
+"""Writes a checkpoint as a GGUF file, or as several that belong together."""
 
 from __future__ import annotations
 
 import dataclasses
-import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from quantpress.convert.atomic import check_replaceable
 from quantpress.convert.checkpoint import Checkpoint
-from quantpress.convert.gguf.export import WriteResult, write_gguf
-from quantpress.convert.gguf.general import general_metadata
 from quantpress.convert.gguf.mixture import TypeOptions
-from quantpress.convert.gguf.overrides import override, read_metadata_file
-from quantpress.convert.gguf.plan import TensorPlan, plan_tensors
-from quantpress.convert.gguf.vocab import plan_vocab
-from quantpress.convert.preflight import check_tied_head, preflight
-from quantpress.convert.tokenizer_files import TokenizerFiles
-from quantpress.pipelines.machine import peak_memory
-from quantpress.pipelines.merge_stage import merged_names
-from quantpress.pipelines.stage import (
-    Artifact,
-    BuildingStage,
-    OutputFile,
-    Plan,
-    PlannedTensor,
-    RunContext,
-    TensorResult,
-    fill_name,
-    shortened,
-)
+from quantpress.pipelines.gguf_job import GgufJob
+from quantpress.pipelines.job_stage import JobStage
+from quantpress.quant.errors import UsageError
 
-log = logging.getLogger(__name__)
+__all__ = ["METHODS", "Gguf"]
 
-Metadata = dict[str, tuple[str, Any]]
+METHODS = ("rtn", "gptq")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gguf(BuildingStage):
+class Gguf(JobStage):
     """Options of the stage; names and meanings are llama.cpp's (INTERFACE: convert).
 
     Attributes:
@@ -52,10 +33,17 @@ class Gguf(BuildingStage):
         metadata: JSON file with `general.*` metadata.
         vocab_only: write no tensor.
         model_name: replaces the name of the model.
+        imatrix: importance matrix, llama.cpp's file of either form; None for what a stage before has measured.
+        method: "rtn" to round each weight by itself, "gptq" to make up for errors on a text, inside the types' blocks.
+        calibration: UTF-8 text for GPTQ; None for the built-in one.
+        samples, sequence_length, seed: windows of that text.
+        act_order, damping, drift, calibration_dtype: of GPTQ, as `Quantize`.
+        split_max_size: bytes of tensors in a file, "500M" or "2G" in decimal units; None for one file.
+        split_max_tensors: how many tensors a file holds at most; None for one file.
     """
 
     name: ClassVar[str] = "gguf"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     output: Path
     outtype: str = "auto"
@@ -68,79 +56,52 @@ class Gguf(BuildingStage):
     metadata: Path | None = None
     vocab_only: bool = False
     model_name: str | None = None
+    imatrix: Path | None = None
+    method: str | None = None
+    calibration: Path | None = None
+    samples: int = 128
+    sequence_length: int | None = None
+    seed: int = 0
+    act_order: bool = True
+    damping: float = 0.01
+    drift: float | None = None
+    calibration_dtype: str | None = None
+    split_max_size: str | None = None
+    split_max_tensors: int | None = None
 
-    def plan(self, source: Checkpoint) -> Plan:
-        """Says what would be written, without reading a weight."""
-        tensors, metadata, notes = self._prepare(source)
-        file = tensors.file(metadata)
-        merged = merged_names(source)
-        return Plan(
-            output=self._path(source, tensors.outtype),
-            tensors=tuple(
-                PlannedTensor(t.name, t.shape, t.type, t.nbytes, t.note, merged=t.source.name in merged)
-                for t in tensors.tensors
-            ),
-            output_bytes=file.nbytes(),
-            peak_memory=peak_memory(max((t.source.nbytes for t in tensors.tensors if t.transposed), default=0)),
-            notes=notes,
-        )
+    @property
+    def runs_model(self) -> bool:
+        """Whether the model is run on a device before anything can be written."""
+        return self.method == "gptq"
 
-    def run(self, source: Checkpoint, context: RunContext) -> Artifact:
-        """Writes the file."""
-        tensors, metadata, notes = self._prepare(source)
-        path = self._path(source, tensors.outtype)
-        check_replaceable(path, force=context.force)
-        check_tied_head(preflight(source))
-        for note in notes:
-            log.warning("%s: %s", path.name, note)
-        written = write_gguf(
-            path,
-            metadata,
-            tensors,
-            threads=context.threads,
-            force=context.force,
-            allow_nonfinite=context.allow_nonfinite,
-            progress=context.progress,
-        )
-        return Artifact(
-            path=path,
-            kind="gguf",
-            ftype=tensors.outtype,
-            outputs=(OutputFile(path.name, written.sha256, written.nbytes),),
-            tensors=tuple(
-                TensorResult(t.name, t.type, t.nbytes, t.relative_error, source=planned.source.name)
-                for t, planned in zip(written.tensors, tensors.tensors, strict=True)
-            ),
-            notes=(*notes, *_kept_codes(tensors, written)),
-        )
+    def resolved(self, source: Checkpoint) -> Gguf:
+        """Fills in what depends on the source and on other options.
 
-    def _prepare(self, source: Checkpoint) -> tuple[TensorPlan, Metadata, tuple[str, ...]]:
-        """Checks everything that can be checked before a weight is read."""
-        checked = preflight(source)
-        spec, hyper = checked.spec, checked.hyper
-        spec.gguf_check(hyper, source.config)
-        tensors = plan_tensors(checked.bindings, spec, hyper, self._types(), quantized=source.quantized)
+        Raises:
+            UsageError: options that do not exist or do not go together.
+            UnknownFamilyError: there is no table for the model.
+        """
+        method = METHODS[0] if self.method is None else self.method.lower()
+        if method not in METHODS:
+            raise UsageError(f"--method {self.method}: GGUF takes one of {', '.join(METHODS)}")
+        if method != "gptq":
+            if self.calibration is not None:
+                raise UsageError(f"--calibration {self.calibration}: only --method gptq reads a text")
+            return dataclasses.replace(self, method=method)
         if self.vocab_only:
-            tensors = dataclasses.replace(tensors, tensors=())
-        vocab, vocab_notes = self._vocabulary(source, hyper.vocab)
-        metadata: Metadata = general_metadata(
-            source,
-            spec.gguf,
-            parameters=tensors.parameters,
-            file_type=tensors.file_type,
-            quantized=tensors.quantized,
-            name=self.model_name or "",
-        )
-        for key, value in spec.gguf_metadata(hyper, source.config).items():
-            metadata[f"{spec.gguf}.{key}"] = value
-        metadata |= vocab
-        if self.metadata is not None:
-            metadata |= read_metadata_file(self.metadata)
-        metadata = override(metadata, self.override_kv)
-        changed = tuple(f"{tensor.name}: {tensor.note}" for tensor in tensors.tensors if tensor.note)
-        return tensors, metadata, (*spec.gguf_notes(hyper, source.config), *vocab_notes, *shortened(changed))
+            raise UsageError("--method gptq: --vocab-only writes no weight")
+        from quantpress.pipelines.quantize_calibration import chosen_precision, drift_share, sequence_length
 
-    def _types(self) -> TypeOptions:
+        return dataclasses.replace(
+            self,
+            method=method,
+            sequence_length=sequence_length(source, self.sequence_length),
+            drift=drift_share(source, self),
+            calibration_dtype=chosen_precision(self.calibration_dtype),
+        )
+
+    def types(self) -> TypeOptions:
+        """Gives the options that choose types."""
         return TypeOptions(
             outtype=self.outtype,
             tensor_types=self.tensor_types,
@@ -150,28 +111,6 @@ class Gguf(BuildingStage):
             pure=self.pure,
         )
 
-    def _vocabulary(self, source: Checkpoint, rows: int) -> tuple[Metadata, tuple[str, ...]]:
-        """Keeps a GGUF source's vocabulary as it is; builds it from the tokenizer's files otherwise."""
-        kept = {key: value for key, value in source.metadata.items() if key.startswith("tokenizer.")}
-        if kept:
-            return kept, ()
-        files = TokenizerFiles(source.tokenizer_files, name=source.name)
-        plan = plan_vocab(files, vocab_size=rows, model_type=str(source.config.get("model_type")), pre=self._pre())
-        return plan.metadata, plan.notes
-
-    def _pre(self) -> str | None:
-        prefix = "tokenizer.ggml.pre=str:"
-        return next((text.removeprefix(prefix) for text in self.override_kv if text.startswith(prefix)), None)
-
-    def _path(self, source: Checkpoint, ftype: str) -> Path:
-        return fill_name(self.output, {"ftype": ftype, "name": self.model_name or Path(source.name).name})
-
-
-def _kept_codes(plan: TensorPlan, written: WriteResult) -> tuple[str, ...]:
-    """Says how many weights of a quantized source have the codes in the file that they have there."""
-    if not any(tensor.codes for tensor in plan.tensors):
-        return ()
-    kept, able = (
-        sum(map(bool, found)) for found in ((t.kept for t in written.tensors), (t.codes for t in plan.tensors))
-    )
-    return (f"{kept} of {able} quantized weights keep the source's codes and scales bit for bit",)
+    def job(self, source: Checkpoint) -> GgufJob:
+        """Gives the job of this stage on a source."""
+        return GgufJob(self.resolved(source), source)

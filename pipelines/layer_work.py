@@ -1,4 +1,4 @@
-"""Takes a model's layers to a method one after the other, keeps what is finished, and goes on where a run was stopped."""
+"""Takes layers to a method one after the other, keeps what is finished, and goes on where a run was stopped."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ class LayerWork:
         targets: says of a linear weight's name whether it is to be quantized.
         stored: tensors, by their names in the spool, that a finished layer comes to.
         precision: of products, "f32" or "bf16".
+        powers: measure the inputs of every linear weight and of the head, see `calibrate`.
     """
 
     source: Checkpoint
@@ -46,6 +47,7 @@ class LayerWork:
     targets: Callable[[str], bool]
     stored: Callable[[LayerResult], Mapping[str, Array]]
     precision: str = "f32"
+    powers: bool = False
 
 
 def run_layers(work: LayerWork, calibration: Calibration, spool: Spool, context: RunContext) -> None:
@@ -73,6 +75,7 @@ def run_layers(work: LayerWork, calibration: Calibration, spool: Spool, context:
         max_memory=activation_budget(context.max_memory),
         precision=work.precision,
         first_layer=first,
+        powers=work.powers,
         progress=partial(context.progress, "quantizing"),
     )
     for result in results:

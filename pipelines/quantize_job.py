@@ -33,7 +33,7 @@ from quantpress.pipelines.stage import (
 if TYPE_CHECKING:
     from quantpress.pipelines.quantize_stage import Quantize
 
-__all__ = ["QuantizeJob"]
+__all__ = ["QuantizeJob", "fingerprint"]
 
 log = logging.getLogger(__name__)
 
@@ -179,11 +179,12 @@ class QuantizeJob(WeightsJob):
 
     def _key(self, context: RunContext) -> str:
         """Names the job: two with the same key give the same bytes."""
-        inputs = [_fingerprint(file.path) for file in self.source.files]
+        inputs = [fingerprint(file.path) for file in self.source.files]
         return hashed({**self.described(context), "inputs": inputs})
 
 
-def _fingerprint(path: Path) -> list[str | int]:
+def fingerprint(path: Path) -> list[str | int]:
+    """Gives what tells a file from another of its name without reading all of it: size, time, how it begins."""
     status = path.stat()
     with open_regular(path) as file:
         head = hashlib.sha256(file.read(_HEAD)).hexdigest()

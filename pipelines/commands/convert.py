@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from quantpress.convert.gguf.file_types import FILE_TYPES
 from quantpress.pipelines.cli import Session
 from quantpress.pipelines.commands.adapters import adapter_option, parse_adapter, qlora_options, take_qlora
+from quantpress.pipelines.commands.gguf_options import GGUF_FLAGS, gguf_options, gguf_values
+from quantpress.pipelines.commands.method_options import method_options
 from quantpress.pipelines.commands.onnx_options import ONNX_FLAGS, onnx_options
 from quantpress.pipelines.commands.options import press_options
 from quantpress.pipelines.commands.writing import write
@@ -24,17 +25,14 @@ Examples:
   quantpress convert ./model model-Q8_0.gguf --outtype q8_0
   quantpress convert org/name '{name}-{ftype}.gguf' --outtype bf16
   quantpress convert ./model model.gguf --outtype q4_0 --tensor-type ffn_down=q8_0
+  quantpress convert ./model model-Q4_K_M.gguf --outtype q4_k_m --imatrix imatrix.gguf
+  quantpress convert ./model model-Q4_K_M.gguf --outtype q4_k_m --method gptq --calibration text.txt
   quantpress convert model.gguf ./model-f16 --to safetensors --dtype f16
   quantpress convert ./model ./model-onnx --to onnx --precision int4
   quantpress convert ./model tuned-Q8_0.gguf --outtype q8_0 --adapter ./adapter
   quantpress convert ./model mixed.gguf --adapter ./tone=0.7 --adapter ./facts=0.3
   quantpress convert ./model model.gguf --outtype q4_0 --dry-run
 """
-TYPES = ", ".join(name.lower() for name in FILE_TYPES)
-GGUF_FLAGS = (
-    "outtype", "tensor_type", "output_tensor_type", "token_embedding_type", "leave_output_tensor", "pure",
-    "override_kv", "metadata", "vocab_only", "model_name",
-)  # fmt: skip
 FLAGS = {
     "gguf": GGUF_FLAGS,
     "onnx": (*ONNX_FLAGS, "output_tensor_type", "token_embedding_type"),
@@ -43,16 +41,6 @@ FLAGS = {
 STAGE_FLAGS = tuple(dict.fromkeys(name for names in FLAGS.values() for name in names))
 TITLES = {"gguf": "GGUF", "onnx": "ONNX", "safetensors": "safetensors"}
 MAIN_FLAG = {"gguf": "--outtype", "onnx": "--precision", "safetensors": "--dtype"}
-
-
-def _pairs(values: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-    pairs = []
-    for value in values:
-        pattern, separator, kind = value.rpartition("=")
-        if not separator or not pattern or not kind:
-            raise UsageError(f"--tensor-type {value!r}: wanted REGEX=TYPE, as in ffn_down=q8_0")
-        pairs.append((pattern, kind))
-    return tuple(pairs)
 
 
 def make_stage(out: Path, to: str | None, flags: dict[str, Any]) -> BuildingStage:
@@ -76,7 +64,7 @@ def make_stage(out: Path, to: str | None, flags: dict[str, Any]) -> BuildingStag
         return Onnx(output=out, **{name: value for name, value in options.items() if value is not None})
     from quantpress.pipelines.gguf_stage import Gguf
 
-    return Gguf(output=out, tensor_types=_pairs(options.pop("tensor_type")), **options)
+    return Gguf(output=out, **gguf_values(flags))
 
 
 def _target_of(out: Path, flags: dict[str, Any]) -> str:
@@ -104,16 +92,8 @@ def _refuse_others(target: str, flags: dict[str, Any]) -> None:
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--to", type=click.Choice(["gguf", "onnx", "safetensors"]), help="Format; default: from OUT's name.")
-@click.option("--outtype", default="auto", show_default=True, help=f"GGUF type: {TYPES}, or auto (16 bit).")
-@click.option("--tensor-type", multiple=True, metavar="REGEX=TYPE", help="Type of the tensors whose name matches.")
-@click.option("--output-tensor-type", metavar="TYPE", help="Type of the head.")
-@click.option("--token-embedding-type", metavar="TYPE", help="Type of the token embedding.")
-@click.option("--leave-output-tensor", is_flag=True, help="Keep the head in the type it is stored in.")
-@click.option("--pure", is_flag=True, help="The same type for every matrix.")
-@click.option("--override-kv", multiple=True, metavar="KEY=TYPE:VALUE", help="Replace a metadata value.")
-@click.option("--metadata", type=click.Path(path_type=Path), help="JSON file of general.* metadata.")
-@click.option("--vocab-only", is_flag=True, help="Write the vocabulary and no tensor.")
-@click.option("--model-name", help="Name of the model in the file.")
+@gguf_options
+@method_options
 @click.option("--dtype", help="safetensors type: f32, f16, bf16; default: as stored.")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Run the file and compare it with MODEL.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

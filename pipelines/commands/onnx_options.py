@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from quantpress.convert.onnx.options import COMPUTE_TYPES, INT8_STYLES, PRECISIONS
+from quantpress.pipelines.commands.method_options import METHOD_FLAGS
 
 __all__ = ["ONNX_FLAGS", "onnx_options"]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-METHODS = ("rtn", "hqq", "gptq", "awq")  # as pipelines.onnx_stage has them, which loads numpy: help should not wait
 
 _OPTIONS = (
     click.option(
@@ -40,22 +39,11 @@ _OPTIONS = (
     ),
     click.option("--opset", type=int, help="ONNX opset.  [default: 23]"),
     click.option("--standard-ops", is_flag=True, help="ONNX: only operators of the standard."),
-    click.option(
-        "--method",
-        type=click.Choice(METHODS, case_sensitive=False),
-        help="ONNX int4, int8: how codes are found.  [default: rtn; of a quantized MODEL: its codes as they are]",
-    ),
-    click.option("--calibration", type=click.Path(path_type=Path), help="UTF-8 text for gptq, awq and --int8 static."),
-    click.option("--samples", type=click.IntRange(min=1), help="Windows of that text.  [default: 128]"),
-    click.option("--sequence-length", type=click.IntRange(min=2), help="Tokens of each.  [default: context, max 2048]"),
-    click.option("--seed", type=click.IntRange(min=0), help="Where the windows begin.  [default: 0]"),
-    click.option("--act-order/--no-act-order", default=None, help="GPTQ: greatest inputs first.  [default: yes]"),
-    click.option("--damping", type=click.FloatRange(min=0), help="GPTQ: of the Hessian.  [default: 0.01]"),
 )
 
 ONNX_FLAGS = (
-    "precision", "block_size", "symmetric", "accuracy_level", "int8", "compute_type", "opset", "standard_ops", "method",
-    "calibration", "samples", "sequence_length", "seed", "act_order", "damping",
+    "precision", "block_size", "symmetric", "accuracy_level", "int8", "compute_type", "opset", "standard_ops",
+    *METHOD_FLAGS,
 )  # fmt: skip
 
 
