@@ -51,7 +51,7 @@ def search_iq4_nl(values: Array, importance: Array | None, first: int, out: Arra
     inverse = np.empty_like(scales)
     _inverses(scales, inverse)
     _encode(values, inverse, 1, 2, out)
-    return put_halves(scales, out)
+    return int(np.count_nonzero(put_halves(scales, out)))
 
 
 def search_iq4_xs(values: Array, importance: Array | None, first: int, out: Array) -> int:
@@ -68,7 +68,7 @@ def search_iq4_xs(values: Array, importance: Array | None, first: int, out: Arra
     heads, inverse = np.empty(len(values), np.float32), np.empty_like(scales)
     _common_scales(scales.reshape(-1, _SUBS), heads, inverse.reshape(-1, _SUBS), out)
     _encode(subs, inverse, _SUBS, 8, out)
-    return put_halves(heads, out)
+    return int(np.count_nonzero(put_halves(heads, out)))
 
 
 @compiled()

@@ -23,6 +23,9 @@ __all__ = [
     "TINY",
     "farthest",
     "gather",
+    "nearest",
+    "put_high_bits",
+    "put_codes",
     "put_halves",
     "put_nibbles",
     "rounded",
@@ -48,22 +51,35 @@ def writable(array: Array) -> Array:
     return array if array.flags.writeable else array.copy()
 
 
-def put_halves(scales: Array, target: Array) -> int:
+def put_halves(scales: Array, target: Array) -> NDArray[np.bool_]:
     """Writes `scales` (B,) float32 as float16 to the first two bytes of rows of `target`.
 
     Returns:
-        How many are not finite as float16.
+        Which are not finite as float16, (B,).
     """
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         half = scales.astype("<f2")
     target[:, :2] = half.view(np.uint8).reshape(-1, 2)
-    return int(np.count_nonzero(~np.isfinite(half)))
+    return ~np.isfinite(half)
 
 
 @compiled()
 def rounded(value: np.float32) -> np.float32:
     """Rounds to the nearest integer, ties to even, for |value| below 2^22; -0 becomes 0."""
     return (value + _ROUNDER) - _ROUNDER
+
+
+@compiled()
+def nearest(value: np.float32, top: np.int32) -> np.float32:
+    """Gives nearest_int of ggml-quants.c, cut to [0, top]: ties to even, and of any value what its bits happen to say.
+
+    Beyond 2^22 that is not the nearest integer, and 0 for NaN; searches meet such values where they divide by a range
+    that is next to nothing.
+    """
+    bits = np.int32(np.float32(value + _ROUNDER).view(np.int32) & 0x007FFFFF)
+    code = np.int32(bits - 0x00400000)
+    code = np.int32(0) if code < 0 else code
+    return np.float32(top if code > top else code)
 
 
 @compiled()
@@ -135,3 +151,22 @@ def put_nibbles(codes: Array, lane: int, target: Array) -> None:
     """Packs the low halves of column `lane` of `codes` (32, 64) into `target` (16,): j with j + 16, as Q4_0 does."""
     for byte in range(16):
         target[byte] = (codes[byte, lane] & _LOW) | (codes[byte + 16, lane] & _LOW) << 4
+
+
+@compiled()
+def put_high_bits(codes: Array, lane: int, target: Array) -> None:
+    """Packs the fifth bits of column `lane` of `codes` (32, 64) into `target` (4,), the first weight's lowest."""
+    for byte in range(4):
+        bits = 0
+        for bit in range(8):
+            bits |= int(codes[8 * byte + bit, lane] >> 4 & 1) << bit
+        target[byte] = np.uint8(bits)
+
+
+@compiled()
+def put_codes(codes: Array, lane: int, target: Array) -> None:
+    """Packs one block's codes: their low halves, after their fifth bits where `target` has room for those."""
+    head = target.size - COLUMNS // 2
+    if head:
+        put_high_bits(codes, lane, target[:head])
+    put_nibbles(codes, lane, target[head:])

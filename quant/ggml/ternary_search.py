@@ -30,7 +30,7 @@ def search_tq1_0(values: Array, importance: Array | None, first: int, out: Array
     del importance, first  # a block is encoded by itself
     scales = np.empty(len(values), np.float32)
     _encode_tq1_0(writable(values), scales, out)
-    return put_halves(scales, out[:, 52:])
+    return int(np.count_nonzero(put_halves(scales, out[:, 52:])))
 
 
 def search_tq2_0(values: Array, importance: Array | None, first: int, out: Array) -> int:
@@ -38,7 +38,7 @@ def search_tq2_0(values: Array, importance: Array | None, first: int, out: Array
     del importance, first  # a block is encoded by itself
     scales = np.empty(len(values), np.float32)
     _encode_tq2_0(writable(values), scales, out)
-    return put_halves(scales, out[:, 64:])
+    return int(np.count_nonzero(put_halves(scales, out[:, 64:])))
 
 
 @compiled()
