@@ -64,5 +64,10 @@ def _call(task: Callable[[], Result]) -> Result:
 
 
 def _use_one_thread() -> None:
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(1)
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return
+    # A thread takes the number that was set last anywhere when it first asks for one (`lazy_init_num_threads`), which
+    # may be long after it was told its own: where another pool had ended in between, it computed with many.
+    torch.get_num_threads()
+    torch.set_num_threads(1)

@@ -28,6 +28,26 @@ def test_tasks_compute_with_one_thread_and_the_caller_keeps_its_own_number() -> 
         torch.set_num_threads(before)
 
 
+def test_a_worker_that_was_idle_while_another_pool_ended_still_computes_with_one_thread() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    together = threading.Barrier(2)
+    try:
+        with Workers(2) as workers:
+            workers.run([together.wait] * 2)  # both have started, and neither has used torch
+            with Workers(1):
+                pass
+            seen = workers.run([partial(_threads_beside, together)] * 2)
+        assert seen == [1, 1]
+    finally:
+        torch.set_num_threads(before)
+
+
+def _threads_beside(together: threading.Barrier) -> int:
+    together.wait()
+    return int(torch.get_num_threads())
+
+
 def test_results_come_in_the_order_of_the_tasks() -> None:
     def slow(number: int) -> int:
         time.sleep(0.02 if number == 0 else 0)
