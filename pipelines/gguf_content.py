@@ -12,6 +12,7 @@ from quantpress.convert.gguf.plan import TensorPlan, plan_tensors
 from quantpress.convert.gguf.vocab import plan_vocab
 from quantpress.convert.tokenizer_files import TokenizerFiles
 from quantpress.pipelines.stage import shortened
+from quantpress.quant.ggml.types import ggml_type
 
 if TYPE_CHECKING:
     from quantpress.convert.checkpoint import Checkpoint
@@ -23,6 +24,8 @@ __all__ = ["GgufContent", "Metadata", "plan_content"]
 
 Metadata = dict[str, tuple[str, Any]]
 _PRE = "tokenizer.ggml.pre=str:"
+_UNWEIGHTED = ("Q8_0", "TQ1_0", "TQ2_0", "MXFP4")  # block types that llama.cpp encodes without an importance
+_EMBEDDING = "token_embd.weight"  # no linear layer reads its columns: llama-imatrix measures it only where it is tied
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,19 @@ def plan_content(
     metadata = override(metadata, stage.override_kv)
     changed = tuple(f"{tensor.name}: {tensor.note}" for tensor in tensors.tensors if tensor.note)
     notes = (*spec.gguf_notes(hyper, source.config), *vocab_notes, *shortened(changed))
+    if importance is not None and not stage.runs_model:
+        notes = (*notes, *_without_importance(tensors, importance))
     return GgufContent(tensors, metadata, notes)
+
+
+def _without_importance(tensors: TensorPlan, importance: ImportanceMatrix) -> tuple[str, ...]:
+    """Says which weights are encoded as if there were no importance matrix, though their types look at one."""
+    weighted = [t for t in tensors.tensors if ggml_type(t.type).block_size > 1 and t.type not in _UNWEIGHTED]
+    named = importance.name or "the importance matrix"
+    if not weighted:
+        return (f"{named} changes nothing: no tensor gets a type that is encoded with one",) if tensors.tensors else ()
+    missing = [t.name for t in weighted if t.importance is None and t.name != _EMBEDDING]
+    return (f"{named} has no entry for {len(missing)} weights, first {missing[0]}",) if missing else ()
 
 
 def _vocabulary(source: Checkpoint, rows: int, overridden: tuple[str, ...]) -> tuple[Metadata, tuple[str, ...]]:

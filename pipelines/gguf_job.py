@@ -18,6 +18,7 @@ from quantpress.convert.gguf.plan import TensorPlan
 from quantpress.convert.gguf.split import SplitOptions, check_parts, part_paths, split_files
 from quantpress.convert.preflight import Preflight, check_tied_head, preflight
 from quantpress.pipelines.gguf_content import GgufContent, plan_content
+from quantpress.pipelines.hashing import hash_file
 from quantpress.pipelines.machine import peak_memory
 from quantpress.pipelines.merge_stage import merged_names
 from quantpress.pipelines.stage import (
@@ -29,7 +30,6 @@ from quantpress.pipelines.stage import (
     TensorResult,
     fill_name,
 )
-from quantpress.quant.errors import UsageError
 
 if TYPE_CHECKING:
     from quantpress.convert.gguf.file_plan import FilePlan
@@ -45,19 +45,9 @@ class GgufJob:
     """A stage with its source."""
 
     def __init__(self, stage: Gguf, source: Checkpoint) -> None:
-        """Takes a stage that is `resolved`.
-
-        Raises:
-            UsageError: a method that finds codes, and a model that has its own.
-        """
-        self.stage, self.source = stage, source
-        if stage.runs_model and source.quantized:
-            if source.adapted is None:
-                raise UsageError(
-                    f"--method gptq: {source.name} is quantized already ({source.format}), and its codes are kept"
-                    " where the file can hold them; to quantize anew give the model it was made from"
-                )
-            self.source = dataclasses.replace(source, quantized={})
+        """Takes a stage that is `resolved`."""
+        self.stage = stage
+        self.source = dataclasses.replace(source, quantized={}) if stage.runs_model and source.quantized else source
 
     @property
     def output(self) -> Path:
@@ -125,6 +115,20 @@ class GgufJob:
         from quantpress.convert.gguf.importance_file import read_importance
 
         return read_importance(path)
+
+    @property
+    def _mixture(self) -> dict[str, Any]:
+        """What the sidecar says of how types were chosen."""
+        tensors, found = self._content.tensors, self._importance
+        record: dict[str, Any] = {"rules": tensors.rules}
+        if found is not None and tensors.tensors:
+            record["importance"] = {
+                "file": found.name, "datasets": list(found.datasets), "entries": len(found.entries),
+                "chunks": found.chunk_count,
+            }  # fmt: skip
+            if self.stage.imatrix is not None:
+                record["importance"]["sha256"] = hash_file(self.stage.imatrix)[0]
+        return record
 
     @cached_property
     def _content(self) -> GgufContent:
@@ -196,6 +200,7 @@ class GgufJob:
             notes=(*self._notes, *(() if work is None else work.notes), *_kept_codes(tensors, written)),
             calibration={} if work is None else work.calibrated,
             timings={} if work is None else work.timings,
+            mixture=self._mixture,
         )
 
 

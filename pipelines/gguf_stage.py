@@ -90,6 +90,11 @@ class Gguf(JobStage):
             return dataclasses.replace(self, method=method)
         if self.vocab_only:
             raise UsageError("--method gptq: --vocab-only writes no weight")
+        if source.quantized and source.adapted is None:
+            raise UsageError(
+                f"--method gptq: {source.name} is quantized already ({source.format}), and its codes are kept where the"
+                " file can hold them; to quantize anew give the model it was made from"
+            )
         from quantpress.pipelines.quantize_calibration import chosen_precision, drift_share, sequence_length
 
         return dataclasses.replace(
@@ -99,6 +104,11 @@ class Gguf(JobStage):
             drift=drift_share(source, self),
             calibration_dtype=chosen_precision(self.calibration_dtype),
         )
+
+    def target(self, source: Checkpoint) -> Path:
+        """Gives the output with its name filled in: of several files the one that is opened."""
+        split = self.split_max_size is not None or self.split_max_tensors is not None
+        return self.job(source).output if split or "{" in str(self.output) else self.output
 
     def types(self) -> TypeOptions:
         """Gives the options that choose types."""

@@ -237,4 +237,9 @@ def _written(artifact: Artifact) -> dict[str, Any]:
         for t in artifact.tensors
     ]
     outputs = [{"name": out.name, "sha256": out.sha256, "bytes": out.nbytes} for out in artifact.outputs]
-    return {"outputs": outputs, "tensors": tensors, "calibration": artifact.calibration}
+    return {
+        "outputs": outputs,
+        "tensors": tensors,
+        "calibration": artifact.calibration,
+        "mixture": artifact.mixture,
+    }

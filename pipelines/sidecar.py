@@ -58,11 +58,12 @@ def statement(
     timings: Mapping[str, Any],
     adapters: Sequence[Mapping[str, Any]] = (),
     calibration: Mapping[str, Any] | None = None,
+    mixture: Mapping[str, Any] | None = None,
     parameters: int = 0,
 ) -> dict[str, Any]:
-    """Builds the sidecar's contents (INTERFACE: Sidecar); `calibration` is there only where a text was used.
+    """Builds the sidecar's contents (INTERFACE: Sidecar).
 
-    `parameters` is the number of values in all tensors of the source.
+    `calibration` is there only where a text was used, `mixture` only where rules have chosen types; `parameters` is the number of values in all tensors of the source.
     """
     return {
         "_type": "https://in-toto.io/Statement/v1",
@@ -78,6 +79,7 @@ def statement(
         "outputs": list(outputs),
         "tensors": list(tensors),
         **({"calibration": dict(calibration)} if calibration else {}),
+        **({"mixture": dict(mixture)} if mixture else {}),
         "notes": list(notes),
         "parity": parity,
         "timings": dict(timings),

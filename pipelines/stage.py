@@ -118,6 +118,8 @@ class Artifact:
         judged_as: type whose parity limits hold, where it is not `ftype`: "F32" for what must be exact.
         calibration: the text that activations were gathered on, and how it was cut; empty where none was used.
         timings: what the stage says of its own time and memory.
+        mixture: how the types of the tensors were chosen: by whose rules, with which importance matrix; empty where no
+            rules have chosen them.
     """
 
     path: Path
@@ -129,6 +131,7 @@ class Artifact:
     judged_as: str = ""
     calibration: Mapping[str, Any] = field(default_factory=dict)
     timings: Mapping[str, Any] = field(default_factory=dict)
+    mixture: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

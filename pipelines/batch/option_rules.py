@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from quantpress.convert.gguf.file_types import FILE_TYPES
+from quantpress.convert.gguf.file_types import ALIASES, FILE_TYPES
 from quantpress.convert.onnx.options import BLOCK_SIZES, COMPUTE_TYPES, INT8_STYLES, PRECISIONS, TENSOR_TYPES
 from quantpress.convert.safetensors_writer import CAST_TYPES
 from quantpress.pipelines.judging import RUNTIMES
@@ -79,7 +79,9 @@ _ALIKE: Mapping[str, Rule] = MappingProxyType(
 
 _OWN: Mapping[tuple[str, str], Rule] = MappingProxyType(
     {
-        ("gguf", "outtype"): Rule((*FILE_TYPES, "auto"), folded=True),
+        ("gguf", "outtype"): Rule((*FILE_TYPES, *ALIASES, "auto"), folded=True),
+        ("gguf", "method"): Rule(("rtn", "gptq")),
+        ("gguf", "split_max_tensors"): _POSITIVE,
         ("onnx", "precision"): Rule(PRECISIONS),
         ("onnx", "compute_type"): Rule(COMPUTE_TYPES),
         ("onnx", "int8"): Rule(INT8_STYLES),
