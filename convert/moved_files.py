@@ -70,7 +70,7 @@ def put_back(folder: Path) -> None:
         remove(parent / name)
     if not noted or _stands(parent, noted, next(iter(noted))):
         return
-    for name in reversed(noted):  # again the first one last
+    for name in reversed(list(noted)):  # again the first one last
         if os.path.lexists(folder / _OLD / name) and not os.path.lexists(parent / name):
             (folder / _OLD / name).rename(parent / name)
     sync_folder(parent)
@@ -101,7 +101,7 @@ def _noted(folder: Path) -> Mapping[str, _Identity]:
         note = parse_json(read_bounded(folder / _NOTE), name=str(folder / _NOTE))
     except InputError:
         return {}
-    return {name: found for name, found in note.items() if Path(name).name == name}
+    return {name: found for name, found in note.items() if Path(name).name == name} if isinstance(note, dict) else {}
 
 
 def _stands(parent: Path, noted: Mapping[str, _Identity], name: str) -> bool:
