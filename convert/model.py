@@ -56,7 +56,7 @@ class Decoder:
         self._weight, self._adapt, self._linears = weight, adapt, linears
         self.traits = traits_of(spec, hyper)
         self._float32 = frozenset(row.slot for row in spec.tensors if row.role is Role.NORM)
-        self._tied = hyper.tied and any(row.tied_to for row in spec.tensors if row.role is Role.HEAD)
+        self.tied = hyper.tied and any(row.tied_to for row in spec.tensors if row.role is Role.HEAD)
         self._kept: dict[tuple[str, int], torch.Tensor | None] = {}
         self._kept_linears: dict[tuple[str, int], Linear | None] = {}
         self._turns: dict[tuple[bool, int, int], Turns] = {}
@@ -209,9 +209,9 @@ class Decoder:
         hidden = normalize(hidden, weight, bias, kind=self.spec.norm, eps=self.hyper.norm_eps)
         if observe is not None and (seen := observe("output.weight", hidden)) is not None:
             hidden = seen
-        packed = None if self._tied else self._linear("output.weight", -1)
+        packed = None if self.tied else self._linear("output.weight", -1)
         if packed is None:
-            rows = self._stored("token_embd.weight" if self._tied else "output.weight", -1)
+            rows = self._stored("token_embd.weight" if self.tied else "output.weight", -1)
             logits = self._times_rows(hidden, rows)
         else:
             logits = packed.run(hidden, None).float()
