@@ -63,7 +63,8 @@ def statement(
 ) -> dict[str, Any]:
     """Builds the sidecar's contents (INTERFACE: Sidecar).
 
-    `calibration` is there only where a text was used, `mixture` only where rules have chosen types; `parameters` is the number of values in all tensors of the source.
+    `calibration` is there only where a text was used, `mixture` only where rules have chosen types; `parameters` is the
+    number of values in all tensors of the source.
     """
     return {
         "_type": "https://in-toto.io/Statement/v1",
