@@ -28,6 +28,7 @@ COMMANDS = {
     "convert": "press a model into a file, and prove it",
     "demo": "the main job from end to end on a small model",
     "doctor": "versions, devices and runtimes on this machine",
+    "imatrix": "measure how much each input of a model's weights is used, for llama.cpp's types",
     "inspect": "what a model file holds, without reading its weights",
     "merge": "make adapters part of a model, and account for every tensor of them",
     "perplexity": "llama.cpp's perplexity of any model",

@@ -10,6 +10,7 @@ from typing import Any
 from quantpress.convert.checkpoint import Checkpoint
 from quantpress.pipelines.cancel import cancellable
 from quantpress.pipelines.gguf_stage import Gguf
+from quantpress.pipelines.imatrix_file import ImatrixFile
 from quantpress.pipelines.judging import JudgeOptions
 from quantpress.pipelines.machine import available_threads
 from quantpress.pipelines.onnx_stage import Onnx
@@ -221,6 +222,51 @@ def quantize(
         allow_nonfinite=allow_nonfinite,
     )  # fmt: skip
     return _pressed(model, stage, context, judge or JudgeOptions() if verify else None)
+
+
+def imatrix(
+    model: Checkpoint | Path | str,
+    output: Path | str,
+    *,
+    text: Path | str | None = None,
+    context: int | None = None,
+    chunks: int | None = None,
+    calibration_dtype: str | None = None,
+    force: bool = False,
+    device: str = "cpu",
+    max_memory: int | None = None,
+    threads: int | None = None,
+    progress: Progress = no_progress,
+    cancel: threading.Event | None = None,
+) -> Pressed:
+    """Runs a model on a text and writes how much each input of its weights is used, in llama.cpp's GGUF form.
+
+    Args:
+        model: an open checkpoint, merged or not, a folder, a GGUF file or a Hub id.
+        output: the file; may hold `{name}`.
+        text: UTF-8 text; None for a built-in one.
+        context: tokens of a chunk; None for 512.
+        chunks: at most so many chunks; None for the whole text.
+        calibration_dtype: "f32" or "bf16", how products are computed; None: bf16 where the processor has units for it.
+        force: replace an existing file.
+        device: where the model runs, "cpu" or "cuda".
+        max_memory: bytes that activations may take before they go to the disk; None for half of what is free.
+        threads: worker threads; the bytes do not depend on it.
+        progress: told how far the work has come.
+        cancel: set from another thread, stops the work; nothing half written is left.
+
+    Raises:
+        QuantpressError: an input, an option or the output cannot be used; `CancelledError` once `cancel` is set.
+    """
+    stage = ImatrixFile(
+        output=Path(output), text=None if text is None else Path(text), context=context, chunks=chunks,
+        calibration_dtype=calibration_dtype,
+    )  # fmt: skip
+    run = RunContext(
+        progress=cancellable(progress, cancel),
+        threads=threads or available_threads(), device=device, max_memory=max_memory, force=force,
+    )  # fmt: skip
+    return _pressed(model, stage, run, None)
 
 
 def _pressed(

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from quantpress.pipelines.batch.tasks import Event
     from quantpress.pipelines.inspection import inspect
     from quantpress.pipelines.judging import JudgeOptions
-    from quantpress.pipelines.library import export_gguf, export_onnx, export_safetensors, quantize
+    from quantpress.pipelines.library import export_gguf, export_onnx, export_safetensors, imatrix, quantize
     from quantpress.pipelines.parity import Parity
     from quantpress.pipelines.parity_limits import Limits
     from quantpress.pipelines.perplexity import Perplexity
@@ -102,6 +102,7 @@ __all__ = [
     "export_gguf",
     "export_onnx",
     "export_safetensors",
+    "imatrix",
     "inspect",
     "merge_lora",
     "open_adapter",
@@ -140,6 +141,7 @@ _HOMES = {
     "export_gguf": "pipelines.library",
     "export_onnx": "pipelines.library",
     "export_safetensors": "pipelines.library",
+    "imatrix": "pipelines.library",
     "inspect": "pipelines.inspection",
     "merge_lora": "convert.lora.merge",
     "open_adapter": "convert.lora.adapter",

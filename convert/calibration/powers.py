@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from quantpress.convert.arch.spec import ArchSpec, Hyperparameters, Role
 from quantpress.convert.calibration.activations import ActivationStore, Field
 from quantpress.convert.calibration.embedded import embedded
 from quantpress.convert.calibration.hessian import finite, power_of
@@ -25,12 +24,13 @@ from quantpress.convert.calibration.precision import products
 from quantpress.convert.calibration.workers import Workers
 from quantpress.convert.checkpoint import Checkpoint
 from quantpress.convert.files import shown
+from quantpress.convert.gguf.importance_names import head_name, layer_name
 from quantpress.convert.layer import STEPS, Layer, State, normalize, steps_of
 from quantpress.convert.model import Decoder
 from quantpress.convert.preflight import preflight
 from quantpress.quant.errors import InputError
 
-__all__ = ["HeadInput", "Powers", "gguf_name", "measure_powers"]
+__all__ = ["HeadInput", "Powers", "measure_powers"]
 
 _SLICE_TOKENS = 512  # that a thread takes at once, where windows are shorter; see `passes`
 _SLICE_VALUES = 2 << 20  # of the widest activation of a slice
@@ -60,7 +60,7 @@ class HeadInput:
 
     def __init__(self, weights: ModelWeights, device: torch.device) -> None:
         """Reads the last norm."""
-        self.name = _head_name(weights.spec, weights.hyper)
+        self.name = head_name(weights.spec, weights.hyper)
         self._kind, self._eps = weights.spec.norm, weights.hyper.norm_eps
         norm, bias = weights("output_norm.weight", -1), weights("output_norm.bias", -1)
         assert norm is not None, "every table has an output norm"
@@ -69,17 +69,6 @@ class HeadInput:
     def of(self, hidden: torch.Tensor) -> torch.Tensor:
         """Gives (..., hidden) float32 from the last layer's output of the same shape."""
         return normalize(hidden, self._norm, self._bias, kind=self._kind, eps=self._eps)
-
-
-def gguf_name(layer: int, slot: str) -> str:
-    """Gives the name in GGUF of a layer's weight."""
-    return f"blk.{layer}.{slot}"
-
-
-def _head_name(spec: ArchSpec, hyper: Hyperparameters) -> str:
-    tied = spec.gguf_head == "never" or (spec.gguf_head == "optional" and hyper.tied)
-    role = Role.EMBEDDING if tied else Role.HEAD
-    return next(row.gguf for row in spec.tensors if row.role is role)
 
 
 def measure_powers(
@@ -159,7 +148,7 @@ class _LayerRun:
             number, decoder.traits, decoder.hyper, loaded.narrow(loaded.values) if narrow else loaded.values,
             attention_type=torch.bfloat16 if narrow else None,
         )  # fmt: skip
-        names = tuple(tuple(gguf_name(number, slot) for slot in slots) for slots in steps_of(decoder.traits))
+        names = tuple(tuple(layer_name(number, slot) for slot in slots) for slots in steps_of(decoder.traits))
         head = HeadInput(weights, decoder.device) if number + 1 == decoder.hyper.layers else None
         widths = (dims["hidden"], dims["q"], dims["hidden"], dims["ffn"], *([dims["hidden"]] if head else []))
         turns = decoder.turns(number, 0, length)

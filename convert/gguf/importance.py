@@ -61,6 +61,32 @@ class ImportanceMatrix:
     chunk_size: int = 0
     name: str = ""
 
+    @classmethod
+    def measured(
+        cls, sums: Mapping[str, NDArray[np.float64]], *, tokens: int, length: int, dataset: str, name: str = ""
+    ) -> ImportanceMatrix:
+        """Makes it of sums that were measured in one run, see `calibration.powers`.
+
+        Args:
+            sums: name of a weight in GGUF -> (K,) float64 sum of squares of its inputs.
+            tokens: that were seen.
+            length: tokens of a window.
+            dataset: name of the text.
+            name: of the file.
+
+        Raises:
+            InputError: a sum is beyond float32.
+        """
+        counts = np.array([tokens], np.float32)
+        entries = {}
+        for weight, total in sums.items():
+            if not total.max(initial=0) < np.finfo(np.float32).max:  # NaN too
+                raise InputError(
+                    f"{shown(weight)}: the squares of its inputs sum up to {total.max():g}, beyond float32"
+                )
+            entries[weight] = Importance(total[None].astype(np.float32), counts)
+        return cls(entries, (dataset,), tokens // length, length, name)
+
     def of(self, name: str, shape: Sequence[int]) -> NDArray[np.float32] | None:
         """Gives what an error of a column of a tensor costs, as llama-quantize computes it (float32).
 

@@ -26,7 +26,7 @@ from quantpress.convert.hashed_output import Written
 from quantpress.quant.errors import InputError
 from quantpress.quant.ggml.types import ggml_type
 
-__all__ = ["read_importance", "write_importance"]
+__all__ = ["plan_importance", "read_importance", "write_importance"]
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _DATASETS, _CHUNKS, _CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
@@ -53,30 +53,34 @@ def read_importance(path: Path | str) -> ImportanceMatrix:
     return replace(matrix, name=path.name)
 
 
-def write_importance(path: Path | str, matrix: ImportanceMatrix, *, force: bool = False) -> Written:
+def write_importance(path: Path | str, matrix: ImportanceMatrix, *, force: bool = False, held: bool = False) -> Written:
     """Writes an importance matrix in llama.cpp's GGUF form, atomically; the bytes are llama-imatrix's own.
 
     Args:
         path: the output.
         matrix: sums and counts.
         force: replace an existing file.
+        held: the caller has the output's lock already, see `held_output`.
 
     Raises:
         LayoutError: a tensor's name is too long for GGUF.
         UsageError, BusyError, OutputError: see `atomic_file`.
     """
+    chunks = ((number, values) for number, (_, values) in enumerate(_parts(matrix)))
+    return write_container(path, plan_importance(matrix), chunks, force=force, held=held)
+
+
+def plan_importance(matrix: ImportanceMatrix) -> FilePlan:
+    """Gives header and table of the file; its size does not depend on the numbers."""
     metadata: dict[str, MetadataValue] = {
         "general.type": ("string", "imatrix"),
         _DATASETS: ("array[string]", list(matrix.datasets)),
         _CHUNKS: ("uint32", matrix.chunk_count),
         _CHUNK_SIZE: ("uint32", matrix.chunk_size),
     }
-    parts = list(_parts(matrix))
     kind = ggml_type("F32").type_id
-    slots = [Slot(name, _squeezed(values.shape), kind, values.nbytes) for name, values in parts]
-    return write_container(
-        path, FilePlan(metadata, slots), ((number, values) for number, (_, values) in enumerate(parts)), force=force
-    )
+    slots = [Slot(name, _squeezed(values.shape), kind, values.nbytes) for name, values in _parts(matrix)]
+    return FilePlan(metadata, slots)
 
 
 def _parts(matrix: ImportanceMatrix) -> Iterator[tuple[str, Array]]:

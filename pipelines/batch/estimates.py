@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from quantpress.convert.checkpoint import Checkpoint
 from quantpress.pipelines.batch.tasks import Estimate
+from quantpress.pipelines.imatrix_stage import Imatrix
 from quantpress.pipelines.judging import JudgeOptions
 from quantpress.pipelines.stage import Plan, PreparingStage, Stage
 from quantpress.pipelines.windows import DEFAULT_CONTEXT, default_chunks
@@ -21,8 +22,10 @@ _FLOAT = 4
 def preparing(stage: PreparingStage, source: Checkpoint, *, gpu: bool) -> Estimate:
     """Estimates work that is kept in the cache."""
     memory, work, kept = stage.needs(source)
-    tokens = _calibration_tokens(stage)
-    operations = 3.0 * 2 * source.parameters * tokens + 4096.0 * source.parameters  # passes; GPTQ's own products
+    if isinstance(stage, Imatrix):
+        operations = 2.0 * source.parameters * stage.text_tokens(source)
+    else:  # passes; GPTQ's own products
+        operations = 3.0 * 2 * source.parameters * _calibration_tokens(stage) + 4096.0 * source.parameters
     return Estimate(_seconds(operations, gpu=gpu) + _stream(source), memory, work + kept, kept, gpu)
 
 

@@ -35,6 +35,7 @@ BUILT_IN: Mapping[str, str] = MappingProxyType(
         "gptq": "quantpress.pipelines.codes_stage",
         "awq": "quantpress.pipelines.codes_stage",
         "smoothquant": "quantpress.pipelines.codes_stage",
+        "imatrix": "quantpress.pipelines.imatrix_stage",
         "gguf": "quantpress.pipelines.gguf_stage",
         "onnx": "quantpress.pipelines.onnx_stage",
         "safetensors": "quantpress.pipelines.safetensors_stage",
