@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantpress.quant.compiled import compiled
-from quantpress.quant.ggml.lanes import COLUMNS, writable
+from quantpress.quant.ggml.tiles import COLUMNS, writable
 
 __all__ = ["search_mxfp4"]
 

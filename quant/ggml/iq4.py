@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantpress.quant.compiled import compiled
-from quantpress.quant.ggml.lanes import (
+from quantpress.quant.ggml.tiles import (
     COLUMNS,
     LANES,
     TINY,
@@ -24,6 +24,7 @@ from quantpress.quant.ggml.lanes import (
     put_nibbles,
     rounded,
     squares,
+    take,
     weigh,
     writable,
 )
@@ -119,19 +120,17 @@ def _sums(tile: Array, weights: Array, inverse: Array, sum_qx: Array, sum_q2: Ar
 def _search_tile(tile: Array, weights: Array, extreme: Array, scales: Array, best: Array, work: Array) -> None:
     """Fills `scales` (64,) with the best of the scales that are tried; `best` (64,) and `work` (3, 64) are scratch."""
     inverse, sum_qx, sum_q2 = work[0], work[1], work[2]
-    for lane in range(LANES):
-        inverse[lane] = np.divide(_ONE, np.divide(-extreme[lane], _LOWEST))
-    _sums(tile, weights, inverse, sum_qx, sum_q2)
-    for lane in range(LANES):
-        scales[lane] = np.divide(sum_qx[lane], sum_q2[lane]) if sum_q2[lane] > _ZERO else _ZERO
-        best[lane] = scales[lane] * sum_qx[lane]
-    for step in range(-_TRIES, _TRIES + 1):
+    for step in range(-_TRIES - 1, _TRIES + 1):
+        first = step < -_TRIES  # the extreme value's place, found by another way: 1 / (max / 127), not 127 / max
         for lane in range(LANES):
             inverse[lane] = np.divide(np.float32(step) + _LOWEST, extreme[lane])
+            if first:
+                inverse[lane] = np.divide(_ONE, np.divide(-extreme[lane], _LOWEST))
         _sums(tile, weights, inverse, sum_qx, sum_q2)
         for lane in range(LANES):
-            if sum_q2[lane] > _ZERO and sum_qx[lane] * sum_qx[lane] > best[lane] * sum_q2[lane]:
-                scales[lane] = np.divide(sum_qx[lane], sum_q2[lane])
+            usable = sum_q2[lane] > _ZERO
+            if first or (usable and sum_qx[lane] * sum_qx[lane] > best[lane] * sum_q2[lane]):
+                scales[lane] = np.divide(sum_qx[lane], sum_q2[lane]) if usable else _ZERO
                 best[lane] = scales[lane] * sum_qx[lane]
 
 
@@ -143,7 +142,7 @@ def _find_scales(blocks: Array, importance: Array, first: int, energy: Array, sc
     for start in range(0, blocks.shape[0], LANES):
         count = min(LANES, blocks.shape[0] - start)
         gather(blocks, start, tile)
-        work[4, :count] = energy[start : start + count]
+        take(energy, start, work[4])
         weigh(tile, importance, first + start, work[4], weights)
         farthest(tile, work[3])
         _search_tile(tile, weights, work[3], work[5], work[6], work[:3])
@@ -208,7 +207,7 @@ def _encode(blocks: Array, inverse: Array, subs: int, head: int, out: Array) -> 
     for start in range(0, blocks.shape[0], LANES):
         count = min(LANES, blocks.shape[0] - start)
         gather(blocks, start, tile)
-        scale[:count] = inverse[start : start + count]
+        take(inverse, start, scale)
         for column in range(COLUMNS):
             for lane in range(LANES):
                 codes[column, lane] = _code(_level(scale[lane] * tile[column, lane]))

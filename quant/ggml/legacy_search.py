@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quantpress.quant.ggml.lanes import put_halves, squares, writable
 from quantpress.quant.ggml.minimum_search import encode_minimum
 from quantpress.quant.ggml.signed_search import encode_signed
+from quantpress.quant.ggml.tiles import put_halves, squares, writable
 
 __all__ = ["search_q4_0", "search_q4_1", "search_q5_0", "search_q5_1"]
 

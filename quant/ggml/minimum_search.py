@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantpress.quant.compiled import compiled
-from quantpress.quant.ggml.lanes import COLUMNS, LANES, gather, nearest, put_codes, weigh
+from quantpress.quant.ggml.tiles import COLUMNS, LANES, gather, nearest, put_codes, take, weigh
 
 __all__ = ["encode_minimum"]
 
@@ -109,27 +109,23 @@ def _search_tile(tile: Array, weights: Array, top: np.int32, found: Array, codes
     scale, low, chosen, chosen_low = found[0], found[1], found[2], found[3]
     high, best, error, inverse, new_scale, new_low = work[5], work[6], work[7], work[8], work[9], work[10]
     _range_and_sums(tile, weights, low, high, work[0], work[1])
-    for lane in range(LANES):
-        chosen[lane], chosen_low[lane] = np.divide(np.float32(top), high[lane] - low[lane]), low[lane]
-        scale[lane] = np.divide(_ONE, chosen[lane]) if high[lane] > low[lane] else _ZERO
-        # every code of a block without a range is 0, and no try may change that
-        chosen[lane] = chosen[lane] if high[lane] > low[lane] else _ZERO
-    _places(tile, low, chosen, top, codes)
-    _distance(tile, weights, scale, low, codes, best)
-    for lane in range(LANES):
-        best[lane] = best[lane] if high[lane] > low[lane] else _ZERO
-    for step in range(_TRIES):
-        numerator = _FIRST_TRY + _SPACING * np.float32(step) + np.float32(top)
+    for number in range(_TRIES + 1):
+        # first the grid over the whole range as it is, then those whose line is fitted to the codes
+        numerator = np.float32(top) if number == 0 else _FIRST_TRY + _SPACING * np.float32(number - 1) + np.float32(top)
         for lane in range(LANES):
             inverse[lane] = np.divide(numerator, high[lane] - low[lane])
         _places(tile, low, inverse, top, codes)
         _code_sums(tile, weights, codes, work[2], work[3], work[4])
         _fit(work[:5], new_scale, new_low)
+        for lane in range(LANES if number == 0 else 0):
+            new_scale[lane], new_low[lane] = np.divide(_ONE, inverse[lane]), low[lane]
         _distance(tile, weights, new_scale, new_low, codes, error)
         for lane in range(LANES):
-            if error[lane] < best[lane]:
-                best[lane], scale[lane] = error[lane], new_scale[lane]
-                chosen[lane], chosen_low[lane] = inverse[lane], low[lane]
+            # a block without a range keeps the scale 0, its minimum and codes of 0
+            empty = number == 0 and not high[lane] > low[lane]
+            if number == 0 or error[lane] < best[lane]:
+                best[lane], scale[lane] = (_ZERO, _ZERO) if empty else (error[lane], new_scale[lane])
+                chosen[lane], chosen_low[lane] = (_ZERO if empty else inverse[lane]), low[lane]
                 low[lane] = new_low[lane]
 
 
@@ -153,7 +149,7 @@ def encode_minimum(
     found, work = np.empty((4, LANES), np.float32), np.zeros((12, LANES), np.float32)
     for start in range(0, values.shape[0], LANES):
         count = min(LANES, values.shape[0] - start)
-        work[11, :count] = energy[start : start + count]
+        take(energy, start, work[11])
         gather(values, start, tile)
         weigh(tile, importance, start, work[11], weights)
         _search_tile(tile, weights, np.int32(top), found, places, work[:11])

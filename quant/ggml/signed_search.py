@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantpress.quant.compiled import compiled
-from quantpress.quant.ggml.lanes import COLUMNS, LANES, TINY, farthest, gather, put_codes, rounded, weigh
+from quantpress.quant.ggml.tiles import COLUMNS, LANES, TINY, farthest, gather, put_codes, rounded, take, weigh
 
 __all__ = ["encode_signed"]
 
@@ -48,22 +48,17 @@ def _search_tile(tile: Array, weights: Array, extreme: Array, top: np.float32, f
     """Fills `found` (2, 64) with each lane's scale and the inverse that gives its codes; `work` (4, 64) is scratch."""
     scales, chosen = found[0], found[1]
     inverse, sum_lx, sum_l2, best = work[0], work[1], work[2], work[3]
-    for lane in range(LANES):
-        chosen[lane] = np.divide(-top, extreme[lane])
-    _sums(tile, weights, chosen, top, sum_lx, sum_l2)
-    for lane in range(LANES):
-        scales[lane] = np.divide(sum_lx[lane], sum_l2[lane]) if sum_l2[lane] != _ZERO else _ZERO
-        best[lane] = scales[lane] * sum_lx[lane]
-    for step in range(-_TRIES, _TRIES + 1):
-        if step == 0:
-            continue
+    for number in range(2 * _TRIES + 1):
+        # the extreme value on the lowest code comes first, then the others in order
+        step = 0 if number == 0 else number - _TRIES - (1 if number <= _TRIES else 0)
         numerator = -(top + _SPACING * np.float32(step))
         for lane in range(LANES):
             inverse[lane] = np.divide(numerator, extreme[lane])
         _sums(tile, weights, inverse, top, sum_lx, sum_l2)
         for lane in range(LANES):
-            if sum_l2[lane] > _ZERO and sum_lx[lane] * sum_lx[lane] > best[lane] * sum_l2[lane]:
-                scales[lane] = np.divide(sum_lx[lane], sum_l2[lane])
+            better = sum_l2[lane] > _ZERO and sum_lx[lane] * sum_lx[lane] > best[lane] * sum_l2[lane]
+            if number == 0 or better:
+                scales[lane] = np.divide(sum_lx[lane], sum_l2[lane]) if sum_l2[lane] != _ZERO else _ZERO
                 best[lane] = scales[lane] * sum_lx[lane]
                 chosen[lane] = inverse[lane]
 
@@ -86,7 +81,7 @@ def encode_signed(values: Array, importance: Array, energy: Array, top: int, sca
     middle = np.float32(top)
     for start in range(0, values.shape[0], LANES):
         count = min(LANES, values.shape[0] - start)
-        work[4, :count] = energy[start : start + count]
+        take(energy, start, work[4])
         gather(values, start, tile)
         weigh(tile, importance, start, work[4], weights)
         farthest(tile, work[5])

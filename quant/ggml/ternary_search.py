@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantpress.quant.compiled import compiled
-from quantpress.quant.ggml.lanes import put_halves, writable
+from quantpress.quant.ggml.tiles import put_halves, writable
 
 __all__ = ["search_tq1_0", "search_tq2_0"]
 

@@ -24,12 +24,13 @@ __all__ = [
     "farthest",
     "gather",
     "nearest",
-    "put_high_bits",
     "put_codes",
     "put_halves",
+    "put_high_bits",
     "put_nibbles",
     "rounded",
     "squares",
+    "take",
     "weigh",
     "writable",
 ]
@@ -60,7 +61,8 @@ def put_halves(scales: Array, target: Array) -> NDArray[np.bool_]:
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         half = scales.astype("<f2")
     target[:, :2] = half.view(np.uint8).reshape(-1, 2)
-    return ~np.isfinite(half)
+    beyond: NDArray[np.bool_] = ~np.isfinite(half)
+    return beyond
 
 
 @compiled()
@@ -93,6 +95,16 @@ def gather(blocks: Array, first: int, tile: Array) -> None:
     for column in range(tile.shape[0]):
         for lane in range(count, tile.shape[1]):
             tile[column, lane] = _ZERO
+
+
+@compiled()
+def take(numbers: Array, first: int, lanes: Array) -> None:
+    """Fills `lanes` (64,) with `numbers` from `first` on; lanes past the end keep what they hold.
+
+    A slice that is assigned does the same and takes numba five seconds to compile, for its error message.
+    """
+    for lane in range(min(numbers.size - first, lanes.size)):
+        lanes[lane] = numbers[first + lane]
 
 
 @compiled()
