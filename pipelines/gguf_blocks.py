@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from quantpress.convert.gguf.importance import Importance, ImportanceMatrix
 from quantpress.convert.gguf.split import check_parts, whole_path
 from quantpress.convert.preflight import Preflight
 from quantpress.pipelines.default_text import BUILT_IN_NOTE
+from quantpress.pipelines.gguf_embedding import EmbeddingWork
 from quantpress.pipelines.hashing import hash_file
 from quantpress.pipelines.merge_stage import merge_records
 from quantpress.pipelines.quantize_calibration import Calibration, needs
@@ -36,7 +37,7 @@ from quantpress.quant.ggml.types import ggml_type
 
 if TYPE_CHECKING:
     from quantpress.convert.calibration.site import LayerMethod, LayerResult
-    from quantpress.convert.gguf.plan import TensorPlan
+    from quantpress.convert.gguf.plan import PlannedTensor, TensorPlan
     from quantpress.pipelines.gguf_stage import Gguf
     from quantpress.pipelines.layer_work import LayerWork
 
@@ -89,13 +90,18 @@ class GgufBlocks:
         chosen = [tensor for tensor in plan.tensors if tensor.source.name in linear]
         blocks = [tensor for tensor in chosen if ggml_type(tensor.type).block_size > 1]
         self._types = {tensor.source.name: tensor.type for tensor in blocks}
-        self._nbytes = sum(tensor.nbytes for tensor in blocks)
+        self._embedding = EmbeddingWork.of(source, plan, stage.seed)
+        self._nbytes = sum(tensor.nbytes for tensor in (*blocks, *self._embedded))
         if not any(kind in BLOCK_GRIDS for kind in self._types.values()):
             found = ", ".join(sorted({tensor.type for tensor in chosen}))
             raise UsageError(
                 f"--method gptq: the weights of {source.name} become {found} with --outtype {plan.outtype.lower()};"
                 f" codes are found for {', '.join(BLOCK_GRIDS)}"
             )
+
+    @property
+    def _embedded(self) -> tuple[PlannedTensor, ...]:
+        return () if self._embedding is None else (self._embedding.planned,)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -155,11 +161,11 @@ class GgufBlocks:
             require_space(target, nbytes + self.work_bytes)
             spool = Spool(work_folder(target), self._key(context))
             with spool.kept():
-                run_layers(self._work(context), calibration, spool, context)
+                run_layers(self._work(context, calibration, spool), calibration, spool, context)
                 yield self._made(spool, force, calibration)
             spool.remove()
 
-    def _work(self, context: RunContext) -> LayerWork:
+    def _work(self, context: RunContext, calibration: Calibration, spool: Spool) -> LayerWork:
         from quantpress.convert.calibration.block_methods import KquantGptqMethod
         from quantpress.pipelines.layer_work import LayerWork
         from quantpress.quant.gptq import GptqOptions
@@ -171,11 +177,14 @@ class GgufBlocks:
         )
         precision = stage.calibration_dtype or "f32"
         layers = self._checked.hyper.layers
-        return LayerWork(self._source, layers, method, self._types.__contains__, _stored, precision, powers=True)
+        first = None if self._embedding is None else partial(self._embedding.find, calibration, spool, context)
+        return LayerWork(
+            self._source, layers, method, self._types.__contains__, _stored, precision, powers=True, embedding=first
+        )
 
     def _made(self, spool: Spool, force: bool, calibration: Calibration) -> MadeBlocks:
         tensors = spool.tensors()
-        blocks = {name: tensors[name] for name in self._types}
+        blocks = {name: tensors[name] for name in (*(tensor.source.name for tensor in self._embedded), *self._types)}
         tokens = np.array([len(calibration.windows) * len(calibration.windows[0])], np.float32)
         seen = {
             name.removeprefix(_POWER): Importance(tensor.read()[None].astype(np.float32), tokens)

@@ -39,6 +39,8 @@ class LayerWork:
         stored: tensors, by their names in the spool, that a finished layer comes to.
         precision: of products, "f32" or "bf16".
         powers: measure the inputs of every linear weight and of the head, see `calibrate`.
+        embedding: gives the token embedding as the quantized model has it, where it is quantized too; called before the
+            first layer.
     """
 
     source: Checkpoint
@@ -48,6 +50,7 @@ class LayerWork:
     stored: Callable[[LayerResult], Mapping[str, Array]]
     precision: str = "f32"
     powers: bool = False
+    embedding: Callable[[], LazyTensor] | None = None
 
 
 def run_layers(work: LayerWork, calibration: Calibration, spool: Spool, context: RunContext) -> None:
@@ -64,6 +67,7 @@ def run_layers(work: LayerWork, calibration: Calibration, spool: Spool, context:
         return
     live.mkdir(exist_ok=True)
     save_memory()  # the text has been tokenized, and no worker has started
+    embedding = work.embedding() if work.embedding is not None and not first else None
     results = calibrate(
         with_checks(work.source),
         calibration.windows,
@@ -76,6 +80,7 @@ def run_layers(work: LayerWork, calibration: Calibration, spool: Spool, context:
         precision=work.precision,
         first_layer=first,
         powers=work.powers,
+        embedding=embedding,
         progress=partial(context.progress, "quantizing"),
     )
     for result in results:

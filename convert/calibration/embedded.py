@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from quantpress.convert.calibration.layer_weights import ModelWeights
+from quantpress.convert.checkpoint import LazyTensor
 from quantpress.convert.model import Decoder
 from quantpress.quant.errors import InputError
 
@@ -16,7 +17,10 @@ __all__ = ["embedded"]
 
 
 def embedded(
-    weights: ModelWeights, windows: Sequence[NDArray[np.int32]], device: torch.device
+    weights: ModelWeights,
+    windows: Sequence[NDArray[np.int32]],
+    device: torch.device,
+    embedding: LazyTensor | None = None,
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Gives the first layer's inputs; holds the embedding rows that occur, not the embedding.
 
@@ -24,6 +28,7 @@ def embedded(
         weights: of the model.
         windows: (T,) int32 token ids.
         device: where to compute.
+        embedding: rows that stand for the model's own.
 
     Yields:
         Number of a window's first token, and (T, hidden) float32.
@@ -35,7 +40,7 @@ def embedded(
     ids, places = np.unique(np.stack(windows), return_inverse=True)
     if ids[0] < 0 or ids[-1] >= hyper.vocab:
         raise InputError(f"token ids go from {ids[0]} to {ids[-1]}, the model has {hyper.vocab} tokens")
-    rows = weights.some_rows("token_embd.weight", ids)
+    rows = weights.some_rows("token_embd.weight", ids, embedding)
     positions = weights("position_embd.weight", -1)
     decoder = Decoder(
         lambda slot, _layer: rows if slot == "token_embd.weight" else positions, spec, hyper, device=device

@@ -49,9 +49,15 @@ class ModelWeights:
         # into memory of torch's own: products may differ in the last bit with the alignment of what they read
         return torch.empty(values.shape, dtype=torch.float32).copy_(values)
 
-    def some_rows(self, slot: str, rows: NDArray[np.integer]) -> torch.Tensor:
-        """Gives some rows of an embedding in the type they are known in, `rows` in rising order; reads part by part."""
-        tensor = self._found[slot, -1][1]
+    def some_rows(self, slot: str, rows: NDArray[np.integer], instead: LazyTensor | None = None) -> torch.Tensor:
+        """Gives some rows of an embedding in the type they are known in; reads part by part.
+
+        Args:
+            slot: of the embedding.
+            rows: in rising order.
+            instead: read in the place of the model's own.
+        """
+        tensor = instead or self._found[slot, -1][1]
         parts = []
         for start in range(0, tensor.rows, _ROWS):
             stop = min(start + _ROWS, tensor.rows)

@@ -25,12 +25,13 @@ from quantpress.convert.calibration.embedded import embedded
 from quantpress.convert.calibration.hessian import Statistics, finite
 from quantpress.convert.calibration.layer_weights import LayerWeights, ModelWeights
 from quantpress.convert.calibration.passes import Pair, Passes
-from quantpress.convert.calibration.powers import HeadInput, gguf_name
+from quantpress.convert.calibration.powers import HeadInput
 from quantpress.convert.calibration.site import Coded, LayerMethod, LayerResult, Site, SiteResult
 from quantpress.convert.calibration.windows import windows_sha256
 from quantpress.convert.calibration.workers import Workers
-from quantpress.convert.checkpoint import Array, Checkpoint
+from quantpress.convert.checkpoint import Array, Checkpoint, LazyTensor
 from quantpress.convert.files import shown
+from quantpress.convert.gguf.importance_names import layer_name
 from quantpress.convert.layer import DOWN, QKV, STEPS, Layer, steps_of
 from quantpress.convert.model import Decoder
 from quantpress.convert.preflight import preflight
@@ -45,7 +46,8 @@ _POWER = frozenset({"power"})
 def calibrate(
     checkpoint: Checkpoint, windows: Sequence[NDArray[np.int32]], method: LayerMethod, *,
     targets: Callable[[str], bool], threads: int, folder: Path, device: str = "cpu", max_memory: int | None = None,
-    precision: str = "f32", first_layer: int = 0, powers: bool = False, progress: Progress | None = None,
+    precision: str = "f32", first_layer: int = 0, powers: bool = False, embedding: LazyTensor | None = None,
+    progress: Progress | None = None,
 ) -> Iterator[LayerResult]:  # fmt: skip
     """Quantizes a model's layers one after the other.
 
@@ -67,6 +69,7 @@ def calibrate(
         first_layer: layer to begin with. If it is not 0, the folder must hold its inputs: see `load_chain`.
         powers: measure the sum of squared inputs of every linear weight and of the head, targets or not:
             `LayerResult.powers`.
+        embedding: the token embedding as the quantized model has it, where it is quantized too.
         progress: told the steps that are done and how many there are.
 
     Yields:
@@ -91,7 +94,7 @@ def calibrate(
         last = HeadInput(weights, decoder.device) if powers else None
         walk = _Walk(checkpoint.name, decoder, passes, workers, method, targets, precision == "bf16", last)
         head = Head(len(windows) * length, passes.chain_width, windows_sha256(windows))
-        passes.begin(_saved(folder, first_layer, head) if first_layer else embedded(weights, windows, decoder.device))
+        passes.begin(_saved(folder, first_layer, head) if first_layer else _first(weights, windows, embedding, both))
         layers, steps = checked.hyper.layers, len(STEPS)
         for number in range(first_layer, layers):
             tell = partial(_tell, progress, (number - first_layer) * steps, (layers - first_layer) * steps)
@@ -103,6 +106,19 @@ def calibrate(
 def _tell(progress: Progress | None, before: int, total: int, steps: int) -> None:
     if progress is not None:
         progress(before + steps, total)
+
+
+def _first(
+    weights: ModelWeights, windows: Sequence[NDArray[np.int32]], embedding: LazyTensor | None, both: bool
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Gives the first layer's inputs; where two streams begin otherwise, side by side."""
+    device = torch.device("cpu")
+    inputs = embedded(weights, windows, device, embedding)
+    if embedding is None or not both:
+        yield from inputs
+        return
+    for (start, values), (_, own) in zip(inputs, embedded(weights, windows, device), strict=True):
+        yield start, torch.cat((values, own), dim=1)
 
 
 def _saved(folder: Path, layer: int, head: Head) -> Iterator[tuple[int, torch.Tensor]]:
@@ -216,7 +232,7 @@ class _Walk:
             raise InputError(f"{self.name}: {where}: its inputs are not finite")
         if self.head is not None:
             power = seen["power"] if "power" in self.method.wants else seen.pop("power")
-            found.powers |= {gguf_name(pair.layer.index, slot): power for slot in slots}
+            found.powers |= {layer_name(pair.layer.index, slot): power for slot in slots}
         if not chosen:
             return ()
         site = Site(
