@@ -27,10 +27,15 @@ def export_gguf(
     *,
     outtype: str = "auto",
     tensor_types: Sequence[tuple[str, str]] = (),
+    imatrix: Path | str | None = None,
+    method: str | None = None,
+    calibration: Path | str | None = None,
     verify: bool = False,
     judge: JudgeOptions | None = None,
     force: bool = False,
     allow_nonfinite: bool = False,
+    device: str = "cpu",
+    max_memory: int | None = None,
     threads: int | None = None,
     progress: Progress = no_progress,
     cancel: threading.Event | None = None,
@@ -38,19 +43,26 @@ def export_gguf(
 ) -> Pressed:
     """Writes a model as a GGUF file, in one pass with bounded memory, and a sidecar beside it.
 
+    A call with method "gptq" that is interrupted goes on at the layer where it was when it is made again.
+
     Args:
         model: an open checkpoint, merged or not, a folder, a GGUF file or a Hub id.
         output: the file; may hold `{ftype}` and `{name}`.
-        outtype: "f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1" in any case, or "auto".
+        outtype: a type or mixture of llama.cpp's, "q4_k_m", "f16" and so on in any case, or "auto".
         tensor_types: pairs of a regular expression and a type; the first that is found in a GGUF name wins.
+        imatrix: importance matrix, llama.cpp's file of either form.
+        method: "rtn", each weight by itself, or "gptq", on a text; None for "rtn".
+        calibration: UTF-8 text for GPTQ; None for a built-in one.
         verify: run the file and compare it with the model.
         judge: how to judge, where `verify` is set.
         force: replace an existing file.
         allow_nonfinite: write NaN and infinities instead of refusing them.
+        device: where the model runs for a calibration, "cpu" or "cuda".
+        max_memory: bytes that activations may take before they go to the disk; None for half of what is free.
         threads: worker threads; the bytes do not depend on it.
         progress: told how far the work has come.
         cancel: set from another thread, stops the work; nothing half written is left.
-        options: further fields of `Gguf`: output_tensor_type, pure, override_kv, model_name and so on.
+        options: further fields of `Gguf`: output_tensor_type, pure, samples, split_max_size, model_name and so on.
 
     Returns:
         What was written and, with `verify`, the verdict.
@@ -59,13 +71,16 @@ def export_gguf(
         QuantpressError: an input, an option or the output cannot be used; `ParityError` if the verdict is not passed,
             `CancelledError` once `cancel` is set.
     """
-    stage = Gguf(output=Path(output), outtype=outtype, tensor_types=tuple(tensor_types), **options)
+    stage = Gguf(
+        output=Path(output), outtype=outtype, tensor_types=tuple(tensor_types), method=method,
+        imatrix=None if imatrix is None else Path(imatrix),
+        calibration=None if calibration is None else Path(calibration), **options,
+    )  # fmt: skip
     context = RunContext(
         progress=cancellable(progress, cancel),
-        threads=threads or available_threads(),
-        force=force,
+        threads=threads or available_threads(), device=device, max_memory=max_memory, force=force,
         allow_nonfinite=allow_nonfinite,
-    )
+    )  # fmt: skip
     return _pressed(model, stage, context, judge or JudgeOptions() if verify else None)
 
 
