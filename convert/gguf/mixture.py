@@ -183,10 +183,10 @@ class Mixture:
     def _wanted(self, matrix: Matrix, category: Category, state: _Walk) -> Choice:
         if matrix.role is Role.EMBEDDING and self._embedding:
             return Choice(self._embedding)
-        if matrix.role is Role.HEAD and self._head:
-            return Choice(self._head)
         if matrix.role is Role.HEAD and self._options.leave_output_tensor:
             return Choice(_as_stored(matrix.stored), "left as it is stored")
+        if matrix.role is Role.HEAD and self._head:
+            return Choice(self._head)
         if self.outtype not in _CONVERTER_TYPES and math.prod(matrix.shape[:-1]) == 1:
             return Choice(_as_stored(matrix.stored), "llama-quantize leaves a matrix of one row as it is stored")
         # A tensor that is named is not counted by the rules.
