@@ -7,6 +7,8 @@ from pathlib import Path
 
 from quantpress.convert.checkpoint import Checkpoint
 from quantpress.convert.files import shown
+from quantpress.convert.gguf.reader import open_gguf_file
+from quantpress.convert.gguf.split import PartName
 from quantpress.convert.onnx.read_folder import is_onnx
 from quantpress.convert.open import open_checkpoint
 from quantpress.pipelines.judging import JudgeOptions
@@ -64,6 +66,7 @@ def open_runtime(model: Checkpoint | Path, options: JudgeOptions, *, context: in
         model = open_checkpoint(model)
     if isinstance(model, Checkpoint):
         return TorchRuntime.of_checkpoint(model, device=device, max_memory=memory, as_served=True)
+    model = _first_part(model)
     if options.runtime != "torch":
         if find_llama_cpp() is not None:
             return LlamaCppRuntime(model, context=context, threads=options.threads or available_threads())
@@ -71,6 +74,12 @@ def open_runtime(model: Checkpoint | Path, options: JudgeOptions, *, context: in
             raise OutputError(f"--runtime llama.cpp: not found; {HOW_TO_INSTALL}")
         log.warning("llama.cpp is not installed: reading %s back with the gguf package instead", model.name)
     return TorchRuntime.of_gguf(model, device=device, max_memory=memory)
+
+
+def _first_part(path: Path) -> Path:
+    """Gives the file that runtimes open a split model by, for any part of it."""
+    name = PartName.of(path)
+    return path if name is None or name.number == 1 else open_gguf_file(path).paths[0]
 
 
 def ftype_of(artifact: Path) -> str:

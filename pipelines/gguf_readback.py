@@ -16,9 +16,11 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+from gguf.gguf_writer import SHARD_NAME_FORMAT
 
 from quantpress.convert.arch.registry import find_gguf_arch
 from quantpress.convert.arch.spec import GGUF_FACTORS, ArchSpec, Hyperparameters
+from quantpress.convert.files import inside
 from quantpress.convert.weights import Weight, as_torch
 from quantpress.quant.errors import InputError
 
@@ -88,17 +90,17 @@ def half_split_rows(values: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any,
 
 
 def read_back(path: Path) -> ReadBack:
-    """Opens a GGUF file with the `gguf` package.
+    """Opens a GGUF file, or all parts of one, with the `gguf` package.
+
+    Args:
+        path: the file; of a split model the first part.
 
     Raises:
         InputError: the package cannot read the file.
     """
-    try:
-        reader = gguf.GGUFReader(path)
-    except (ValueError, OSError, IndexError, KeyError) as error:
-        raise InputError(f"{path}: the gguf package cannot read it: {error}") from error
-    metadata = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    readers = _readers(path)
+    metadata = {name: field.contents() for name, field in readers[0].fields.items() if not name.startswith("GGUF.")}
+    tensors = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
 
     def values(name: str) -> np.ndarray[Any, Any]:
         tensor = tensors[name]
@@ -122,5 +124,27 @@ def read_back(path: Path) -> ReadBack:
             found = half_split_rows(found, heads[rotary[slot]])
         return as_torch(np.ascontiguousarray(found))
 
-    count = sum(int(tensor.n_elements) for tensor in reader.tensors)
+    count = sum(int(tensor.n_elements) for tensor in tensors.values())
     return ReadBack(spec, hyper, weight, count, {name: tensor.tensor_type.name for name, tensor in tensors.items()})
+
+
+def _readers(path: Path) -> list[gguf.GGUFReader]:
+    """Opens a file and, where it says that it is the first of several, the others by the names that llama.cpp gives."""
+    first = _reader(path)
+    field = first.fields.get(gguf.Keys.Split.LLM_KV_SPLIT_COUNT)
+    count = 1 if field is None else int(field.contents())
+    if count <= 1:
+        return [first]
+    ending = SHARD_NAME_FORMAT.format("", 1, count)
+    if not path.name.endswith(ending):
+        raise InputError(f"{path}: the first of {count} parts, whose name must end in {ending}")
+    stem = path.name.removesuffix(ending)
+    others = [inside(path.parent, SHARD_NAME_FORMAT.format(stem, number, count)) for number in range(2, count + 1)]
+    return [first, *map(_reader, others)]
+
+
+def _reader(path: Path) -> gguf.GGUFReader:
+    try:
+        return gguf.GGUFReader(path)
+    except (ValueError, OSError, IndexError, KeyError) as error:
+        raise InputError(f"{path}: the gguf package cannot read it: {error}") from error

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
+import re
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -113,5 +115,7 @@ def likely_weights(model: str) -> list[Path]:
     """Gives the files that opening a model will most likely read, found by their names alone."""
     path = Path(model)
     if path.suffix == ".gguf":
-        return [path] if path.is_file() else []
+        parts = re.fullmatch(r"(.*)-\d{5}(-of-\d{5}\.gguf)", path.name)
+        pattern = glob.escape(path.name) if parts is None else f"{glob.escape(parts[1])}-?????{parts[2]}"
+        return sorted(file for file in path.parent.glob(pattern) if file.is_file())
     return sorted(file for file in path.glob("*.safetensors") if file.is_file()) if path.is_dir() else []

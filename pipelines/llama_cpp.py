@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from quantpress.convert.gguf.split import PartName
 from quantpress.pipelines import llama_cpp_layouts as layouts
 from quantpress.pipelines.llama_cpp_find import HOW_TO_INSTALL, LlamaCpp, find_llama_cpp
 from quantpress.pipelines.llama_cpp_process import RefusedError, WorkerDiedError, WorkerProcess
@@ -129,7 +130,7 @@ class LlamaCppModel:
         """
         self.path = Path(path)
         self.context = 0 if vocab_only else context
-        nbytes = _regular_file_nbytes(self.path)
+        nbytes = _nbytes(self.path)
         library = _library(library)
         self._worker = WorkerProcess()
         try:
@@ -244,11 +245,14 @@ class LlamaCppRuntime(LlamaCppModel):
         self.close()
 
 
-def _regular_file_nbytes(path: Path) -> int:
+def _nbytes(path: Path) -> int:
+    """Gives the bytes of a file, or of all parts of a split model that are there."""
     try:
         status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise InputError(f"{path}: wanted a GGUF file, found something that is not a regular file")
+        name = PartName.of(path)
+        others = [] if name is None else [path.with_name(each) for each in name.names() if each != path.name]
+        return status.st_size + sum(each.stat().st_size for each in others if each.exists())
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    if not stat.S_ISREG(status.st_mode):
-        raise InputError(f"{path}: wanted a GGUF file, found something that is not a regular file")
-    return status.st_size

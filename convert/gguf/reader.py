@@ -74,14 +74,14 @@ def open_gguf_file(path: Path | str) -> GgufFile:
     try:
         count = _split_value(path, named, SPLIT_COUNT, default=1)
         paths = [path] if count <= 1 else _part_paths(path, count)
-        if paths[0] == path:
-            parts = [named]
-        else:
-            parts = []
-            named.file.close()
-        for number in range(len(parts), len(paths)):
-            parts.append(_open_part(_beside(path, paths[number]), number))
+        parts: list[Part] = []
+        for number, each in enumerate(paths):
+            parts.append(named if each == path and number == 0 else _open_part(_beside(path, each), number))
             files.append(parts[-1].file)
+            if count > 1:
+                _check_part(each, parts[-1], number, count)
+        if parts[0] is not named:
+            named.file.close()
         return _joined(paths, parts)
     except BaseException:
         _close(tuple(files))
@@ -92,8 +92,6 @@ def _joined(paths: list[Path], parts: list[Part]) -> GgufFile:
     metadata = parts[0].metadata
     tensors: dict[str, TensorInfo] = {}
     for number, part in enumerate(parts):
-        if len(parts) > 1:
-            _check_part(paths[number], part, number, len(parts))
         for tensor in part.tensors:
             if tensor.name in tensors:
                 raise InputError(f"{paths[number]}: tensor {shown(tensor.name)} is in an earlier part as well")

@@ -70,11 +70,8 @@ def find_standing(cache: Cache, material: Mapping[str, Any], path: str, hashes: 
 
 
 def _stands(record: Mapping[str, Any], path: str, hashes: FileHashes) -> bool:
-    output = Path(path)
-    wanted = {
-        (output / each["name"] if record["folder"] else output): (each["sha256"], each["bytes"])
-        for each in record["outputs"]
-    }
+    folder = Path(path) if record["folder"] else Path(path).parent  # several files may make one output
+    wanted = {folder / each["name"]: (each["sha256"], each["bytes"]) for each in record["outputs"]}
     if not all(file.is_file() and file.stat().st_size == size for file, (_, size) in wanted.items()):
         return False
     found = hashes.hashes(list(wanted))

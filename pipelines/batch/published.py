@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from quantpress.convert.files import read_bounded, shown
+from quantpress.convert.files import inside, read_bounded, shown
 from quantpress.convert.json_reader import parse_json
 from quantpress.pipelines.batch.listing import RemoteFile
 from quantpress.pipelines.batch.remote_output import (
@@ -75,7 +75,7 @@ def publish(local: Path, url: str, *, force: bool = False, progress: Progress = 
     it is an object store. The sidecar comes last.
 
     Args:
-        local: the file or folder, its sidecar beside or in it.
+        local: the file or folder, its sidecar beside or in it; the first file of a model that is split.
         url: of the output, its last part the output's own name.
         force: whether another output of quantpress there is replaced; one with the same hashes always is.
         progress: told bytes, on this thread; what it raises ends the transfer.
@@ -93,7 +93,7 @@ def publish(local: Path, url: str, *, force: bool = False, progress: Progress = 
     sidecar = sidecar_path(local)
     data = read_bounded(sidecar, MAX_SIDECAR)
     outputs = parse_json(data, name=str(sidecar)).get("outputs")
-    files = _local_files(local, sidecar)
+    files = _local_files(local, sidecar, outputs)
     with store_errors(url, OutputError):
         there = files_there(target)
         _check_replaceable(target, there, force=force, outputs=outputs)
@@ -105,10 +105,12 @@ def publish(local: Path, url: str, *, force: bool = False, progress: Progress = 
         return state_of(target, files_there(target))
 
 
-def _local_files(local: Path, sidecar: Path) -> dict[str, Path]:
-    """Gives every file but the sidecar: name there -> path here."""
+def _local_files(local: Path, sidecar: Path, outputs: object) -> dict[str, Path]:
+    """Gives every file but the sidecar: name there -> path here; a model that is split has several beside `local`."""
     if not local.is_dir():
-        return {local.name: local}
+        listed = outputs if isinstance(outputs, list) else []
+        names = [each["name"] for each in listed if isinstance(each, dict) and "name" in each]
+        return {name: inside(local.parent, name) for name in names if name != local.name} | {local.name: local}
     found = sorted(path for path in local.rglob("*") if path.is_file() and path != sidecar)
     return {path.relative_to(local).as_posix(): path for path in found}
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from quantpress.convert.gguf.split import PartName
 from quantpress.convert.json_reader import parse_json
 from quantpress.pipelines.batch.listing import RemoteFile, file_info, found_file
 from quantpress.pipelines.batch.stores import Place, is_url, name_of, open_place, shown_url, store_errors
@@ -39,13 +41,19 @@ class Target:
 
     Attributes:
         place: the folder that holds them.
-        output: name of the file, or "" where the output is the folder itself.
+        output: name of the file, or of the first of several; "" where the output is the folder itself.
         url: for messages.
     """
 
     place: Place
     output: str
     url: str
+
+    @property
+    def files(self) -> list[str]:
+        """Names of an output that is no folder: its own, and where that is the first of several files theirs too."""
+        name = PartName.of(Path(self.output))
+        return [self.output] if name is None else name.names()
 
     @property
     def sidecar(self) -> str:
@@ -93,7 +101,7 @@ def files_there(target: Target) -> dict[str, RemoteFile]:
     fs = target.place.fs
     fs.invalidate_cache()
     if target.output:
-        names = {target.output, target.sidecar, target.marker}
+        names = {*target.files, target.sidecar, target.marker}
         return {name: file for name in sorted(names) if (file := file_there(target, name)) is not None}
     root = target.place.path.rstrip("/") + "/"
     try:

@@ -1,7 +1,8 @@
 """How to run each output, for a model card: commands of llama.cpp, Ollama, vLLM, transformers and ONNX Runtime.
 
 Sources: llama.cpp, tools/cli/README.md, tools/completion/README.md and tools/server/README.md (llama-cli is for chats
-since the end of 2025, llama-completion for texts); vLLM, docs/features/quantization; transformers, quantizers/
+since the end of 2025, llama-completion for texts) and tools/gguf-split/README.md; vLLM, docs/features/quantization, and
+Ollama, issue 5245, for models in several files; transformers, quantizers/
 quantizer_{gptq,awq,compressed_tensors,bnb_4bit}.py for what must be installed; onnxruntime-genai, Python API.
 """
 
@@ -11,7 +12,9 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from quantpress.convert.gguf.split import whole_path
 from quantpress.pipelines.report.model_facts import ModelFacts
 from quantpress.pipelines.report.modelfile import modelfile
 from quantpress.pipelines.report.rows import Row
@@ -73,22 +76,26 @@ def _gguf(row: Row, facts: ModelFacts, base_model: str) -> tuple[Snippet, ...]:
     else:
         first = f"llama-completion -m {file} -p {shlex.quote(_PROMPT)} -n 64 -no-cnv"
     context = f" -c {min(facts.context, 8192)}" if facts.context else ""
-    tag = _model_tag(row.name)
+    whole, merge = _merged(row)
+    tag = _model_tag(whole)
     found = [
         Snippet("llama.cpp", "bash", f"{first}\nllama-server -m {file}{context} --port 8080"),
-        Snippet("Ollama: `Modelfile`", "", modelfile(row.name, facts)),
-        Snippet("Ollama", "bash", f"ollama create {tag} -f Modelfile\nollama run {tag}"),
+        Snippet("Ollama: `Modelfile`", "", modelfile(whole, facts)),
+        Snippet("Ollama", "bash", f"{merge}ollama create {tag} -f Modelfile\nollama run {tag}"),
     ]
     if base_model:
-        found.append(
-            Snippet(
-                "vLLM",
-                "bash",
-                f"pip install vllm vllm-gguf-plugin\nvllm serve ./{file} --tokenizer {shlex.quote(base_model)}",
-                "vLLM calls its GGUF support experimental.",
-            )
-        )
+        serve = f"vllm serve ./{shlex.quote(whole)} --tokenizer {shlex.quote(base_model)}"
+        install = "pip install vllm vllm-gguf-plugin"
+        found.append(Snippet("vLLM", "bash", f"{merge}{install}\n{serve}", "vLLM calls its GGUF support experimental."))
     return tuple(found)
+
+
+def _merged(row: Row) -> tuple[str, str]:
+    """Gives the name of the model as one file, and what makes it of several: Ollama and vLLM take one file only."""
+    if len(items(row.sidecar.get("outputs"))) < 2:
+        return row.name, ""
+    whole = whole_path(Path(row.name)).name
+    return whole, f"llama-gguf-split --merge {shlex.quote(row.name)} {shlex.quote(whole)}\n"
 
 
 def _model_tag(name: str) -> str:

@@ -58,6 +58,17 @@ def file_output(folder: Path, data: bytes = b"gguf" * 1000, seconds: float = 1.0
     return path
 
 
+def split_output(folder: Path, data: bytes = b"gguf" * 1000, count: int = 3) -> Path:
+    """A model in several files; the sidecar of the first speaks of all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"m-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
+    for number, path in enumerate(paths):
+        path.write_bytes(data + bytes([number]))
+    entries = [{"name": path.name, "sha256": str(hash(path.read_bytes())), "bytes": len(data) + 1} for path in paths]
+    (folder / f"{paths[0].name}.quantpress.json").write_bytes(sidecar_of(*entries))
+    return paths[0]
+
+
 def folder_output(path: Path, files: dict[str, bytes]) -> Path:
     for name, data in files.items():
         (path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -75,6 +86,34 @@ def test_a_file_and_its_sidecar_arrive(protocol: str, store: NotedStore, tmp_pat
     local = file_output(tmp_path)
     publish(local, f"{protocol}://bucket/v1/m-Q8_0.gguf")
     assert store.all() == {f"/bucket/v1/{name}": data for name, data in files_in(tmp_path).items()}
+
+
+def test_all_files_of_a_split_model_arrive(protocol: str, store: NotedStore, tmp_path: Path) -> None:
+    local = split_output(tmp_path)
+    (tmp_path / "n.gguf").write_bytes(b"another output beside it")
+    state = publish(local, f"{protocol}://bucket/v1/{local.name}")
+    wanted = {f"/bucket/v1/{name}": data for name, data in files_in(tmp_path).items() if name != "n.gguf"}
+    assert store.all() == wanted
+    assert sorted(state["files"]) == sorted(name.rpartition("/")[2] for name in wanted)
+    assert remote_state(f"{protocol}://bucket/v1/{local.name}") == state
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_any_file_of_a_split_model_needs_force_and_is_looked_after(
+    protocol: str, store: NotedStore, tmp_path: Path, number: int
+) -> None:
+    name = f"m-0000{number}-of-00003.gguf"
+    store.pipe_file(f"/bucket/{name}", b"theirs")
+    local = split_output(tmp_path)
+    url = f"{protocol}://bucket/{local.name}"
+    with pytest.raises(UsageError, match="the output exists; give --force"):
+        check_publishable(url, folder=False, force=False)
+    with pytest.raises(UsageError, match="the output exists; give --force"):
+        publish(local, url)
+    assert store.all() == {f"/bucket/{name}": b"theirs"}
+    state = publish(local, url, force=True)
+    store.pipe_file(f"/bucket/{name}", b"overwritten")
+    assert remote_state(url) != state
 
 
 def test_a_folder_arrives(protocol: str, store: NotedStore, tmp_path: Path) -> None:
@@ -136,12 +175,15 @@ def test_force_leaves_no_file_of_the_old_folder(protocol: str, store: NotedStore
     assert store.all() == {f"/bucket/m/{name}": data for name, data in files_in(local).items()}
 
 
-@pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.parametrize("kind", ["file", "split", "folder"])
 @pytest.mark.parametrize("succeed", [0, 1])
 def test_what_failed_half_way_has_no_sidecar_and_goes_on_without_force(
     protocol: str, store: NotedStore, tmp_path: Path, kind: str, succeed: int
 ) -> None:
-    local = file_output(tmp_path / "o") if kind == "file" else folder_output(tmp_path / "o/m", FOLDER)
+    if kind == "folder":
+        local = folder_output(tmp_path / "o/m", FOLDER)
+    else:
+        local = file_output(tmp_path / "o") if kind == "file" else split_output(tmp_path / "o")
     url = f"{protocol}://bucket/{local.name}"
     store.fail["put"] = succeed
     with pytest.raises(OutputError, match="put failed as the test wants"):

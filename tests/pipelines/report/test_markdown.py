@@ -110,6 +110,20 @@ def test_shell_commands_quote_names(tmp_path: Path) -> None:
     assert "ollama create my-model--rm--rf--home " in text
 
 
+def test_what_takes_one_file_only_is_given_a_split_model_merged(tmp_path: Path) -> None:
+    names = [f"my x-0000{number}-of-00002.gguf" for number in (1, 2)]
+    parts = sidecar(outputs=[{"name": name, "sha256": "ef" * 32, "bytes": 1088} for name in names])
+    text = card(batch(output(names[0], sidecar=parts)), tmp_path, job_0="org/model")
+    merge = f"llama-gguf-split --merge '{names[0]}' 'my x.gguf'\n"
+    llama_cpp, ollama, vllm = blocks(text, "bash")
+    assert llama_cpp.startswith(f"llama-completion -m '{names[0]}' ")
+    assert ollama.startswith(f"{merge}ollama create my-x -f Modelfile")
+    assert vllm.startswith(merge)
+    assert "vllm serve ./'my x.gguf'" in vllm
+    assert "FROM ./my x.gguf" in text
+    assert "--merge" not in card(batch(output()), tmp_path)
+
+
 @pytest.mark.slow
 def test_python_of_the_card_runs_beside_the_files(
     real_batch: BatchResult,
