@@ -14,6 +14,7 @@ from quantpress.convert.disk import remove
 from quantpress.convert.gguf.importance_file import read_importance, write_importance
 from quantpress.convert.json_reader import read_json
 from quantpress.pipelines.imatrix_work import (
+    MATRIX_NAME,
     TEXT_NOTE,
     ImatrixText,
     empty_matrix,
@@ -27,7 +28,7 @@ from quantpress.quant.errors import InputError
 
 __all__ = ["Imatrix"]
 
-_MATRIX, _RECORD = "imatrix.gguf", "imatrix.json"
+_RECORD = "imatrix.json"
 _LIVE = "live"  # folder for activations that do not fit into memory
 
 
@@ -79,7 +80,7 @@ class Imatrix(PreparingStage):
         require_space(folder, needs(source, stage)[1])
         live.mkdir(exist_ok=True)
         matrix = measure(source, stage, text, live, context)
-        write_importance(folder / _MATRIX, matrix, force=True)
+        write_importance(folder / MATRIX_NAME, matrix, force=True)
         write_file(folder / _RECORD, json.dumps(text.record()).encode(), force=True)
         remove(live)
 
@@ -92,7 +93,7 @@ class Imatrix(PreparingStage):
         if not (folder / _RECORD).is_file():
             raise InputError(f"{folder}: the importance matrix is not finished")
         record: dict[str, Any] = read_json(folder / _RECORD)
-        matrix = read_importance(folder / _MATRIX)
+        matrix = read_importance(folder / MATRIX_NAME)
         return Prepared(dataclasses.replace(source, importance=matrix), self._notes(), record)
 
     def _notes(self) -> tuple[str, ...]:

@@ -31,12 +31,25 @@ from quantpress.pipelines.stage import RunContext
 from quantpress.pipelines.windows import DEFAULT_CONTEXT, read_text, text_windows
 from quantpress.quant.errors import UsageError
 
-__all__ = ["TEXT_NOTE", "ImatrixText", "MeasureOptions", "empty_matrix", "filled", "measure", "needs", "text_tokens"]
+__all__ = [
+    "MATRIX_NAME",
+    "TEXT_NOTE",
+    "ImatrixText",
+    "MeasureOptions",
+    "empty_matrix",
+    "filled",
+    "measure",
+    "needs",
+    "text_tokens",
+]
 
 TEXT_NOTE = (
     "measured on the built-in text, Python's help topics: give a text like what the model will read with --text (in"
     " pipeline files: text)"
 )
+MATRIX_NAME = "imatrix.gguf"
+"""What a matrix is called in the files made with it, where a stage measured it."""
+
 _FLOAT = 4  # bytes
 _BASE_BYTES = 500 << 20  # torch, and what the slices under way take
 _BYTES_PER_TOKEN = 3  # of text, fewer than in any language that a model's tokenizer was made for
@@ -174,7 +187,7 @@ def empty_matrix(source: Checkpoint, stage: MeasureOptions) -> ImportanceMatrix:
         name: Importance(np.broadcast_to(one, (1, width)), one) for name, width in measured_widths(spec, hyper).items()
     }
     name = calibration_text().name if stage.text is None else stage.text.name
-    return ImportanceMatrix(entries, (name,), stage.chunks or 0, _context(source, stage.context))
+    return ImportanceMatrix(entries, (name,), stage.chunks or 1, _context(source, stage.context), MATRIX_NAME)
 
 
 def text_tokens(source: Checkpoint, stage: MeasureOptions) -> int:
