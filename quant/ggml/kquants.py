@@ -7,13 +7,15 @@ is a `search.Search`.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from quantpress.kernels.kquants.types import KQUANTS, SUPER, Steps
-from quantpress.quant.ggml.kquants_blocks import encode_signed, encode_with_minimum
+from quantpress.kernels.kquants.types import KQUANTS, Steps
+from quantpress.quant.ggml.kquants_blocks import Recipe, encode_signed, encode_with_minimum
+from quantpress.quant.ggml.kquants_tiles import make_tiles
 
 __all__ = ["search_q2_k", "search_q3_k", "search_q4_k", "search_q5_k", "search_q6_k"]
 
@@ -49,28 +51,36 @@ def search_q6_k(values: Floats, importance: Floats | None, first: int, out: Byte
 
 
 def _with_minimum(name: str, values: Floats, importance: Floats | None, first: int, out: Bytes) -> int:
-    kind = KQUANTS[name]
-    steps = kind.plain if importance is None else kind.weighted
-    assert steps is not None
-    tried = np.array([kind.top, *(_numerator(kind.top, steps, step) for step in range(steps.last + 1))], np.float32)
-    # libggml bounds the codes of scales in some of its functions only; it matters where a scale is negative
-    capped = name == "Q5_K" or (name == "Q4_K" and importance is None)
-    return int(
-        encode_with_minimum(
-            _plain(values), _flat(importance), first, _bytes(out), kind.block_bytes, kind.size, tried, steps.absolute,
-            _spread(kind.scale_top, 4), np.float32(kind.energy), capped,
-        )
-    )  # fmt: skip
+    tiles = make_tiles(KQUANTS[name].block_bytes)
+    recipe = _recipe(name, weighted=importance is not None)
+    return int(encode_with_minimum(_plain(values), _flat(importance), first, _bytes(out), recipe, tiles))
 
 
 def _signed(name: str, values: Floats, importance: Floats | None, first: int, out: Bytes) -> int:
+    tiles = make_tiles(KQUANTS[name].block_bytes)
+    recipe = _recipe(name, weighted=importance is not None)
+    return int(encode_signed(_plain(values), _flat(importance), first, _bytes(out), recipe, tiles))
+
+
+@lru_cache
+def _recipe(name: str, *, weighted: bool) -> Recipe:
     kind = KQUANTS[name]
-    return int(
-        encode_signed(
-            _plain(values), _flat(importance), first, _bytes(out), kind.block_bytes, _spread(kind.top, 9),
-            _spread(kind.scale_top, 9), np.float32(kind.energy),
-        )
-    )  # fmt: skip
+    steps = kind.weighted if weighted else kind.plain
+    if steps is None:
+        tried, scale_tried = _spread(kind.top, 9), _spread(kind.scale_top, 9)
+    else:
+        numerators = (_numerator(kind.top, steps, step) for step in range(steps.last + 1))
+        tried, scale_tried = np.array([kind.top, *numerators], np.float32), _spread(kind.scale_top, 4)
+    return Recipe(
+        block_bytes=kind.block_bytes,
+        size=kind.size,
+        tried=tried,
+        scale_tried=scale_tried,
+        by_size=steps is not None and steps.absolute,
+        # libggml bounds the codes of scales in some of its functions only; it matters where a scale is negative
+        capped=name == "Q5_K" or (name == "Q4_K" and not weighted),
+        energy=np.float32(kind.energy),
+    )
 
 
 def _numerator(top: int, steps: Steps, step: int) -> np.float32:

@@ -1,222 +1,89 @@
 """Whole K-quant blocks, sixteen side by side, compiled by numba: searches, scales of scales, codes, bytes.
 
-Sources: as `kquants`. Tiles: see `kquants_lanes`.
+Sources: as `kquants`. Tiles: see `kquants_tiles`.
 """
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from quantpress.quant.compiled import compiled
 from quantpress.quant.ggml.kquants_bytes import (
-    pack_half, pack_nibbles, pack_pairs, pack_six_bit_codes, pack_six_bits, pack_top_bit, unpack_six_bits, write_bytes,
-)  # fmt: skip
-from quantpress.quant.ggml.kquants_lanes import (
-    clamped, improve_signed, scales_by_search, search_signed, search_with_minimum,
-)  # fmt: skip
-from quantpress.quant.lanes import (
-    LANES, Mask, Vector, absolute, both, half_bits, join_bits, load, load_transposed, nearest, root, select, set_lanes,
-    splat, store, take_bits,
-)  # fmt: skip
+    pack_half,
+    pack_nibbles,
+    pack_pairs,
+    pack_scale_nibbles,
+    pack_signed_scales,
+    pack_six_bit_codes,
+    pack_six_bits,
+    pack_top_bit,
+    unpack_six_bits,
+    write_bytes,
+)
+from quantpress.quant.ggml.kquants_lanes import clamped, improve_signed, search_signed, search_with_minimum
+from quantpress.quant.ggml.kquants_scales import (
+    cap,
+    clear_small,
+    scales_by_greatest,
+    scales_by_search,
+    signed_bytes_by_farthest,
+    signed_scales_by_farthest,
+)
+from quantpress.quant.ggml.kquants_tiles import (
+    ALL_LANES,
+    SUPER,
+    Tiles,
+    gather,
+    gather_importance,
+    square,
+    sums,
+    weigh,
+    weigh_plainly,
+)
+from quantpress.quant.lane_bits import half_bits, nearest, take_bits
+from quantpress.quant.lanes import LANES, Vector, load, part, select, set_lanes, splat, store
 
-__all__ = ["encode_signed", "encode_with_minimum"]
+__all__ = ["Recipe", "encode_signed", "encode_with_minimum"]
 
 Array = NDArray[Any]
 
-_SUPER: Final = 256  # weights of a block
 _SIGNED: Final = 16  # weights of a sub-block of Q3_K and Q6_K, and such sub-blocks of a block
-_ALL: Final = (1 << LANES) - 1
 _ZERO: Final = np.float32(0)
-_ONE: Final = np.float32(1)
-_INFINITE: Final = np.float32(np.inf)
-_TINY: Final = np.float32(1e-15)  # GROUP_MAX_EPS
-# No type reaches this (Q6_K: 65504 * 128 * 32), and the squares of what is below stay far inside float32.
-_LARGEST: Final = np.float32(1 << 29)
 
 
-@compiled()
-def _tile(rows: int) -> Array:
-    return np.zeros(rows * LANES, np.float32)
+class Recipe(NamedTuple):
+    """How a type is searched.
+
+    Attributes:
+        block_bytes: bytes of a block.
+        size: weights of a sub-block.
+        tried: (T,) float32, what is tried for a sub-block, divided by its range; the first is the greatest code, or for
+            types without a minimum the middle one.
+        scale_tried: as `tried`, for the scales of a block.
+        by_size: errors count by their size, not their square.
+        capped: the codes of scales are bounded.
+        energy: what the mean square of a block counts in the weights with importance.
+    """
+
+    block_bytes: int
+    size: int
+    tried: Array
+    scale_tried: Array
+    by_size: bool
+    capped: bool
+    energy: np.float32
 
 
-@compiled()
-def _gather(values: Array, blocks: int, start: int, spare: Array, tile: Array) -> int:
-    """Turns sixteen blocks into a tile, zeros after the last; gives the lanes with values that no type holds."""
-    starts = np.empty(LANES, np.int64)
-    whole = blocks - start >= LANES
-    for lane in range(LANES):
-        starts[lane] = (start + lane) * _SUPER if whole else lane * _SUPER
-    if not whole:
-        spare[:] = _ZERO
-        left = (blocks - start) * _SUPER
-        spare[:left] = values[start * _SUPER : start * _SUPER + left]
-    for column in range(0, _SUPER, LANES):
-        if whole:
-            load_transposed(values, starts, column, tile, column * LANES)
-        else:
-            load_transposed(spare, starts, column, tile, column * LANES)
-    held = splat(_ZERO) == splat(_ZERO)
-    for row in range(_SUPER):
-        held = both(held, absolute(load(tile, row * LANES)) <= splat(_LARGEST))
-    return _ALL ^ set_lanes(held)
+@part
+def _unstorable(step: Vector) -> int:
+    """The lanes whose step is beyond float16."""
+    return ALL_LANES ^ set_lanes(take_bits(half_bits(step), 10, 31) < splat(np.float32(31)))
 
 
-@compiled()
-def _gather_importance(importance: Array, first: int, tile: Array) -> None:
-    """The importance of sixteen blocks, the first of which is number `first` of a row (or of those after it)."""
-    starts = np.empty(LANES, np.int64)
-    period = importance.size // _SUPER
-    for lane in range(LANES):
-        starts[lane] = ((first + lane) % period) * _SUPER
-    for column in range(0, _SUPER, LANES):
-        load_transposed(importance, starts, column, tile, column * LANES)
-
-
-@compiled()
-def _weigh(values: Array, weights: Array, energy: np.float32) -> None:
-    """Multiplies importance by the root of a weight's energy and the block's."""
-    total = splat(_ZERO)
-    for row in range(_SUPER):
-        value = load(values, row * LANES)
-        total = total + value * value
-    level = splat(energy) * total / splat(np.float32(_SUPER))
-    for row in range(_SUPER):
-        value = load(values, row * LANES)
-        store(weights, row * LANES, load(weights, row * LANES) * root(level + value * value))
-
-
-@compiled()
-def _weigh_plainly(values: Array, weights: Array, size: int) -> None:
-    """The weights without importance of types with a minimum."""
-    for base in range(0, _SUPER, size):
-        level = splat(_ZERO)
-        if size == 32:
-            for row in range(base, base + size):
-                value = load(values, row * LANES)
-                level = level + value * value
-            level = root(level / splat(np.float32(size)))
-        for row in range(base, base + size):
-            store(weights, row * LANES, level + absolute(load(values, row * LANES)))
-
-
-@compiled()
-def _square(values: Array, weights: Array) -> None:
-    for row in range(_SUPER):
-        value = load(values, row * LANES)
-        store(weights, row * LANES, value * value)
-
-
-@compiled()
-def _sums(weights: Array, size: int, totals: Array) -> int:
-    """Sums of sub-blocks; gives the lanes whose sums are finite."""
-    finite = splat(_ZERO) == splat(_ZERO)
-    for number in range(_SUPER // size):
-        total = splat(_ZERO)
-        for row in range(number * size, (number + 1) * size):
-            total = total + load(weights, row * LANES)
-        store(totals, number * LANES, total)
-        finite = both(finite, total < splat(_INFINITE))
-    return set_lanes(finite)
-
-
-@compiled()
-def _scales_by_greatest(values: Array, count: int, top: np.float32, codes: Array) -> Vector:
-    """The step that makes the greatest scale (or minimum) `top`, and codes for it that are stored as bytes."""
-    greatest = splat(_ZERO)
-    for row in range(count):
-        value = load(values, row * LANES)
-        greatest = select(value > greatest, value, greatest)
-    some = greatest > splat(_ZERO)
-    inverse = select(some, splat(top) / greatest, splat(_ZERO))
-    for row in range(count):
-        store(codes, row * LANES, take_bits(nearest(inverse * load(values, row * LANES)), 0, 255))
-    return greatest / splat(top)
-
-
-@compiled()
-def _farthest_scale(scales: Array) -> Vector:
-    greatest, found = splat(_ZERO), splat(_ZERO)
-    for row in range(_SIGNED):
-        scale = load(scales, row * LANES)
-        farther = absolute(scale) > greatest
-        greatest, found = select(farther, absolute(scale), greatest), select(farther, scale, found)
-    return found
-
-
-@compiled()
-def _signed_scales_by_farthest(scales: Array, top: np.float32, codes: Array) -> Vector:
-    """The step that makes the farthest scale -top, and codes for it from 0 (which is -top)."""
-    extreme = _farthest_scale(scales)
-    inverse = splat(-top) / extreme
-    some = extreme != splat(_ZERO)
-    for row in range(_SIGNED):
-        code = nearest(inverse * load(scales, row * LANES))
-        code = clamped(code, splat(-top), splat(top - _ONE)) + splat(top)
-        store(codes, row * LANES, select(some, code, splat(_ZERO)))
-    return select(some, splat(_ONE) / inverse, splat(_ZERO))
-
-
-@compiled()
-def _signed_bytes_by_farthest(scales: Array, codes: Array) -> Vector:
-    """The step that makes the farthest scale -128, and codes for it, at most 127."""
-    inverse = splat(np.float32(-128)) / _farthest_scale(scales)
-    for row in range(_SIGNED):
-        code = nearest(inverse * load(scales, row * LANES))
-        store(codes, row * LANES, select(code > splat(np.float32(127)), splat(np.float32(127)), code))
-    return splat(_ONE) / inverse
-
-
-@compiled()
-def _clear(packed: Array, scales: Array) -> None:
-    """Zeros for blocks of Q6_K whose scales are all next to 0."""
-    nothing = absolute(_farthest_scale(scales)) < splat(_TINY)
-    if set_lanes(nothing):
-        for row in range(packed.size // LANES):
-            store(packed, row * LANES, select(nothing, splat(_ZERO), load(packed, row * LANES)))
-
-
-@compiled()
-def _pack_scale_nibbles(scales: Array, minima: Array, packed: Array) -> None:
-    """Scales and minima of Q2_K into the first rows, and what a reader finds there."""
-    for row in range(_SIGNED):
-        byte = join_bits(load(scales, row * LANES), load(minima, row * LANES), 4)
-        store(packed, row * LANES, byte)
-        store(scales, row * LANES, take_bits(byte, 0, 15))
-        store(minima, row * LANES, take_bits(byte, 4, 15))
-
-
-@compiled()
-def _pack_signed_scales(codes: Array, packed: Array, row: int) -> None:
-    """Sixteen scales of six bits into twelve rows: low nibbles of 0 to 7 and 8 to 15, then upper pairs by fours."""
-    for number in range(8):
-        first, second = load(codes, number * LANES), load(codes, (number + 8) * LANES)
-        store(packed, (row + number) * LANES, join_bits(take_bits(first, 0, 15), take_bits(second, 0, 15), 4))
-    for number in range(4):
-        byte = splat(_ZERO)
-        for part in range(4):
-            byte = join_bits(byte, take_bits(load(codes, (4 * part + number) * LANES), 4, 3), 2 * part)
-        store(packed, (row + 8 + number) * LANES, byte)
-
-
-@compiled()
-def _requantize(values: Array, base: int, size: int, step: Vector, offset: Vector, low: np.float32, high: np.float32,
-                codes: Array) -> None:  # fmt: skip
-    """Codes from `low` for the step that a reader finds; where it is 0 they stay."""
-    least, kept = splat(low), step == splat(_ZERO)
-    for row in range(base, base + size):
-        code = clamped(nearest((load(values, row * LANES) + offset) / step), least, splat(high)) - least
-        store(codes, row * LANES, select(kept, load(codes, row * LANES), code))
-
-
-@compiled()
-def _finite_half(step: Vector) -> Mask:
-    return take_bits(half_bits(step), 10, 31) < splat(np.float32(31))
-
-
-@compiled()
+@part
 def _ones(lanes: int, blocks: int) -> int:
     found = 0
     for lane in range(blocks):
@@ -224,18 +91,42 @@ def _ones(lanes: int, blocks: int) -> int:
     return found
 
 
-@compiled()
-def _cap(codes: Array, count: int, top: np.float32) -> None:
-    for row in range(count):
-        code = load(codes, row * LANES)
-        store(codes, row * LANES, select(code > splat(top), splat(top), code))
+@part
+def _requantize(tiles: Tiles, base: int, size: int, step: Vector, offset: Vector, low: np.float32,
+                high: np.float32) -> None:  # fmt: skip
+    """Codes from `low` for the step that a reader finds; where it is 0 they stay."""
+    least, kept = splat(low), step == splat(_ZERO)
+    for row in range(base, base + size):
+        code = clamped(nearest((load(tiles.values, row * LANES) + offset) / step), least, splat(high)) - least
+        store(tiles.codes, row * LANES, select(kept, load(tiles.codes, row * LANES), code))
+
+
+@part
+def _pack_with_minimum(tiles: Tiles, step: Vector, offset: Vector, recipe: Recipe) -> None:
+    """Scales, codes for what a reader finds of them, and all bytes of the blocks."""
+    size, count, packed = recipe.size, SUPER // recipe.size, tiles.packed
+    head = recipe.block_bytes - 4 if size == 16 else 0
+    step, offset = pack_half(step, packed, head), pack_half(offset, packed, head + 2)
+    if size == 16:
+        pack_scale_nibbles(tiles.scale_codes, tiles.min_codes, packed)
+    else:
+        pack_six_bits(tiles.scale_codes, tiles.min_codes, packed, 4)
+        unpack_six_bits(packed, 4, tiles.scale_codes, tiles.min_codes)
+    for number in range(count):
+        scale = step * load(tiles.scale_codes, number * LANES)
+        minimum = offset * load(tiles.min_codes, number * LANES)
+        _requantize(tiles, number * size, size, scale, minimum, _ZERO, recipe.tried[0])
+    if size == 16:
+        pack_pairs(tiles.codes, packed, count)
+    elif recipe.tried[0] == np.float32(15):
+        pack_nibbles(tiles.codes, packed, 16)
+    else:
+        pack_top_bit(tiles.codes, np.float32(16), packed, 16)
+        pack_nibbles(tiles.codes, packed, 48)
 
 
 @compiled()
-def encode_with_minimum(
-    values: Array, importance: Array, first: int, out: Array, width: int, size: int, tried: Array, by_size: bool,
-    scale_tried: Array, energy: np.float32, capped: bool,
-) -> int:  # fmt: skip
+def encode_with_minimum(values: Array, importance: Array, first: int, out: Array, recipe: Recipe, tiles: Tiles) -> int:
     """Writes blocks of Q2_K, Q4_K or Q5_K.
 
     Args:
@@ -243,128 +134,90 @@ def encode_with_minimum(
         importance: flat float32 of a row's blocks; empty: without.
         first: number of the first block, from the start of a row.
         out: flat uint8.
-        width: bytes of a block.
-        size: weights of a sub-block.
-        tried: as in `search_with_minimum`.
-        by_size: as there.
-        scale_tried: as in `scales_by_search`.
-        energy: what the mean square of a block counts in the weights with importance.
-        capped: whether the codes of scales are bounded.
+        recipe: of the type.
+        tiles: to work in.
 
     Returns:
         Blocks that could not be stored.
     """
-    blocks, count, top, scale_top = values.size // _SUPER, _SUPER // size, tried[0], scale_tried[0]
-    spare, tile, weights = np.empty(_SUPER * LANES, np.float32), _tile(_SUPER), _tile(_SUPER)
-    codes, work, packed = _tile(_SUPER), _tile(size), _tile(-(-width // LANES) * LANES)
-    scales, minima, totals, scale_codes, min_codes = (
-        _tile(count),
-        _tile(count),
-        _tile(count),
-        _tile(count),
-        _tile(count),
-    )
-    lines = np.empty(packed.size, np.uint8)
-    wild = 0
+    blocks, size, count, wild = values.size // SUPER, recipe.size, SUPER // recipe.size, 0
+    weighted = importance.size > 0
     for start in range(0, blocks, LANES):
-        bad = _gather(values, blocks, start, spare, tile)
-        if importance.size > 0:
-            _gather_importance(importance, first + start, weights)
-            _weigh(tile, weights, energy)
-            bad |= _ALL ^ _sums(weights, size, totals)
+        bad = gather(values, start, tiles)
+        if weighted:
+            gather_importance(importance, first + start, tiles)
+            weigh(tiles.values, tiles.weights, recipe.energy)
+            bad |= ALL_LANES ^ sums(tiles.weights, size, tiles.totals)
         else:
-            _weigh_plainly(tile, weights, size)
+            weigh_plainly(tiles.values, tiles.weights, size)
         for number in range(count):
-            search_with_minimum(
-                tile, weights, number * size, size, tried, importance.size > 0, by_size, work, codes, scales, minima,
-                number,
-            )  # fmt: skip
-        if importance.size > 0:
-            step = scales_by_search(scales, totals, count, scale_tried, scale_codes)
-            offset = scales_by_search(minima, totals, count, scale_tried, min_codes)
+            search_with_minimum(tiles, number, size, recipe.tried, weighted, recipe.by_size)
+        if weighted:
+            step = scales_by_search(tiles.scales, tiles.totals, count, recipe.scale_tried, tiles.scale_codes)
+            offset = scales_by_search(tiles.minima, tiles.totals, count, recipe.scale_tried, tiles.min_codes)
         else:
-            step = _scales_by_greatest(scales, count, scale_top, scale_codes)
-            offset = _scales_by_greatest(minima, count, scale_top, min_codes)
-        if capped:
-            _cap(scale_codes, count, scale_top)
-            _cap(min_codes, count, scale_top)
-        bad |= _ALL ^ set_lanes(both(_finite_half(step), _finite_half(offset)))
-        head = _SUPER // size + _SUPER // 4 if size == 16 else 0
-        step, offset = pack_half(step, packed, head), pack_half(offset, packed, head + 2)
-        if size == 16:
-            _pack_scale_nibbles(scale_codes, min_codes, packed)
-        else:
-            pack_six_bits(scale_codes, min_codes, packed, 4)
-            unpack_six_bits(packed, 4, scale_codes, min_codes)
-        for number in range(count):
-            place = number * LANES
-            _requantize(tile, number * size, size, step * load(scale_codes, place), offset * load(min_codes, place),
-                        _ZERO, top, codes)  # fmt: skip
-        if size == 16:
-            pack_pairs(codes, packed, count)
-        elif top == np.float32(15):
-            pack_nibbles(codes, packed, 16)
-        else:
-            pack_top_bit(codes, np.float32(16), packed, 16)
-            pack_nibbles(codes, packed, 48)
+            step = scales_by_greatest(tiles.scales, count, recipe.scale_tried[0], tiles.scale_codes)
+            offset = scales_by_greatest(tiles.minima, count, recipe.scale_tried[0], tiles.min_codes)
+        if recipe.capped:
+            cap(tiles.scale_codes, count, recipe.scale_tried[0])
+            cap(tiles.min_codes, count, recipe.scale_tried[0])
+        _pack_with_minimum(tiles, step, offset, recipe)
         here = min(LANES, blocks - start)
-        write_bytes(packed, here, width, lines, out, start)
-        wild += _ones(bad, here)
+        write_bytes(tiles, here, recipe.block_bytes, out, start)
+        wild += _ones(bad | _unstorable(step) | _unstorable(offset), here)
     return wild
 
 
-@compiled()
-def encode_signed(
-    values: Array, importance: Array, first: int, out: Array, width: int, tried: Array, scale_tried: Array,
-    energy: np.float32,
-) -> int:  # fmt: skip
-    """Writes blocks of Q3_K or Q6_K; arguments as `encode_with_minimum`.
+@part
+def _pack_signed(tiles: Tiles, step: Vector, recipe: Recipe) -> None:
+    """Codes for the scales that a reader finds, and all bytes of the blocks."""
+    packed, top, six = tiles.packed, recipe.tried[0], recipe.tried[0] == np.float32(32)
+    step = pack_half(step, packed, recipe.block_bytes - 2)
+    for number in range(_SIGNED):
+        code = load(tiles.scale_codes, number * LANES)
+        code = code if six else code - splat(recipe.scale_tried[0])
+        _requantize(tiles, number * _SIGNED, _SIGNED, step * code, splat(_ZERO), -top, top - np.float32(1))
+    if six:
+        pack_six_bit_codes(tiles.codes, packed, 0)
+        for number in range(_SIGNED):
+            store(packed, (192 + number) * LANES, take_bits(load(tiles.scale_codes, number * LANES), 0, 255))
+        clear_small(packed, tiles.scales)
+    else:
+        pack_top_bit(tiles.codes, np.float32(4), packed, 0)
+        pack_pairs(tiles.codes, packed, 32)
+        pack_signed_scales(tiles.scale_codes, packed, 96)
 
-    `energy` is 0 where the importance is the weight, for Q6_K.
-    """
-    blocks, top, six = values.size // _SUPER, tried[0], tried[0] == np.float32(32)
-    spare, tile, weights = np.empty(_SUPER * LANES, np.float32), _tile(_SUPER), _tile(_SUPER)
-    codes, work, packed = _tile(_SUPER), _tile(_SIGNED), _tile(-(-width // LANES) * LANES)
-    scales, totals, scale_codes, steps = _tile(_SIGNED), _tile(_SIGNED), _tile(_SIGNED), _tile(1)
-    lines = np.empty(packed.size, np.uint8)
-    wild = 0
+
+@compiled()
+def encode_signed(values: Array, importance: Array, first: int, out: Array, recipe: Recipe, tiles: Tiles) -> int:
+    """Writes blocks of Q3_K or Q6_K; as `encode_with_minimum`."""
+    blocks, six, wild = values.size // SUPER, recipe.tried[0] == np.float32(32), 0
+    weighted = importance.size > 0
     for start in range(0, blocks, LANES):
-        bad = _gather(values, blocks, start, spare, tile)
-        if importance.size > 0:
-            _gather_importance(importance, first + start, weights)
-            if not six:
-                _weigh(tile, weights, energy)
-            bad |= _ALL ^ _sums(weights, _SIGNED, totals)
+        bad = gather(values, start, tiles)
+        if weighted:
+            gather_importance(importance, first + start, tiles)
+            if not six:  # for Q6_K the importance is the weight
+                weigh(tiles.values, tiles.weights, recipe.energy)
+            bad |= ALL_LANES ^ sums(tiles.weights, _SIGNED, tiles.totals)
         else:
-            _square(tile, weights)
+            square(tiles.values, tiles.weights)
         for number in range(_SIGNED):
-            if six or importance.size > 0:
-                search_signed(tile, weights, number * _SIGNED, _SIGNED, tried, work, codes, scales, number)
+            if six or weighted:
+                search_signed(tiles.values, tiles.weights, number, recipe.tried, tiles.work, tiles.codes, tiles.scales)
             else:
-                improve_signed(tile, weights, number * _SIGNED, _SIGNED, top, codes, scales, number)
+                improve_signed(tiles, number, recipe.tried[0])
         if six:
-            step = _signed_bytes_by_farthest(scales, scale_codes)
-        elif importance.size > 0:
-            search_signed(scales, totals, 0, _SIGNED, scale_tried, work, scale_codes, steps, 0)
-            step = load(steps, 0)
+            step = signed_bytes_by_farthest(tiles.scales, tiles.scale_codes)
+        elif weighted:
+            search_signed(
+                tiles.scales, tiles.totals, 0, recipe.scale_tried, tiles.work, tiles.scale_codes, tiles.minima
+            )
+            step = load(tiles.minima, 0)
         else:
-            step = _signed_scales_by_farthest(scales, scale_tried[0], scale_codes)
-        bad |= _ALL ^ set_lanes(_finite_half(step))
-        step = pack_half(step, packed, width - 2)
-        for number in range(_SIGNED):
-            code = load(scale_codes, number * LANES)
-            code = code if six else code - splat(scale_tried[0])
-            _requantize(tile, number * _SIGNED, _SIGNED, step * code, splat(_ZERO), -top, top - _ONE, codes)
-        if six:
-            pack_six_bit_codes(codes, packed, 0)
-            for number in range(_SIGNED):
-                store(packed, (192 + number) * LANES, take_bits(load(scale_codes, number * LANES), 0, 255))
-            _clear(packed, scales)
-        else:
-            pack_top_bit(codes, np.float32(4), packed, 0)
-            pack_pairs(codes, packed, 32)
-            _pack_signed_scales(scale_codes, packed, 96)
+            step = signed_scales_by_farthest(tiles.scales, recipe.scale_tried[0], tiles.scale_codes)
+        _pack_signed(tiles, step, recipe)
         here = min(LANES, blocks - start)
-        write_bytes(packed, here, width, lines, out, start)
-        wild += _ones(bad, here)
+        write_bytes(tiles, here, recipe.block_bytes, out, start)
+        wild += _ones(bad | _unstorable(step), here)
     return wild

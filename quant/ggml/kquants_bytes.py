@@ -11,22 +11,29 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quantpress.quant.compiled import compiled
-from quantpress.quant.lanes import (
-    LANES, Vector, half_bits, half_value, join_bits, load, select, splat, store, store_bytes_transposed, take_bits,
-)  # fmt: skip
+from quantpress.quant.ggml.kquants_tiles import Tiles
+from quantpress.quant.lane_bits import half_bits, half_value, join_bits, store_bytes_transposed, take_bits
+from quantpress.quant.lanes import LANES, Vector, load, part, select, splat, store
 
 __all__ = [
-    "pack_half", "pack_nibbles", "pack_pairs", "pack_six_bit_codes", "pack_six_bits", "pack_top_bit",
-    "unpack_six_bits", "write_bytes",
-]  # fmt: skip
+    "pack_half",
+    "pack_nibbles",
+    "pack_pairs",
+    "pack_scale_nibbles",
+    "pack_signed_scales",
+    "pack_six_bit_codes",
+    "pack_six_bits",
+    "pack_top_bit",
+    "unpack_six_bits",
+    "write_bytes",
+]
 
 Array = NDArray[Any]
 
 _PLANE = 32  # codes that are stored in one bit position of 32 bytes
 
 
-@compiled()
+@part
 def pack_half(step: Vector, packed: Array, row: int) -> Vector:
     """Writes a float16 into two rows; gives what a reader finds in them."""
     bits = half_bits(step)
@@ -35,7 +42,7 @@ def pack_half(step: Vector, packed: Array, row: int) -> Vector:
     return half_value(bits)
 
 
-@compiled()
+@part
 def pack_six_bits(scales: Array, minima: Array, packed: Array, row: int) -> None:
     """Eight scales and minima of Q4_K and Q5_K into twelve rows; those above 63 run into their neighbours."""
     for number in range(4):
@@ -46,7 +53,7 @@ def pack_six_bits(scales: Array, minima: Array, packed: Array, row: int) -> None
         store(packed, (row + 8 + number) * LANES, join_bits(take_bits(late, 0, 15), take_bits(late_minimum, 0, 15), 4))
 
 
-@compiled()
+@part
 def unpack_six_bits(packed: Array, row: int, scales: Array, minima: Array) -> None:
     """What a reader finds in the rows that `pack_six_bits` wrote."""
     for number in range(4):
@@ -58,7 +65,7 @@ def unpack_six_bits(packed: Array, row: int, scales: Array, minima: Array) -> No
         store(minima, (number + 4) * LANES, join_bits(take_bits(last, 4, 15), take_bits(second, 6, 3), 4))
 
 
-@compiled()
+@part
 def pack_top_bit(codes: Array, value: np.float32, packed: Array, row: int) -> None:
     """Takes the bit worth `value`, the highest, out of 256 codes; bit p of row i is that of place i of plane p."""
     least = splat(value)
@@ -74,7 +81,7 @@ def pack_top_bit(codes: Array, value: np.float32, packed: Array, row: int) -> No
         store(packed, (row + place) * LANES, byte)
 
 
-@compiled()
+@part
 def pack_nibbles(codes: Array, packed: Array, row: int) -> None:
     """256 codes of four bits into 128 rows: planes 2 p and 2 p + 1 fill rows 32 p to 32 p + 31."""
     for pair in range(4):
@@ -84,7 +91,7 @@ def pack_nibbles(codes: Array, packed: Array, row: int) -> None:
             store(packed, (row + _PLANE * pair + place) * LANES, byte)
 
 
-@compiled()
+@part
 def pack_pairs(codes: Array, packed: Array, row: int) -> None:
     """256 codes of two bits into 64 rows: planes 4 h to 4 h + 3 fill rows 32 h to 32 h + 31."""
     for half in range(2):
@@ -96,7 +103,7 @@ def pack_pairs(codes: Array, packed: Array, row: int) -> None:
             store(packed, (row + _PLANE * half + place) * LANES, byte)
 
 
-@compiled()
+@part
 def pack_six_bit_codes(codes: Array, packed: Array, row: int) -> None:
     """256 codes of Q6_K into 192 rows: low nibbles of planes two apart share 64 + 64 rows, upper pairs follow."""
     for half in range(2):
@@ -112,21 +119,35 @@ def pack_six_bit_codes(codes: Array, packed: Array, row: int) -> None:
             store(packed, (row + 4 * _PLANE + _PLANE * half + place) * LANES, byte)
 
 
-@compiled()
-def write_bytes(packed: Array, blocks: int, width: int, lines: Array, out: Array, first: int) -> None:
-    """Writes the first `blocks` lanes as blocks of `width` bytes.
-
-    Args:
-        packed: tile of `width` rows, rounded up to a multiple of sixteen.
-        blocks: lanes that count.
-        width: bytes of a block.
-        lines: (16 * rows,) uint8 to work in.
-        out: flat uint8.
-        first: number of the first block in it.
-    """
-    rows = packed.size // LANES
+@part
+def write_bytes(tiles: Tiles, blocks: int, width: int, out: Array, first: int) -> None:
+    """Writes the first `blocks` lanes as blocks of `width` bytes, the first being number `first` of `out`."""
+    rows = tiles.packed.size // LANES
     for row in range(0, rows, LANES):
-        store_bytes_transposed(packed, row * LANES, lines, row, rows)
+        store_bytes_transposed(tiles.packed, row * LANES, tiles.lines, row, rows)
     for block in range(blocks):
-        start = (first + block) * width
-        out[start : start + width] = lines[block * rows : block * rows + width]
+        for byte in range(width):
+            out[(first + block) * width + byte] = tiles.lines[block * rows + byte]
+
+
+@part
+def pack_scale_nibbles(scales: Array, minima: Array, packed: Array) -> None:
+    """Scales and minima of Q2_K into the first rows, and what a reader finds there."""
+    for row in range(16):
+        byte = join_bits(load(scales, row * LANES), load(minima, row * LANES), 4)
+        store(packed, row * LANES, byte)
+        store(scales, row * LANES, take_bits(byte, 0, 15))
+        store(minima, row * LANES, take_bits(byte, 4, 15))
+
+
+@part
+def pack_signed_scales(codes: Array, packed: Array, row: int) -> None:
+    """Sixteen scales of six bits into twelve rows: low nibbles of 0 to 7 and 8 to 15, then upper pairs by fours."""
+    for number in range(8):
+        first, second = load(codes, number * LANES), load(codes, (number + 8) * LANES)
+        store(packed, (row + number) * LANES, join_bits(take_bits(first, 0, 15), take_bits(second, 0, 15), 4))
+    for number in range(4):
+        byte = splat(np.float32(0))
+        for four in range(4):
+            byte = join_bits(byte, take_bits(load(codes, (4 * four + number) * LANES), 4, 3), 2 * four)
+        store(packed, (row + 8 + number) * LANES, byte)

@@ -12,31 +12,43 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from quantpress.quant.compiled import compiled
+from quantpress.quant.ggml.kquants_tiles import Tiles
+from quantpress.quant.lane_bits import nearest
 from quantpress.quant.lanes import (
-    LANES, Vector, absolute, both, load, nearest, round_small, select, set_lanes, splat, store, take_bits,
-)  # fmt: skip
+    LANES,
+    Vector,
+    absolute,
+    both,
+    load,
+    part,
+    round_small,
+    select,
+    set_lanes,
+    splat,
+    store,
+)
 
-__all__ = ["clamped", "improve_signed", "scales_by_search", "search_signed", "search_with_minimum"]
+__all__ = ["ROUNDS", "TINY", "clamped", "improve_signed", "search_signed", "search_with_minimum"]
 
 Array = NDArray[Any]
 
-_TINY: Final = np.float32(1e-15)  # GROUP_MAX_EPS: what stays below is stored as zero
+TINY: Final = np.float32(1e-15)  # GROUP_MAX_EPS: what stays below is stored as zero
+_SIGNED: Final = 16  # weights of a sub-block of types without a minimum
 _FAR: Final = np.float32(1 << 21)  # half of where libggml's rounding starts to wrap around
 _EVERY: Final = (1 << LANES) - 1
 _ZERO: Final = np.float32(0)
 _ONE: Final = np.float32(1)
-_ROUNDS: Final = 5  # over the codes of a sub-block, at most
+ROUNDS: Final = 5  # over the codes of a sub-block, at most
 
 
-@compiled()
+@part
 def clamped(value: Vector, low: Vector, high: Vector) -> Vector:
     """The value, or the bound beyond which it is."""
     value = select(value < low, low, value)
     return select(value > high, high, value)
 
 
-@compiled()
+@part
 def _place(value: Vector, minimum: Vector, inverse: Vector, top: Vector) -> Vector:
     """The code of a weight: its place above the minimum in steps, rounded after it is bounded."""
     place = inverse * (value - minimum)
@@ -44,20 +56,20 @@ def _place(value: Vector, minimum: Vector, inverse: Vector, top: Vector) -> Vect
     return round_small(select(place > top, top, place))
 
 
-@compiled()
+@part
 def _wild_place(value: Vector, minimum: Vector, inverse: Vector, top: Vector) -> Vector:
     """As libggml rounds without a bound: far values wrap around, and are bounded then."""
     return clamped(nearest(inverse * (value - minimum)), splat(_ZERO), top)
 
 
-@compiled()
+@part
 def _fill(values: Array, base: int, size: int, minimum: Vector, inverse: Vector, top: Vector, work: Array) -> None:
     """Codes of a sub-block where some may lie beyond 2^22 steps; `_place` is what is right elsewhere."""
     for row in range(size):
         store(work, row * LANES, _wild_place(load(values, (base + row) * LANES), minimum, inverse, top))
 
 
-@compiled()
+@part
 def _distance(values: Array, weights: Array, base: int, work: Array, size: int, scale: Vector, minimum: Vector,
               by_size: bool) -> Vector:  # fmt: skip
     """Sums weighted squared differences, or weighted sizes of them; codes are in `work`."""
@@ -73,25 +85,19 @@ def _distance(values: Array, weights: Array, base: int, work: Array, size: int, 
     return total
 
 
-@compiled()
-def search_with_minimum(values: Array, weights: Array, base: int, size: int, tried: Array, bounded: bool, by_size: bool,
-                        work: Array, codes: Array, scales: Array, minima: Array, number: int) -> None:  # fmt: skip
+@part
+def search_with_minimum(tiles: Tiles, number: int, size: int, tried: Array, bounded: bool, by_size: bool) -> None:
     """make_qkx2_quants and, `bounded`, make_qkx3_quants: scale and subtrahend of a sub-block, and codes for them.
 
     Args:
-        values: tile of weights.
-        weights: tile of what their errors cost.
-        base: first row of the sub-block in both, and in `codes`.
-        size: rows of it.
-        tried: (T,) float32 that are divided by the range for an inverse scale; the first is the greatest code.
+        tiles: values and weights are read; a row of scales and of minima is written, and `size` rows of codes.
+        number: of the sub-block.
+        size: weights of it.
+        tried: as in `kquants_blocks.Recipe`.
         bounded: places of weights are bounded before they are rounded, not after it.
         by_size: errors count by their size, not their square.
-        work: tile of `size` rows.
-        codes: tile; the sub-block's rows are written.
-        scales: tile; row `number` is written.
-        minima: as `scales`.
-        number: of the sub-block.
     """
+    values, weights, work, base = tiles.values, tiles.weights, tiles.work, number * size
     zero, top = splat(_ZERO), splat(tried[0])
     value, weight = load(values, base * LANES), load(weights, base * LANES)
     least, high, sum_w, sum_x = value, value, weight, weight * value
@@ -125,10 +131,10 @@ def search_with_minimum(values: Array, weights: Array, base: int, size: int, tri
             else:
                 code = _place(value, minimum, inverse, top)
                 store(work, row * LANES, code)
-            part = load(weights, (base + row) * LANES) * code
-            sum_l = sum_l + part
-            sum_l2 = sum_l2 + part * code
-            sum_xl = sum_xl + part * value
+            cost = load(weights, (base + row) * LANES) * code
+            sum_l = sum_l + cost
+            sum_l2 = sum_l2 + cost * code
+            sum_xl = sum_xl + cost * value
         if step == 0:
             best = _distance(values, weights, base, work, size, scale, minimum, by_size)
             continue
@@ -147,12 +153,12 @@ def search_with_minimum(values: Array, weights: Array, base: int, size: int, tri
         code = _place(value, chosen_minimum, chosen, top)
         if not bounded:
             code = _wild_place(value, chosen_minimum, chosen, top)
-        store(codes, (base + row) * LANES, select(flat, zero, code))
-    store(scales, number * LANES, select(flat, zero, scale))
-    store(minima, number * LANES, select(flat, first, minimum) * splat(-_ONE))
+        store(tiles.codes, (base + row) * LANES, select(flat, zero, code))
+    store(tiles.scales, number * LANES, select(flat, zero, scale))
+    store(tiles.minima, number * LANES, select(flat, first, minimum) * splat(-_ONE))
 
 
-@compiled()
+@part
 def _farthest(values: Array, base: int, size: int) -> Vector:
     """The value farthest from 0, the first of several."""
     greatest, found = splat(_ZERO), splat(_ZERO)
@@ -163,10 +169,21 @@ def _farthest(values: Array, base: int, size: int) -> Vector:
     return found
 
 
-@compiled()
-def search_signed(values: Array, weights: Array, base: int, size: int, tried: Array, work: Array, codes: Array,
-                  scales: Array, number: int) -> None:  # fmt: skip
-    """make_qx_quants: a scale, and codes from 0 whose middle `tried[0]` is 0; arguments as `search_with_minimum`."""
+@part
+def search_signed(values: Array, weights: Array, number: int, tried: Array, work: Array, codes: Array,
+                  scales: Array) -> None:  # fmt: skip
+    """make_qx_quants: a scale for sixteen weights, and codes from 0 of which `tried[0]` stands for 0.
+
+    Args:
+        values: tile of weights.
+        weights: tile of what their errors cost.
+        number: of the sub-block.
+        tried: as in `kquants_blocks.Recipe`.
+        work: tile of 16 rows.
+        codes: tile; rows of the sub-block are written.
+        scales: tile; row `number` is written.
+    """
+    base, size = number * _SIGNED, _SIGNED
     zero, top = splat(_ZERO), splat(tried[0])
     least, greatest = zero - top, top - splat(_ONE)
     extreme = _farthest(values, base, size)
@@ -188,17 +205,17 @@ def search_signed(values: Array, weights: Array, base: int, size: int, tried: Ar
             better = both(sum_l2 > zero, sum_lx * sum_lx > best * sum_l2)
             scale, best = select(better, found, scale), select(better, found * sum_lx, best)
             chosen = select(better, inverse, chosen)
-    nothing = absolute(extreme) < splat(_TINY)
+    nothing = absolute(extreme) < splat(TINY)
     for row in range(base, base + size):
         code = clamped(round_small(chosen * load(values, row * LANES)), least, greatest) + top
         store(codes, row * LANES, select(nothing, zero, code))
     store(scales, number * LANES, select(nothing, zero, scale))
 
 
-@compiled()
-def improve_signed(values: Array, weights: Array, base: int, size: int, top: np.float32, codes: Array,
-                   scales: Array, number: int) -> None:  # fmt: skip
+@part
+def improve_signed(tiles: Tiles, number: int, top: np.float32) -> None:
     """make_q3_quants: codes move one at a time as long as that helps; results as of `search_signed`."""
+    values, weights, codes, base, size = tiles.values, tiles.weights, tiles.codes, number * _SIGNED, _SIGNED
     zero, middle = splat(_ZERO), splat(top)
     least, greatest = zero - middle, middle - splat(_ONE)
     extreme = _farthest(values, base, size)
@@ -210,7 +227,7 @@ def improve_signed(values: Array, weights: Array, base: int, size: int, top: np.
         store(codes, row * LANES, code)
         sum_lx = sum_lx + weight * value * code
         sum_l2 = sum_l2 + weight * code * code
-    for _ in range(_ROUNDS):
+    for _ in range(ROUNDS):
         moved = 0
         for row in range(base, base + size):
             value, weight, code = load(values, row * LANES), load(weights, row * LANES), load(codes, row * LANES)
@@ -224,70 +241,8 @@ def improve_signed(values: Array, weights: Array, base: int, size: int, top: np.
             moved |= set_lanes(better)
         if moved == 0:
             break
-    nothing = absolute(extreme) < splat(_TINY)
+    nothing = absolute(extreme) < splat(TINY)
     for row in range(base, base + size):
         store(codes, row * LANES, select(nothing, zero, load(codes, row * LANES) + middle))
-    usable = both(sum_l2 > zero, absolute(extreme) >= splat(_TINY))
-    store(scales, number * LANES, select(usable, sum_lx / sum_l2, zero))
-
-
-@compiled()
-def scales_by_search(values: Array, weights: Array, size: int, tried: Array, codes: Array) -> Vector:
-    """make_qp_quants: the step of scales (or minima), and codes for them that are stored as bytes.
-
-    Args:
-        values: tile of `size` rows.
-        weights: tile of what their errors cost.
-        size: sub-blocks of a block.
-        tried: as in `search_with_minimum`, divided by the greatest of the values.
-        codes: tile of `size` rows; written.
-    """
-    zero, top = splat(_ZERO), splat(tried[0])
-    greatest = zero
-    for row in range(size):
-        value = load(values, row * LANES)
-        greatest = select(greatest > value, greatest, value)
-    chosen = top / greatest
-    best = zero
-    for step in range(tried.size):
-        inverse = splat(tried[step]) / greatest
-        scale, error = splat(_ONE) / inverse, zero
-        for row in range(size):
-            value = load(values, row * LANES)
-            code = nearest(inverse * value)
-            code = take_bits(code, 0, 255) if step == 0 else select(code > top, top, code)
-            off = value - scale * code
-            error = error + load(weights, row * LANES) * off * off
-        if step == 0:
-            best = error
-        else:
-            better = error < best
-            best, chosen = select(better, error, best), select(better, inverse, chosen)
-    sum_lx, sum_l2 = zero, zero
-    for row in range(size):
-        value, weight = load(values, row * LANES), load(weights, row * LANES)
-        code = nearest(chosen * value)
-        code = select(code > top, top, code)
-        store(codes, row * LANES, take_bits(code, 0, 255))
-        sum_lx = sum_lx + weight * value * code
-        sum_l2 = sum_l2 + weight * code * code
-    for _ in range(_ROUNDS):
-        moved = 0
-        for row in range(size):
-            value, weight, code = load(values, row * LANES), load(weights, row * LANES), load(codes, row * LANES)
-            rest_lx, rest_l2 = sum_lx - weight * value * code, sum_l2 - weight * code * code
-            other = nearest(value * rest_l2 / rest_lx)
-            other = select(other > top, top, other)
-            new_lx, new_l2 = rest_lx + weight * value * other, rest_l2 + weight * other * other
-            better = both(both(rest_lx > zero, rest_l2 > zero), other != code)
-            better = both(better, new_lx * new_lx * sum_l2 > sum_lx * sum_lx * new_l2)
-            store(codes, row * LANES, select(better, take_bits(other, 0, 255), code))
-            sum_lx, sum_l2 = select(better, new_lx, sum_lx), select(better, new_l2, sum_l2)
-            moved |= set_lanes(better)
-        if moved == 0:
-            break
-    nothing = greatest < splat(_TINY)
-    for row in range(size):
-        store(codes, row * LANES, select(nothing, zero, load(codes, row * LANES)))
-    usable = both(sum_l2 > zero, greatest >= splat(_TINY))
-    return select(usable, sum_lx / sum_l2, zero)
+    usable = both(sum_l2 > zero, absolute(extreme) >= splat(TINY))
+    store(tiles.scales, number * LANES, select(usable, sum_lx / sum_l2, zero))
