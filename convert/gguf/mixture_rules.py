@@ -152,8 +152,8 @@ def _importance(place: Place) -> bool:
     return place.importance
 
 
-def _dense_or_other(place: Place) -> bool:
-    return place.model.experts != 8
+def _eight_experts(place: Place) -> bool:
+    return place.model.experts == 8
 
 
 def _no(condition: Condition) -> Condition:
@@ -164,11 +164,11 @@ def _both(*conditions: Condition) -> Condition:
     return lambda place: all(condition(place) for condition in conditions)
 
 
-_EIGHT: Final = Rule("Q5_K", _both(_no(_falcon), _no(_dense_or_other)))  # attention outputs beside eight experts
+_BESIDE_EIGHT: Final = Rule("Q5_K", _both(_eight_experts, _no(_falcon)))  # attention outputs, as Mixtral's
 _IQ4: Final = {
     Category.VALUES: (Rule("Q5_K", _grouped),),
     Category.DOWN: (Rule("Q5_K", _both(_in_first(8), _no(_importance))),),
-    Category.ATTENTION_OUTPUT: (_EIGHT,),
+    Category.ATTENTION_OUTPUT: (_BESIDE_EIGHT,),
 }
 _TERNARY: Final = {Category.EMBEDDING: (Rule("Q4_K", _always),)}
 
@@ -179,27 +179,27 @@ _RULES: Final[Mapping[str, Mapping[Category, tuple[Rule, ...]]]] = MappingProxyT
         "Q2_K": {
             Category.VALUES: (Rule("Q4_K", _grouped), Rule("Q3_K", _always)),
             Category.DOWN: (Rule("Q3_K", _always),),
-            Category.ATTENTION_OUTPUT: (_EIGHT, Rule("Q3_K", _no(_falcon))),
+            Category.ATTENTION_OUTPUT: (_BESIDE_EIGHT, Rule("Q3_K", _no(_falcon))),
         },
         "Q2_K_S": {
             Category.VALUES: (Rule("Q4_K", _grouped),),
             Category.DOWN: (Rule("Q4_K", _in_first(8)),),
         },
-        "Q3_K_S": {Category.ATTENTION_OUTPUT: (_EIGHT,)},
+        "Q3_K_S": {Category.ATTENTION_OUTPUT: (_BESIDE_EIGHT,)},
         "Q3_K_M": {
             Category.VALUES: (Rule("Q5_K", _first(2)), Rule("Q4_K", _always)),
             Category.DOWN: (Rule("Q5_K", _in_first(16)), Rule("Q4_K", _no(_falcon)), Rule("Q4_K", _more_bits)),
-            Category.ATTENTION_OUTPUT: (_EIGHT, Rule("Q4_K", _no(_falcon))),
+            Category.ATTENTION_OUTPUT: (_BESIDE_EIGHT, Rule("Q4_K", _no(_falcon))),
         },
         "Q3_K_L": {
             Category.VALUES: (Rule("Q5_K", _always),),
             Category.DOWN: (Rule("Q4_K", _falcon), Rule("Q5_K", _always)),
-            Category.ATTENTION_OUTPUT: (Rule("Q4_K", _falcon), Rule("Q5_K", _dense_or_other)),
+            Category.ATTENTION_OUTPUT: (Rule("Q4_K", _falcon), Rule("Q5_K", _no(_eight_experts))),
         },
         "Q4_K_S": {
             Category.VALUES: (Rule("Q5_K", _first(4)),),
             Category.DOWN: (Rule("Q5_K", _both(_no(_falcon), _in_first(8))),),
-            Category.ATTENTION_OUTPUT: (_EIGHT,),
+            Category.ATTENTION_OUTPUT: (_BESIDE_EIGHT,),
         },
         "Q4_K_M": {
             Category.VALUES: (Rule("Q6_K", _more_bits),),
@@ -208,7 +208,7 @@ _RULES: Final[Mapping[str, Mapping[Category, tuple[Rule, ...]]]] = MappingProxyT
                 Rule("Q5_K", _both(_falcon, _more_bits)),
                 Rule("Q6_K", _both(_no(_falcon), _more_bits)),
             ),
-            Category.ATTENTION_OUTPUT: (_EIGHT,),
+            Category.ATTENTION_OUTPUT: (_BESIDE_EIGHT,),
         },
         "Q5_K_M": {
             Category.VALUES: (Rule("Q6_K", _more_bits),),

@@ -154,7 +154,8 @@ def plan_tensors(
     for binding, matrix in zip(rows, matrices, strict=True):
         choice = choices[matrix.name]
         weights = None if importance is None else importance.of(matrix.name, matrix.shape)
-        if choice.needs_importance and weights is None and (importance is not None or not expected):
+        known = weights is not None or binding[2].name in blocks or (importance is None and expected)
+        if choice.needs_importance and not known:
             raise _without_importance(outtype, matrix.name, choice.type)
         planned.append(_plan_row(arch, hyper, binding, matrix, choice, quantized, weights, blocks))
     return TensorPlan(outtype, tuple(planned))
