@@ -1,7 +1,9 @@
 """Searches scale and minimum of blocks whose codes count up from a least value: Q4_1 and Q5_1 with importance.
 
 Source: make_qkx3_quants in llama.cpp's ggml-quants.c, whose arithmetic this repeats in its order for 64 blocks at once.
-A minimum that is found replaces the one from which the next tries start, there as here.
+A minimum that is found replaces the one from which the next tries start, there as here. A line through few weights
+that count can lie far from the others: where libggml ends with one that float16 cannot store, and writes infinity, the
+best one before it is kept here.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ Array = NDArray[Any]
 _TRIES = 37
 _FIRST_TRY = np.float32(-0.9)  # added to the greatest code, where the range's end is to lie
 _SPACING = np.float32(0.05)
+_BEYOND = np.float32(65520)  # the least number that float16 rounds to infinity
 _ZERO = np.float32(0)
 _ONE = np.float32(1)
 
@@ -104,10 +107,11 @@ def _search_tile(tile: Array, weights: Array, top: np.int32, found: Array, codes
         top: greatest code.
         found: (4, 64) float32, filled with scale, minimum, and the inverse and the minimum that give the codes.
         codes: (32, 64) float32, scratch.
-        work: (11, 64) float32, scratch.
+        work: (12, 64) float32, scratch.
     """
-    scale, low, chosen, chosen_low = found[0], found[1], found[2], found[3]
-    high, best, error, inverse, new_scale, new_low = work[5], work[6], work[7], work[8], work[9], work[10]
+    scale, minimum, chosen, chosen_low = found[0], found[1], found[2], found[3]
+    low, high, best, error = work[5], work[6], work[7], work[8]
+    inverse, new_scale, new_low = work[9], work[10], work[11]
     _range_and_sums(tile, weights, low, high, work[0], work[1])
     for number in range(_TRIES + 1):
         # first the grid over the whole range as it is, then those whose line is fitted to the codes
@@ -123,10 +127,13 @@ def _search_tile(tile: Array, weights: Array, top: np.int32, found: Array, codes
         for lane in range(LANES):
             # a block without a range keeps the scale 0, its minimum and codes of 0
             empty = number == 0 and not high[lane] > low[lane]
-            if number == 0 or error[lane] < best[lane]:
-                best[lane], scale[lane] = (_ZERO, _ZERO) if empty else (error[lane], new_scale[lane])
+            stored = abs(new_scale[lane]) < _BEYOND and abs(new_low[lane]) < _BEYOND
+            better = number == 0 or error[lane] < best[lane]
+            if number == 0 or (better and stored):
+                scale[lane], minimum[lane] = (_ZERO if empty else new_scale[lane]), new_low[lane]
                 chosen[lane], chosen_low[lane] = (_ZERO if empty else inverse[lane]), low[lane]
-                low[lane] = new_low[lane]
+            if better:
+                best[lane], low[lane] = (_ZERO if empty else error[lane]), new_low[lane]
 
 
 @compiled()
@@ -146,13 +153,13 @@ def encode_minimum(
     """
     tile, weights = np.empty((COLUMNS, LANES), np.float32), np.empty((COLUMNS, LANES), np.float32)
     places, codes = np.empty((COLUMNS, LANES), np.float32), np.empty((COLUMNS, LANES), np.uint8)
-    found, work = np.empty((4, LANES), np.float32), np.zeros((12, LANES), np.float32)
+    found, work = np.empty((4, LANES), np.float32), np.zeros((13, LANES), np.float32)
     for start in range(0, values.shape[0], LANES):
         count = min(LANES, values.shape[0] - start)
-        take(energy, start, work[11])
+        take(energy, start, work[12])
         gather(values, start, tile)
-        weigh(tile, importance, start, work[11], weights)
-        _search_tile(tile, weights, np.int32(top), found, places, work[:11])
+        weigh(tile, importance, start, work[12], weights)
+        _search_tile(tile, weights, np.int32(top), found, places, work[:12])
         _places(tile, found[3], found[2], np.int32(top), places)
         for column in range(COLUMNS):
             for lane in range(LANES):
