@@ -3,7 +3,8 @@
 When the columns of a block come up, the search (`codec.quantize_rows`) sees the weights as the errors of the columns
 before have left them, so its scales fit what is to be rounded; they then stay, and only the codes of the block are
 found anew, one column after the other, each making up for the errors before (Frantar et al., arXiv 2210.17323). Blocks
-are visited whole, the costliest first, and so are the columns inside of each.
+are visited whole, the costliest first, and so are the columns inside of each. What comes out is then refined, see
+`block_refine`.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from quantpress.quant.block_refine import LANES, refined
 from quantpress.quant.drift import made_up
 from quantpress.quant.errors import InputError, LayoutError
 from quantpress.quant.ggml.block_parts import BLOCK_GRIDS, BlockGrid, parts, with_codes
 from quantpress.quant.ggml.blocks import BlockTensor
 from quantpress.quant.ggml.codec import quantize_rows
-from quantpress.quant.ggml.types import ggml_type
+from quantpress.quant.ggml.types import ggml_type, row_bytes
 from quantpress.quant.gptq import Factor, GptqOptions, GptqReport, factorize
 from quantpress.quant.workers import Workers, chunks
 
@@ -33,7 +35,7 @@ __all__ = ["block_gptq_shared"]
 
 Array = NDArray[Any]
 
-_ROWS = 128  # of a chunk: the lanes of the inner loop
+_ROWS = LANES  # of a chunk
 _PASSED = 64  # columns whose errors are passed on together, at most
 
 
@@ -59,6 +61,8 @@ def block_gptq_shared(
             hold.
     """
     options = options or GptqOptions()
+    for kind, weight in zip(kinds, weights, strict=True):
+        row_bytes(ggml_type(kind), weight.shape[1])
     sizes = {_block_size(kind) for kind in kinds}
     results: dict[int, tuple[BlockTensor, GptqReport]] = {}
     for size in sorted(sizes):
@@ -129,6 +133,7 @@ def _quantize_chunk(
     """Quantizes at most `_ROWS` rows (n, K); on one thread."""
     clean = np.ascontiguousarray(np.where(factor.dead, np.float32(0), weight) if factor.dead.any() else weight)
     data = _visit_blocks(clean, factor, upper, kind, importance)
+    data = refined(clean, data, metric, factor.added, kind)
     loss = _loss(clean - BlockTensor(kind, data).dequantize(), metric)
     power = float(np.square(clean, dtype=np.float64).sum(axis=0) @ factor.diagonal.astype(np.float64))
     return _Chunk(data, loss, power)

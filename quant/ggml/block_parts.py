@@ -191,7 +191,8 @@ def _scale_and_minimum(blocks: Bytes) -> Scales:
 
 
 def _read_q3_k(blocks: Bytes) -> Bytes:
-    return np.bitwise_or(_planes(blocks, 32, 2), _high(blocks, 0) << 2)
+    codes: Bytes = np.bitwise_or(_planes(blocks, 32, 2), _high(blocks, 0) << 2)
+    return codes
 
 
 def _write_q3_k(blocks: Bytes, codes: Bytes) -> None:
@@ -200,7 +201,8 @@ def _write_q3_k(blocks: Bytes, codes: Bytes) -> None:
 
 
 def _read_q5_k(blocks: Bytes) -> Bytes:
-    return np.bitwise_or(_planes(blocks, 48, 4), _high(blocks, 16) << 4)
+    codes: Bytes = np.bitwise_or(_planes(blocks, 48, 4), _high(blocks, 16) << 4)
+    return codes
 
 
 def _write_q5_k(blocks: Bytes, codes: Bytes) -> None:
@@ -228,7 +230,8 @@ def _five_bits(place: int) -> tuple[Callable[[Bytes], Bytes], Callable[[Bytes, B
 
     def read(blocks: Bytes) -> Bytes:
         fifth = np.unpackbits(blocks[:, place : place + 4], axis=1, bitorder="little")
-        return np.bitwise_or(_halves(blocks, place + 4), fifth << 4)
+        codes: Bytes = np.bitwise_or(_halves(blocks, place + 4), fifth << 4)
+        return codes
 
     def write(blocks: Bytes, codes: Bytes) -> None:
         blocks[:, place : place + 4] = np.packbits(codes >> 4, axis=1, bitorder="little")
