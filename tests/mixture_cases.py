@@ -172,6 +172,7 @@ MODEL_CASES: Mapping[str, Model] = {
         ),
     ),
     "falcon": Model("falcon", 32, 8, 1, 0, 256, (*_ends(256, tied=False), *_layer(*_FALCON))),
+    "falcon-40b": Model("falcon", 60, 16, 1, 0, 256, (*_ends(256, tied=False), *_layer(*_FALCON))),
     "falcon-tied": Model("falcon", 9, 8, 8, 0, 256, (*_ends(256, tied=True), *_layer(*_FALCON))),
     "falcon-experts": Model("falcon", 20, 8, 1, 8, 256, (*_ends(256, tied=False), *_layer(*_FALCON), *_experts(8))),
     "olmo-80": Model("olmo", 80, 8, 8, 0, 256, (*_ends(256, tied=False), *_layer("attn_v", "ffn_down"))),
@@ -223,6 +224,8 @@ OPTION_CASES: tuple[tuple[str, str, Options], ...] = (
     _asked("Q2_K_S", tensor_types=(("blk", "q3_k"),)),
     _asked("Q2_K_S", "narrow"),
     _asked("Q4_K_M", tensor_types=(("attn_q", "q2_k"),)),
+    _asked("MXFP4_MOE", "eight-experts", pure=True),
+    _asked("Q4_K_M", leave_output_tensor=True, output_tensor_type="q8_0"),
 )
 
 

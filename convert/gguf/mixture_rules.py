@@ -206,7 +206,7 @@ _RULES: Final[Mapping[str, Mapping[Category, tuple[Rule, ...]]]] = MappingProxyT
             Category.DOWN: (
                 Rule("Q6_K", _both(_falcon, _in_first(16))),
                 Rule("Q5_K", _both(_falcon, _more_bits)),
-                Rule("Q6_K", _both(_no(_falcon), _more_bits)),
+                Rule("Q6_K", _more_bits),
             ),
             Category.ATTENTION_OUTPUT: (_BESIDE_EIGHT,),
         },
