@@ -1,4 +1,4 @@
-"""GPTQ inside ggml's blocks: against the algorithm in float64 with libggml's scales, plain rounding, and brute force."""
+"""GPTQ inside ggml's blocks: the algorithm in float64 with libggml's scales, plain rounding, and brute force."""
 
 from __future__ import annotations
 
@@ -198,8 +198,8 @@ def test_drift_is_made_up_for_before_anything_is_rounded() -> None:
     target = weight + weight.astype(np.float64) @ moved @ np.linalg.inv(
         hessian + GptqOptions().damping * hessian.diagonal().mean() * np.eye(256)
     )
-    # what is left is Q6_K's rounding, whose step is a thirtieth of a row's deviation and less; the move is far more
-    assert _error(target, tensor, hessian).sum() < 0.01 * _error(weight, tensor, hessian).sum()
+    # what is left is the rounding to some 60 levels; the weights move by two of their deviations
+    assert _error(target, tensor, hessian).sum() < 0.05 * _error(weight, tensor, hessian).sum()
     made = made_up([weight], factorize(hessian, GptqOptions()), moved, 1.0)[0]
     ((same, _),) = block_gptq_shared([made], hessian, ["Q6_K"])
     assert np.abs(same.dequantize() - tensor.dequantize()).mean() < 0.01 * weight.std()  # the order of sums differs
