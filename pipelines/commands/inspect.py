@@ -26,7 +26,7 @@ def _text(key: str, value: Any) -> str:
     if key == "tensor_types":
         return ", ".join(f"{kind}: {found['tensors']} ({found['parameters']:,})" for kind, found in value.items())
     if key == "estimated_bytes":
-        return "\n".join(f"{kind:5} {size / 1e6:12,.1f} MB" for kind, size in value.items())
+        return "\n".join(f"{kind:9} {size / 1e6:12,.1f} MB" for kind, size in value.items())
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {item}" for name, item in value.items())
     if isinstance(value, list):
