@@ -24,7 +24,7 @@ from quantpress.kernels.kquants.search import (
     search_signed,
 )  # fmt: skip
 
-__all__ = ["mean_squares", "search_minimum", "search_q3", "search_scale"]
+__all__ = ["fit_minimum", "mean_squares", "search_minimum", "search_q3", "search_scale"]
 
 _MAGIC = tl.constexpr(12582912.0)
 _TINY = tl.constexpr(1e-15)
@@ -60,7 +60,7 @@ def search_minimum(
         weight = load_weights(value, importance, sub * size, columns, shared, size, False)
     else:
         weight = _plain_weights(value, size)
-    scale, minimum, factor, offset = _fit(value, weight, size, top, first, delta, last, absolute, weighted)
+    scale, minimum, factor, offset = fit_minimum(value, weight, size, top, first, delta, last, absolute, weighted)
     inside = lane < total
     tl.store(work + lane, scale, mask=inside)
     tl.store(work + total + lane, -minimum, mask=inside)
@@ -87,21 +87,25 @@ def _plain_weights(value, size: tl.constexpr):
 
 
 @triton.jit
-def _fit(
+def fit_minimum(
     value, weight, size: tl.constexpr, top: tl.constexpr, first: tl.constexpr, delta: tl.constexpr,
     last: tl.constexpr, absolute: tl.constexpr, bounded: tl.constexpr,
 ):  # fmt: skip
-    """Scale, minimum, and factor and offset of the codes that they were fitted to."""
+    """make_qkx2_quants, or make_qkx3_quants if `bounded`: scale * code + minimum for each lane's `size` weights.
+
+    Returns:
+        Scale, minimum, and factor and offset of the codes that they were fitted to.
+    """
     minimum = value[0]
     highest = value[0]
     sum_w = weight[0]
     sum_x = weight[0] * value[0]
     for index in tl.static_range(1, size):
-        minimum = tl.minimum(minimum, value[index])
+        minimum = tl.where(value[index] < minimum, value[index], minimum)  # of two zeros the first, with its sign
         highest = tl.maximum(highest, value[index])
         sum_w += weight[index]
         sum_x += weight[index] * value[index]
-    minimum = tl.minimum(minimum, 0.0)
+    minimum = tl.where(minimum > 0.0, 0.0, minimum)
     flat = highest == minimum
     factor = tl.div_rn(tl.full(highest.shape, top, tl.float32), highest - minimum)
     scale = tl.where(flat, 0.0, tl.div_rn(tl.full(highest.shape, 1.0, tl.float32), factor))

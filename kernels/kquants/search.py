@@ -14,7 +14,7 @@ import triton.language as tl
 
 __all__ = [
     "farthest", "improve", "load_four", "load_values", "load_weights", "nearest", "ordered_sum", "search_signed",
-    "store_values",
+    "store_half", "store_values",
 ]  # fmt: skip
 
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to a whole number, ties to even
@@ -46,6 +46,16 @@ def store_values(target, place, values, inside, count: tl.constexpr):
         store_four(
             target, place + start, values[start], values[start + 1], values[start + 2], values[start + 3], inside
         )
+
+
+@triton.jit
+def store_half(target, step, inside):
+    """Stores a float16 as two bytes and gives it back as float32."""
+    half = step.to(tl.float16)
+    bits = half.to(tl.uint16, bitcast=True).to(tl.int32)
+    tl.store(target, (bits & 255).to(tl.uint8), mask=inside)
+    tl.store(target + 1, (bits >> 8).to(tl.uint8), mask=inside)
+    return half.to(tl.float32)
 
 
 @triton.jit

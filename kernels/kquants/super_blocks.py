@@ -13,7 +13,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quantpress.kernels.kquants.search import farthest, improve, load_values, nearest, search_signed, store_values
+from quantpress.kernels.kquants.search import (
+    farthest,
+    improve,
+    load_values,
+    nearest,
+    search_signed,
+    store_half,
+    store_values,
+)
 
 __all__ = ["scales_with_minimum", "signed_scales"]
 
@@ -47,12 +55,12 @@ def scales_with_minimum(
     start = place * block_bytes
     if count == 16:
         code, offset_code = _store_nibbles(blocks, start, code, offset_code, inside)
-        step = _store_half(blocks + start + 80, step, inside)
-        offset_step = _store_half(blocks + start + 82, offset_step, inside)
+        step = store_half(blocks + start + 80, step, inside)
+        offset_step = store_half(blocks + start + 82, offset_step, inside)
     else:
         code, offset_code = _store_six_bits(blocks, start + 4, code, offset_code, inside, bounded)
-        step = _store_half(blocks + start, step, inside)
-        offset_step = _store_half(blocks + start + 2, offset_step, inside)
+        step = store_half(blocks + start, step, inside)
+        offset_step = store_half(blocks + start + 2, offset_step, inside)
     _store_products(work, place * count, step, code, inside, count)
     _store_products(work + total, place * count, offset_step, offset_code, inside, count)
 
@@ -74,7 +82,7 @@ def signed_scales(
             four = place[:, None] * 16 + 4 * index + tl.arange(0, 4)[None, :]
             tl.store(work + 3 * total + four, float("inf"), mask=empty[:, None])
         store_values(blocks, place * 210 + 192, code, inside, 16)
-        step = _store_half(blocks + place * 210 + 208, step, inside)
+        step = store_half(blocks + place * 210 + 208, step, inside)
     else:
         if weighted:
             weight = load_values(work + 2 * total, place * 16, 16)
@@ -86,7 +94,7 @@ def signed_scales(
         else:
             step, code = _farthest_to_end(scale, -32, 31, 0.0)
         _store_q3_scales(blocks, place * 110 + 96, code, inside)
-        step = _store_half(blocks + place * 110 + 108, step, inside)
+        step = store_half(blocks + place * 110 + 108, step, inside)
     _store_products(work, place * 16, step, code, inside, 16)
 
 
@@ -165,16 +173,6 @@ def _scale_error(values, weight, inverse, count: tl.constexpr, top: tl.constexpr
         off = values[index] - size * code.to(tl.float32)
         error += weight[index] * off * off
     return error
-
-
-@triton.jit
-def _store_half(target, step, inside):
-    """Stores a float16 as two bytes and gives it back as float32."""
-    half = step.to(tl.float16)
-    bits = half.to(tl.uint16, bitcast=True).to(tl.int32)
-    tl.store(target, (bits & 255).to(tl.uint8), mask=inside)
-    tl.store(target + 1, (bits >> 8).to(tl.uint8), mask=inside)
-    return half.to(tl.float32)
 
 
 @triton.jit
