@@ -10,9 +10,8 @@ from typing import Any, Final
 
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
-from numba.extending import intrinsic
 
-from quantpress.quant.lanes import FLOATS, INTS, LANES, MAGIC, VECTOR, address_of, constant, load_at, whole
+from quantpress.quant.lanes import FLOATS, INTS, LANES, MAGIC, VECTOR, address_of, constant, emitted, load_at, whole
 
 __all__ = [
     "half_bits", "half_value", "join_bits", "load_transposed", "nearest", "store_bytes_transposed", "take_bits",
@@ -33,7 +32,7 @@ def _integers(builder: Any, value: Any) -> Any:
     return builder.sub(builder.and_(bits, whole(0x007FFFFF)), whole(0x00400000))
 
 
-@intrinsic
+@emitted
 def nearest(_typing: Any, vector: Any) -> Any:
     """nearest_int of libggml, for every value: `round_small` below 2^22, beyond what its bits happen to say."""
 
@@ -43,7 +42,7 @@ def nearest(_typing: Any, vector: Any) -> Any:
     return VECTOR(vector), emit
 
 
-@intrinsic
+@emitted
 def take_bits(_typing: Any, vector: Any, _shift: Any, _mask: Any) -> Any:
     """(integer >> shift) & mask of whole numbers below 2^31 in magnitude."""
 
@@ -55,7 +54,7 @@ def take_bits(_typing: Any, vector: Any, _shift: Any, _mask: Any) -> Any:
     return VECTOR(vector, types.int64, types.int64), emit
 
 
-@intrinsic
+@emitted
 def join_bits(_typing: Any, low: Any, high: Any, _shift: Any) -> Any:
     """(low | high << shift) & 255 of whole numbers in [0, 256)."""
 
@@ -67,7 +66,7 @@ def join_bits(_typing: Any, low: Any, high: Any, _shift: Any) -> Any:
     return VECTOR(low, high, types.int64), emit
 
 
-@intrinsic
+@emitted
 def half_bits(_typing: Any, vector: Any) -> Any:
     """Bits of the nearest float16, ties to even, as whole numbers in [0, 65536); finite values beyond it give infinity.
 
@@ -92,7 +91,7 @@ def half_bits(_typing: Any, vector: Any) -> Any:
     return VECTOR(vector), emit
 
 
-@intrinsic
+@emitted
 def half_value(_typing: Any, bits: Any) -> Any:
     """The float32 of a finite float16, whose bits are given as `half_bits` gives them."""
 
@@ -118,7 +117,7 @@ def _transpose(builder: Any, rows: list[Any]) -> list[Any]:
     return rows
 
 
-@intrinsic
+@emitted
 def load_transposed(_typing: Any, source: Any, starts: Any, _column: Any, target: Any, _place: Any) -> Any:
     """Turns a square of sixteen columns of sixteen rows: target[place + 16 c + r] = source[starts[r] + column + c].
 
@@ -142,7 +141,7 @@ def load_transposed(_typing: Any, source: Any, starts: Any, _column: Any, target
     return types.void(source, starts, types.int64, target, types.int64), emit
 
 
-@intrinsic
+@emitted
 def store_bytes_transposed(_typing: Any, source: Any, _place: Any, target: Any, _column: Any, _width: Any) -> Any:
     """Turns a square of numbers in [0, 256) into bytes: target[width * c + column + r] = source[place + 16 r + c].
 

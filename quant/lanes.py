@@ -6,6 +6,7 @@ splits the vectors for processors with narrower registers. Nothing is fused and 
 can be called in compiled functions only; `+ - * /` and comparisons work on vectors, comparisons give masks.
 """
 
+# mypy: allow-untyped-calls
 from __future__ import annotations
 
 import operator
@@ -19,8 +20,8 @@ from numba.core.typing.templates import AbstractTemplate, infer_global, signatur
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
 __all__ = [
-    "FLOATS", "INTS", "LANES", "MAGIC", "VECTOR", "Mask", "Vector", "absolute", "address_of", "both",
-    "constant", "either", "load", "load_at", "part", "root", "round_small", "select", "set_lanes", "splat", "store",
+    "FLOATS", "INTS", "LANES", "MAGIC", "VECTOR", "Mask", "Vector", "absolute", "address_of", "both", "constant",
+    "either", "emitted", "load", "load_at", "part", "root", "round_small", "select", "set_lanes", "splat", "store",
     "whole",
 ]  # fmt: skip
 
@@ -68,8 +69,14 @@ def part(function: Function) -> Function:
 
     It is compiled into each of them, a good deal faster than one with wrappers, reference counts and a cache.
     """
-    found: Function = njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, _nrt=False)(function)
+    options: dict[str, Any] = {"nogil": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True, "_nrt": False}
+    found: Function = njit(**options)(function)
     return found
+
+
+def emitted(function: Callable[..., Any]) -> Any:
+    """Decorates what gives a signature, and code that emits LLVM's; mypy takes it as a function of anything."""
+    return intrinsic(function)
 
 
 def _operator(function: Callable[..., Any], result: Any, emit: Callable[[Any, Any, Any], Any]) -> None:
@@ -142,7 +149,7 @@ def load_at(builder: Any, address: Any) -> Any:
     return builder.load(builder.bitcast(address, FLOATS.as_pointer()), align=4)
 
 
-@intrinsic
+@emitted
 def splat(_typing: Any, _scalar: Any) -> Any:
     """A float32 in every lane."""
 
@@ -152,7 +159,7 @@ def splat(_typing: Any, _scalar: Any) -> Any:
     return VECTOR(types.float32), emit
 
 
-@intrinsic
+@emitted
 def load(_typing: Any, array: Any, _place: Any) -> Any:
     """Sixteen values of a contiguous float32 array, from flat index `place`."""
 
@@ -162,7 +169,7 @@ def load(_typing: Any, array: Any, _place: Any) -> Any:
     return VECTOR(array, types.int64), emit
 
 
-@intrinsic
+@emitted
 def store(_typing: Any, array: Any, _place: Any, vector: Any) -> Any:
     """Writes sixteen values into a contiguous float32 array, from flat index `place`."""
 
@@ -174,25 +181,25 @@ def store(_typing: Any, array: Any, _place: Any, vector: Any) -> Any:
     return types.void(array, types.int64, vector), emit
 
 
-@intrinsic
+@emitted
 def select(_typing: Any, mask: Any, yes: Any, no: Any) -> Any:
     """Each lane of `yes` where the mask is set, otherwise of `no`."""
     return VECTOR(mask, yes, no), lambda _context, builder, _sig, args: builder.select(*args)
 
 
-@intrinsic
+@emitted
 def both(_typing: Any, left: Any, right: Any) -> Any:
     """Where two masks are set."""
     return _MASK(left, right), lambda _context, builder, _sig, args: builder.and_(*args)
 
 
-@intrinsic
+@emitted
 def either(_typing: Any, left: Any, right: Any) -> Any:
     """Where one of two masks is set."""
     return _MASK(left, right), lambda _context, builder, _sig, args: builder.or_(*args)
 
 
-@intrinsic
+@emitted
 def set_lanes(_typing: Any, mask: Any) -> Any:
     """The lanes of a mask that are set, as bits of an integer: bit l is lane l."""
 
@@ -202,7 +209,7 @@ def set_lanes(_typing: Any, mask: Any) -> Any:
     return types.int64(mask), emit
 
 
-@intrinsic
+@emitted
 def absolute(_typing: Any, vector: Any) -> Any:
     """Without the sign."""
 
@@ -212,7 +219,7 @@ def absolute(_typing: Any, vector: Any) -> Any:
     return VECTOR(vector), emit
 
 
-@intrinsic
+@emitted
 def root(_typing: Any, vector: Any) -> Any:
     """Square root, rightly rounded."""
 
@@ -225,7 +232,7 @@ def root(_typing: Any, vector: Any) -> Any:
     return VECTOR(vector), emit
 
 
-@intrinsic
+@emitted
 def round_small(_typing: Any, vector: Any) -> Any:
     """Nearest integer, ties to even, of values below 2^22 in magnitude; others come out wrong."""
 

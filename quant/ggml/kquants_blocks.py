@@ -80,7 +80,8 @@ class Recipe(NamedTuple):
 @part
 def _unstorable(step: Vector) -> int:
     """The lanes whose step is beyond float16."""
-    return ALL_LANES ^ set_lanes(take_bits(half_bits(step), 10, 31) < splat(np.float32(31)))
+    lanes: int = ALL_LANES ^ set_lanes(take_bits(half_bits(step), 10, 31) < splat(np.float32(31)))
+    return lanes
 
 
 @part

@@ -122,12 +122,17 @@ def pack_six_bit_codes(codes: Array, packed: Array, row: int) -> None:
 @part
 def write_bytes(tiles: Tiles, blocks: int, width: int, out: Array, first: int) -> None:
     """Writes the first `blocks` lanes as blocks of `width` bytes, the first being number `first` of `out`."""
-    rows = tiles.packed.size // LANES
-    for row in range(0, rows, LANES):
-        store_bytes_transposed(tiles.packed, row * LANES, tiles.lines, row, rows)
-    for block in range(blocks):
-        for byte in range(width):
-            out[(first + block) * width + byte] = tiles.lines[block * rows + byte]
+    row = 0
+    while row < width:
+        row = min(row, width - LANES)  # the last sixteen overlap those before
+        if blocks == LANES:
+            store_bytes_transposed(tiles.packed, row * LANES, out, first * width + row, width)
+        else:
+            store_bytes_transposed(tiles.packed, row * LANES, tiles.lines, row, width)
+        row += LANES
+    if blocks < LANES:
+        for byte in range(blocks * width):
+            out[first * width + byte] = tiles.lines[byte]
 
 
 @part

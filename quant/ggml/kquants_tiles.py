@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -31,6 +32,7 @@ SUPER: Final = 256
 ALL_LANES: Final = (1 << LANES) - 1
 """Lanes as bits of a number, all set."""
 
+_LINE: Final = 64  # bytes of a cache line, and of a row
 _ZERO: Final = np.float32(0)
 _INFINITE: Final = np.float32(np.inf)
 # No type reaches this (Q6_K: 65504 * 128 * 32), and the squares of what is below stay far inside float32.
@@ -52,7 +54,7 @@ class Tiles(NamedTuple):
         min_codes: as `scales`.
         work: 32 rows.
         spare: 16 blocks one after the other, as they come.
-        lines: (16 * rows of `packed`,) uint8, the blocks' bytes one after the other.
+        lines: (16 * bytes of a block,) uint8, the blocks' bytes one after the other.
         starts: (16,) int64, where the blocks start.
     """
 
@@ -73,13 +75,15 @@ class Tiles(NamedTuple):
 
 def make_tiles(block_bytes: int) -> Tiles:
     """Room for sixteen blocks of so many bytes."""
-    packed = -(-block_bytes // LANES) * LANES
-    rows = (SUPER, SUPER, SUPER, packed, 16, 16, 16, 16, 16, 32, SUPER)
-    return Tiles(
-        *(np.zeros(count * LANES, np.float32) for count in rows),
-        lines=np.empty(packed * LANES, np.uint8),
-        starts=np.empty(LANES, np.int64),
-    )
+    rows = (SUPER, SUPER, SUPER, block_bytes, 16, 16, 16, 16, 16, 32, SUPER)
+    room = np.zeros((sum(rows) + 1) * LANES, np.float32)
+    row = room[
+        -room.ctypes.data % _LINE // room.itemsize :
+    ]  # rows that straddle two cache lines are read at half speed
+    starts = np.cumsum((0, *rows)) * LANES
+    parts = [row[start:end] for start, end in pairwise(starts)]
+    lines, places = np.empty(block_bytes * LANES, np.uint8), np.empty(LANES, np.int64)
+    return Tiles._make((*parts, lines, places))
 
 
 @part
@@ -100,7 +104,8 @@ def gather(values: Array, start: int, tiles: Tiles) -> int:
     held = splat(_ZERO) == splat(_ZERO)
     for row in range(SUPER):
         held = both(held, absolute(load(tiles.values, row * LANES)) <= splat(_LARGEST))
-    return ALL_LANES ^ set_lanes(held)
+    lanes: int = ALL_LANES ^ set_lanes(held)
+    return lanes
 
 
 @part
@@ -158,4 +163,5 @@ def sums(weights: Array, size: int, totals: Array) -> int:
             total = total + load(weights, row * LANES)
         store(totals, number * LANES, total)
         finite = both(finite, total < splat(_INFINITE))
-    return set_lanes(finite)
+    lanes: int = set_lanes(finite)
+    return lanes
