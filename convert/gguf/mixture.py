@@ -177,6 +177,8 @@ class Mixture:
         if kind != choice.type:
             size = ggml_type(choice.type).block_size
             note = f"rows of {width} values do not divide into blocks of {size} of {choice.type}: written as {kind}"
+        elif self.outtype == "MXFP4_MOE" and not note and kind == "Q8_0" and self.model.experts < 2:
+            note = "a model without experts: MXFP4_MOE writes Q8_0, as in llama-quantize"
         needs = category not in _ENDS and NEEDS_IMPORTANCE.get(self.outtype) == kind
         return Choice(kind, note, needs)
 

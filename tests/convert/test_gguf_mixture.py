@@ -78,6 +78,12 @@ def test_the_note_says_why_a_type_is_another_one() -> None:
     assert choice.note == "rows of 172 values do not divide into blocks of 256 of Q4_K: written as F16"
 
 
+def test_a_file_for_experts_says_that_there_are_none() -> None:
+    choice = choose_one("MXFP4_MOE", "blk.0.ffn_up.weight", Role.LINEAR, (64, 512))
+    assert (choice.type, "without experts" in choice.note) == ("Q8_0", True)
+    assert choose_one("Q8_0", "blk.0.ffn_up.weight", Role.LINEAR, (64, 512)).note == ""
+
+
 def test_a_head_that_does_not_divide_is_f16() -> None:
     assert choose_one("Q4_0", "output.weight", Role.HEAD, (64, 100)).type == "F16"
 
