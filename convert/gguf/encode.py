@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from quantpress.convert.checkpoint import Array
 from quantpress.quant.floats import to_float32
 from quantpress.quant.ggml.codec import dequantize, quantize_rows
+from quantpress.quant.ggml.on_device import quantize_rows_on_device
 
 _SAMPLED_ROWS = 8  # rows of each chunk that are decoded again: about one in a hundred of a large tensor
 
@@ -38,7 +40,9 @@ def relative_error(squared_error: float, squared_values: float) -> float:
     return math.sqrt(squared_error / squared_values) if squared_values else math.inf
 
 
-def encode_rows(rows: Array, kind: str, *, offset: float, sample: bool, importance: Array | None = None) -> Encoded:
+def encode_rows(
+    rows: Array, kind: str, *, offset: float, sample: bool, importance: Array | None = None, device: str = "cpu"
+) -> Encoded:
     """Encodes rows.
 
     Args:
@@ -47,13 +51,18 @@ def encode_rows(rows: Array, kind: str, *, offset: float, sample: bool, importan
         offset: added to every value first, in float32.
         sample: decode some rows again and compare them.
         importance: (1, K) float32, what an error of a column costs; None where nothing is known.
+        device: where to search; the bytes do not depend on it. What is sampled is decoded by the processor: it is a
+            hundredth of the rows.
 
     Raises:
         LayoutError: finite values that the type cannot hold.
+        OutputError: what a device needs is not installed.
     """
     if offset:
         rows = to_float32(rows) + np.float32(offset)
-    data = quantize_rows(kind, rows, None if importance is None else importance[0])
+    weight = None if importance is None else importance[0]
+    on_device = partial(quantize_rows_on_device, device=device)
+    data = (quantize_rows if device == "cpu" else on_device)(kind, rows, weight)
     if not sample or np.may_share_memory(data, rows):
         return Encoded(data, 0.0, 0.0)
     return Encoded(data, *sampled_error(rows, data, kind))

@@ -27,7 +27,7 @@ from quantpress.quant.ggml.search import SEARCHED, Search, searcher
 from quantpress.quant.ggml.types import GGMLType, ggml_type, row_bytes
 from quantpress.quant.ggml.workspace import Workspace
 
-__all__ = ["DECODERS", "ENCODERS", "PLAIN", "QUANTIZED", "dequantize", "quantize", "quantize_rows"]
+__all__ = ["DECODERS", "ENCODERS", "PLAIN", "QUANTIZED", "beyond_half", "dequantize", "quantize", "quantize_rows"]
 
 Bytes: TypeAlias = NDArray[np.uint8]
 Floats: TypeAlias = NDArray[np.float32]
@@ -143,11 +143,16 @@ def quantize_rows(kind: GGMLType | str, array: NDArray[Any], importance: Floats 
         assert encode is not None
         wild = _encode(encode, blocks, out)
     if wild:
-        raise LayoutError(
-            f"{kind.name} keeps scales as float16, and {wild} of {len(blocks)} blocks need one beyond 65504; "
-            "store this tensor as F32 or BF16"
-        )
+        raise beyond_half(kind, wild, len(blocks))
     return out.reshape(shape)
+
+
+def beyond_half(kind: GGMLType, wild: int, blocks: int) -> LayoutError:
+    """Gives the error that says how many of so many blocks need a scale that float16 cannot hold."""
+    return LayoutError(
+        f"{kind.name} keeps scales as float16, and {wild} of {blocks} blocks need one beyond 65504; "
+        "store this tensor as F32 or BF16"
+    )
 
 
 def dequantize(kind: GGMLType | str, data: Bytes, columns: int) -> Floats:
