@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quantpress.quant.block_refine import LANES, refined
+from quantpress.quant.block_refine import LANES, SWEEPS, refined
 from quantpress.quant.drift import made_up
 from quantpress.quant.errors import InputError, LayoutError
 from quantpress.quant.ggml.block_parts import BLOCK_GRIDS, BlockGrid, parts, with_codes
@@ -42,7 +42,7 @@ _PASSED = 64  # columns whose errors are passed on together, at most
 def block_gptq_shared(
     weights: Sequence[NDArray[np.float32]], hessian: NDArray[np.float32], kinds: Sequence[str],
     options: GptqOptions | None = None, *, drift: NDArray[np.float32] | None = None, share: float = 0.0,
-    threads: int = 1,
+    sweeps: int = SWEEPS, threads: int = 1,
 ) -> list[tuple[BlockTensor, GptqReport]]:  # fmt: skip
     """Quantizes matrices with the same input, each to a type of its own, each as it would be alone.
 
@@ -53,6 +53,7 @@ def block_gptq_shared(
         options: order and damping.
         drift: (K, K) float32 as for `quant.drift.made_up`, where weights are to make up for it.
         share: how much of it.
+        sweeps: rounds of `block_refine.refined`.
         threads: workers; the bytes do not depend on it.
 
     Raises:
@@ -71,7 +72,7 @@ def block_gptq_shared(
         own = [weights[number] for number in chosen]
         if drift is not None:
             own = made_up(own, factor, drift, share, threads)
-        found = _run(own, factor, hessian, [kinds[number] for number in chosen], threads)
+        found = _run(own, factor, hessian, [kinds[number] for number in chosen], sweeps, threads)
         results |= dict(zip(chosen, found, strict=True))
     return [results[number] for number in range(len(kinds))]
 
@@ -95,7 +96,7 @@ def _visiting_order(diagonal: Array, size: int, options: GptqOptions) -> NDArray
 
 def _run(
     weights: Sequence[NDArray[np.float32]], factor: Factor, hessian: NDArray[np.float32], kinds: Sequence[str],
-    threads: int,
+    sweeps: int, threads: int,
 ) -> list[tuple[BlockTensor, GptqReport]]:  # fmt: skip
     import torch
 
@@ -105,7 +106,7 @@ def _run(
     parts_of = [(matrix, rows) for matrix, weight in enumerate(weights) for rows in chunks(len(weight), _ROWS)]
     with Workers(threads) as workers:
         done = workers.run(
-            partial(_quantize_chunk, weights[matrix][rows], factor, upper, metric, kinds[matrix], importance)
+            partial(_quantize_chunk, weights[matrix][rows], factor, upper, metric, kinds[matrix], importance, sweeps)
             for matrix, rows in parts_of
         )
     results = []
@@ -128,12 +129,13 @@ class _Chunk:
 
 
 def _quantize_chunk(
-    weight: NDArray[np.float32], factor: Factor, upper: torch.Tensor, metric: torch.Tensor, kind: str, importance: Array
-) -> _Chunk:
+    weight: NDArray[np.float32], factor: Factor, upper: torch.Tensor, metric: torch.Tensor, kind: str,
+    importance: Array, sweeps: int,
+) -> _Chunk:  # fmt: skip
     """Quantizes at most `_ROWS` rows (n, K); on one thread."""
     clean = np.ascontiguousarray(np.where(factor.dead, np.float32(0), weight) if factor.dead.any() else weight)
     data = _visit_blocks(clean, factor, upper, kind, importance)
-    data = refined(clean, data, metric, factor.added, kind)
+    data = refined(clean, data, metric, factor.added, kind, sweeps)
     loss = _loss(clean - BlockTensor(kind, data).dequantize(), metric)
     power = float(np.square(clean, dtype=np.float64).sum(axis=0) @ factor.diagonal.astype(np.float64))
     return _Chunk(data, loss, power)

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from quantpress.quant import block_refine
 from quantpress.quant.block_gptq import block_gptq_shared
 from quantpress.quant.block_gptq_kernels import refit_group
 from quantpress.quant.drift import made_up
@@ -35,11 +34,6 @@ def _error(weight: np.ndarray, tensor: BlockTensor, hessian: np.ndarray, added: 
     """Errors of rows in float64."""
     off = tensor.dequantize().astype(np.float64) - weight
     return ((off @ (hessian + added * np.eye(len(hessian)))) * off).sum(axis=1)
-
-
-@pytest.fixture
-def unrefined(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(block_refine, "_SWEEPS", 0)
 
 
 def _in_float64(weight: np.ndarray, hessian: np.ndarray, kind: str, damping: float, libggml: LibGGML) -> np.ndarray:
@@ -71,11 +65,10 @@ def _in_float64(weight: np.ndarray, hessian: np.ndarray, kind: str, damping: flo
     return codes
 
 
-@pytest.mark.usefixtures("unrefined")
 @pytest.mark.parametrize("kind", ["Q4_K", "Q3_K", "Q2_K", "Q6_K", "IQ4_XS", "Q4_0", "Q5_1", "IQ4_NL", "Q8_0"])
 def test_codes_are_those_of_the_algorithm_in_float64(kind: str, libggml: LibGGML) -> None:
     weight, hessian = _case(16, 512)
-    ((tensor, _),) = block_gptq_shared([weight], hessian, [kind])
+    ((tensor, _),) = block_gptq_shared([weight], hessian, [kind], sweeps=0)
     wanted = _in_float64(weight, hessian, kind, GptqOptions().damping, libggml)
     found = codes_of(kind, tensor.data)
     # float32 against float64: once a near tie falls the other way, the columns after it in that row see another error
@@ -83,11 +76,11 @@ def test_codes_are_those_of_the_algorithm_in_float64(kind: str, libggml: LibGGML
     assert (found == wanted).all(axis=1).mean() > (0.4 if kind in ("Q8_0", "Q6_K") else 0.6)
 
 
-@pytest.mark.usefixtures("unrefined")
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_identity_hessian_gives_what_plain_rounding_gives(kind: str, libggml: LibGGML) -> None:
     weight, _ = _case(24, 512)
-    ((tensor, _),) = block_gptq_shared([weight], np.eye(512, dtype=np.float32), [kind], GptqOptions(damping=0.0))
+    identity, options = np.eye(512, dtype=np.float32), GptqOptions(damping=0.0)
+    ((tensor, _),) = block_gptq_shared([weight], identity, [kind], options, sweeps=0)
     plain = libggml.quantize(ggml_type(kind), weight, np.ones(512, np.float32))
     same = tensor.data == plain
     # other searches keep codes of a scale before its last rounding, or take the upper of two levels at a tie
@@ -109,12 +102,11 @@ def test_the_error_on_the_inputs_is_less_than_that_of_the_plain_search(kind: str
 
 
 @pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "IQ4_XS", "Q4_1"])
-def test_refining_lowers_the_error_of_every_row(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refining_lowers_the_error_of_every_row(kind: str) -> None:
     weight, hessian = _case(32, 512)
     added, losses = GptqOptions().damping * float(hessian.diagonal().mean()), []
     for sweeps in (0, 1, 4):
-        monkeypatch.setattr(block_refine, "_SWEEPS", sweeps)
-        ((tensor, _),) = block_gptq_shared([weight], hessian, [kind])
+        ((tensor, _),) = block_gptq_shared([weight], hessian, [kind], sweeps=sweeps)
         losses.append(_error(weight, tensor, hessian, added))
     # a move that does not pay in float32 may cost a rounding of the sum in float64
     assert (losses[1] <= losses[0] * (1 + 1e-5)).all()
@@ -123,12 +115,9 @@ def test_refining_lowers_the_error_of_every_row(kind: str, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("kind", ["Q2_K", "Q4_0", "IQ4_XS"])
-def test_no_other_code_of_a_weight_is_better_once_refining_has_come_to_rest(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(block_refine, "_SWEEPS", 60)
+def test_no_other_code_of_a_weight_is_better_once_refining_has_come_to_rest(kind: str) -> None:
     weight, hessian = _case(4, 256)
-    ((tensor, _),) = block_gptq_shared([weight], hessian, [kind])
+    ((tensor, _),) = block_gptq_shared([weight], hessian, [kind], sweeps=60)
     damped = hessian + GptqOptions().damping * hessian.diagonal().mean() * np.eye(256)
     off = tensor.dequantize().astype(np.float64) - weight
     step, offset, group = parts(kind, tensor.data)
@@ -229,11 +218,10 @@ def test_strange_weights_come_out_finite(kind: str) -> None:
     assert not values[0].any()
 
 
-def test_without_act_order_columns_are_visited_from_left_to_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(block_refine, "_SWEEPS", 0)
+def test_without_act_order_columns_are_visited_from_left_to_right() -> None:
     weight, hessian = _case(8, 512)
     found: list[Any] = [
-        block_gptq_shared([weight], hessian, ["Q4_K"], GptqOptions(act_order=order))[0][0].data
+        block_gptq_shared([weight], hessian, ["Q4_K"], GptqOptions(act_order=order), sweeps=0)[0][0].data
         for order in (True, False)
     ]
     assert (found[0] != found[1]).any()
