@@ -146,7 +146,7 @@ def test_a_dry_run_touches_no_weight(quantpress: Run, tiny_model: Path, tmp_path
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--outtype", "q4_k_m"), "q4_k_m"),
+        (("--outtype", "iq2_xxs"), "iq2_xxs"),
         (("--outtype", "banana"), "banana"),
         (("--tensor-type", "ffn_down"), "REGEX=TYPE"),
         (("--tensor-type", "nothing_like_it=q8_0"), "nothing_like_it"),
