@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import gguf
 import numpy as np
 import pytest
 
+from quantpress.convert.atomic_files import atomic_files
 from quantpress.convert.gguf.file_plan import FilePlan, Slot
 from quantpress.convert.gguf.reader import open_gguf_file
 from quantpress.convert.gguf.split import (
@@ -189,6 +192,28 @@ def test_parts_of_another_count_are_never_mixed_with(tmp_path: Path, force: bool
     with pytest.raises(UsageError, match="a part of 3 lies where 4 parts"):
         check_parts(tmp_path / "m.gguf", 4, force=force)
     assert open_gguf_file(paths[0]).paths == tuple(paths)
+
+
+def test_a_run_that_waited_for_another_one_looks_again(tmp_path: Path) -> None:
+    arrays, errors = _arrays(), list[UsageError]()
+    plans = split_files(_plan(arrays), SplitOptions(max_tensors=2))
+
+    def second() -> None:
+        try:
+            write_parts(tmp_path / "m.gguf", plans, enumerate(arrays.values()), force=True)
+        except UsageError as error:
+            errors.append(error)
+
+    names = [path.name for path in part_paths(tmp_path / "m.gguf", 3)]
+    waiting = threading.Thread(target=second)
+    with atomic_files(tmp_path / "m.gguf", names) as folder:
+        waiting.start()  # it sees nothing, and waits for the lock
+        time.sleep(0.3)
+        for name in names:
+            (folder / name).write_bytes(b"first")
+    waiting.join()
+    assert "a part of 3 lies where 4 parts are to be written" in str(errors)
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
 def test_chunks_that_are_not_what_was_planned_leave_nothing(tmp_path: Path) -> None:
