@@ -145,6 +145,18 @@ def test_an_adapter_is_merged_before_it_is_measured(
     assert np.abs(without["output.weight"].sums / two["output.weight"].sums - 1).max() > 1e-3
 
 
+def test_a_gguf_file_is_measured_as_the_model_it_was_made_from(
+    quantpress: Run, tiny_model: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """F32 keeps every bit, and q and k come back in the order that the decoder wants."""
+    flags = ("--text", text_file, "--context", 16, "--chunks", 5, "--calibration-dtype", "f32")
+    ended = quantpress("convert", tiny_model, tmp_path / "model.gguf", "--outtype", "f32", "--no-verify")
+    assert ended.code == 0, ended.err
+    assert quantpress("imatrix", tiny_model, tmp_path / "one.gguf", *flags).code == 0
+    assert quantpress("imatrix", tmp_path / "model.gguf", tmp_path / "two.gguf", *flags).code == 0
+    assert (tmp_path / "one.gguf").read_bytes() == (tmp_path / "two.gguf").read_bytes()
+
+
 def test_a_dry_run_promises_the_bytes_and_writes_nothing(
     quantpress: Run, tiny_model: Path, text_file: Path, tmp_path: Path
 ) -> None:
