@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
+
 from quantpress.convert.checkpoint import Checkpoint
 from quantpress.pipelines.batch.tasks import Estimate
 from quantpress.pipelines.imatrix_stage import Imatrix
 from quantpress.pipelines.judging import JudgeOptions
 from quantpress.pipelines.stage import Plan, PreparingStage, Stage
 from quantpress.pipelines.windows import DEFAULT_CONTEXT, default_chunks
+from quantpress.quant.ggml.search import SEARCHED
 
 __all__ = ["building", "preparing", "reference"]
 
 _BYTES_PER_SECOND = 150e6  # read, converted and written: a disk of a laptop, two processors
 _OPERATIONS_PER_SECOND = 4e10  # of two processors; a GPU has a thousand times as many
+_SEARCHED_PER_SECOND = 4e7  # weights of GGUF's types whose scales are searched, on two processors
 _GPU = 500.0
 _START = 2.0  # seconds until torch is there
 _BASE_BYTES = 700 << 20  # of a process that runs models in torch and llama.cpp, beside weights
@@ -39,6 +43,7 @@ def building(plan: Plan, stage: Stage, source: Checkpoint, judge: JudgeOptions |
     """Estimates an output, with its proof where `judge` is given."""
     runs = bool(getattr(stage, "runs_model", False))
     seconds, memory = _stream(source) + plan.output_bytes / _BYTES_PER_SECOND, plan.peak_memory
+    seconds += sum(math.prod(t.shape) for t in plan.tensors if t.type in SEARCHED) / _SEARCHED_PER_SECOND
     if runs:
         operations = 3.0 * 2 * source.parameters * _calibration_tokens(stage) + 4096.0 * source.parameters
         seconds += _seconds(operations, gpu=gpu)
