@@ -30,6 +30,7 @@ from quantpress.pipelines.stage import (
     TensorResult,
     fill_name,
 )
+from quantpress.quant.ggml.on_device import searching_device
 
 if TYPE_CHECKING:
     from quantpress.convert.gguf.file_plan import FilePlan
@@ -182,6 +183,7 @@ class GgufJob:
             force=force,
             held=held,
             allow_nonfinite=context.allow_nonfinite,
+            device=searching_device(context.device),
             progress=context.progress,
         )
 

@@ -87,6 +87,7 @@ def write_gguf(
     held: bool = False,
     allow_nonfinite: bool = False,
     measure_error: bool = True,
+    device: str = "cpu",
     progress: Progress = lambda _phase, _done, _total: None,
 ) -> WriteResult:
     """Writes a GGUF file, or all parts of one, atomically, reading every weight once.
@@ -101,6 +102,7 @@ def write_gguf(
         held: the caller has the lock of the whole output already, see `held_output` and `whole_path`.
         allow_nonfinite: write NaN and infinities instead of refusing them.
         measure_error: measure the error of each tensor on a sample of its rows.
+        device: where to search for scales, see `on_device`; the bytes do not depend on it.
         progress: told the bytes that are written.
 
     Raises:
@@ -109,7 +111,7 @@ def write_gguf(
     """
     errors = [[0.0, 0.0] for _ in plan.tensors]
     kept = [tensor.codes is not None for tensor in plan.tensors]
-    encode = partial(_encode, allow_nonfinite=allow_nonfinite)
+    encode = partial(_encode, allow_nonfinite=allow_nonfinite, device=device)
     total = sum(tensor.nbytes for tensor in plan.tensors)
 
     def chunks() -> Iterator[tuple[int, Array]]:
@@ -155,6 +157,7 @@ def _encode(
     *,
     sample: bool,
     allow_nonfinite: bool,
+    device: str,
 ) -> Encoded:
     if codes is not None and (blocks := codes.blocks(start, stop)) is not None:
         return Encoded(blocks, 0.0, 0.0, kept=True)
@@ -169,7 +172,9 @@ def _encode(
             "the checkpoint is damaged (--allow-nonfinite writes them anyway)"
         )
     try:
-        return encode_rows(rows, tensor.type, offset=tensor.offset, sample=sample, importance=tensor.importance)
+        return encode_rows(
+            rows, tensor.type, offset=tensor.offset, sample=sample, importance=tensor.importance, device=device
+        )
     except LayoutError as error:
         raise InputError(f"{where}: {error}; choose another type, for this tensor with --tensor-type") from error
 

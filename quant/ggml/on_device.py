@@ -10,6 +10,7 @@ Not run on hardware yet: the kernels have been interpreted and compiled (see `qu
 
 from __future__ import annotations
 
+import importlib.util
 import threading
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
@@ -25,7 +26,7 @@ from quantpress.quant.ggml.types import GGMLType, ggml_type, row_bytes
 if TYPE_CHECKING:
     import torch  # at run time it is loaded by the first call: importing this module stays cheap
 
-__all__ = ["has_kernel", "quantize_rows_on_device"]
+__all__ = ["has_kernel", "quantize_rows_on_device", "searching_device"]
 
 Floats: TypeAlias = NDArray[np.float32]
 Bytes: TypeAlias = NDArray[np.uint8]
@@ -41,6 +42,15 @@ _HALVES: Final = MappingProxyType(
 
 _SEARCHED_BY_IMPORTANCE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1")
 _ONE_AT_A_TIME = threading.Lock()  # Triton compiles at the first launch of a kernel, and threads would do it at once
+
+
+def searching_device(device: str) -> str:
+    """Gives the device to search on: the processor where no kernel can run, for its bytes are the same.
+
+    Args:
+        device: the one that a model is run on.
+    """
+    return device if device != "cpu" and importlib.util.find_spec("triton") is not None else "cpu"
 
 
 def has_kernel(name: str, *, weighted: bool) -> bool:

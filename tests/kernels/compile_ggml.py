@@ -30,12 +30,10 @@ def case(name: str, kernel: Any, values: str = "*fp32", **constants: Any) -> Com
 
 CASES = [
     case("search IQ4_NL with importance", search_levels, whole=True, weighted=True, block=128),
-    case("search IQ4_XS of bfloat16", search_levels, "*bf16", whole=False, weighted=False, block=128),
     case("super-blocks IQ4_XS", scale_super_blocks, block=128),
     case("codes IQ4_XS", pack_levels, whole=False, block=512),
     case("rows", mean_squares_of_rows, block=32),
-    case("search Q5_1", search_legacy, bits=5, minimum=True, block_bytes=24, block=128),
-    case("search Q4_0", search_legacy, bits=4, minimum=False, block_bytes=18, block=128),
+    case("search Q4_0 of bfloat16", search_legacy, "*bf16", bits=4, minimum=False, block_bytes=18, block=128),
     case("codes Q5_1", pack_legacy, bits=5, minimum=True, block_bytes=24, block=512),
     case("greatest TQ1_0", fit_greatest, size=256, block_bytes=54, step=52, block=16),
     case("greatest MXFP4", fit_greatest, size=32, block_bytes=17, step=None, block=128),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +19,9 @@ from quantpress.quant.errors import LayoutError, OutputError
 from quantpress.quant.floats import BFLOAT16
 from quantpress.quant.ggml import on_device
 from quantpress.quant.ggml.codec import dequantize, quantize_rows
-from quantpress.quant.ggml.on_device import has_kernel, quantize_rows_on_device
+from quantpress.quant.ggml.on_device import has_kernel, quantize_rows_on_device, searching_device
 from quantpress.quant.ggml.types import GGML_TYPES, ggml_type
+from tests.convert.test_gguf_export import LLAMA, checkpoint, export, random_weights
 from tests.quant.conftest import LibGGML
 
 NAMES = [*KQUANTS, *TYPES]
@@ -121,3 +123,24 @@ def test_importing_it_loads_neither_torch_nor_triton() -> None:
     code = f"import sys, quantpress.quant.ggml.on_device; print({listed})"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"
+
+
+def test_a_file_has_the_same_bytes_wherever_its_scales_are_searched(tmp_path: Path) -> None:
+    config = {**LLAMA, "hidden_size": 256, "num_hidden_layers": 1, "intermediate_size": 256}
+    model = checkpoint(config, random_weights(config))
+    files = [tmp_path / "processor.gguf", tmp_path / "device.gguf"]
+    written = [
+        export(file, model, "tq2_0", device=device) for file, device in zip(files, ("cpu", "cpu:0"), strict=True)
+    ]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert written[0].tensors == written[1].tensors
+    assert {"TQ2_0"} < {tensor.type for tensor in written[0].tensors}
+
+
+@pytest.mark.parametrize(("device", "found"), [("cpu", "cpu"), ("cuda", "cuda"), ("cuda:1", "cuda:1")])
+def test_the_processor_searches_where_triton_is_missing(
+    device: str, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert searching_device(device) == found
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert searching_device(device) == "cpu"
