@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 import quantpress as qp
+from quantpress.convert.calibration.sensitivity import embedding_sensitivity, enough_windows
+from quantpress.convert.atomic import work_folder
 from quantpress.convert.gguf.importance_file import read_importance
 from quantpress.quant.errors import CancelledError
 
@@ -87,7 +89,12 @@ def test_the_numbers_are_those_of_transformers_on_llama_imatrix_windows(
         entry = found.entries[name]
         np.testing.assert_allclose(entry.sums[0], values, rtol=TOLERANCE[kind], atol=1e-6 * values.mean())
         np.testing.assert_array_equal(entry.counts, [windows.size])
-    assert len(found.entries) == 2 * 7 + 1
+    assert len(found.entries) == 2 * 7 + 2
+    # the embedding has no inputs: against the diagonal of what tests of its own compare with transformers
+    costs = embedding_sensitivity(
+        qp.open_checkpoint(model), enough_windows(list(windows), 1), threads=1, folder=tmp_path
+    )
+    np.testing.assert_allclose(found.entries["token_embd.weight"].sums[0], windows.size * costs.diagonal(), rtol=1e-6)
     for layer in range(2):
         query, value = (found.entries[f"blk.{layer}.attn_{part}.weight"] for part in "qv")
         np.testing.assert_array_equal(query.sums, value.sums)
@@ -115,7 +122,7 @@ def test_the_first_chunks_of_the_text_are_taken(
         "imatrix", tiny_model, tmp_path / "x.gguf", "--text", text_file, "--context", 16, "--chunks", 3, "--json"
     )
     said = json.loads(ended.out)
-    assert (said["chunks"], said["context"], said["weights"], said["notes"]) == (3, 16, 15, [])
+    assert (said["chunks"], said["context"], said["weights"], said["notes"]) == (3, 16, 16, [])
     assert said["bytes"] == (tmp_path / "x.gguf").stat().st_size
     windows = ids_of(tiny_model, text_file)[:48].reshape(3, 16)
     found = read_importance(tmp_path / "x.gguf")
@@ -246,6 +253,15 @@ def test_weights_that_are_not_finite_are_refused_by_name_and_nothing_is_left(
     assert ended.code == 3
     assert "model.layers.1.mlp.up_proj.weight" in ended.err
     assert not [path for path in tmp_path.iterdir() if path != model and ".lock" not in path.name]
+
+
+def test_what_a_killed_run_left_is_removed(quantpress: Run, tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
+    left = work_folder(tmp_path / "x.gguf")
+    left.mkdir()
+    (left / "activations-hidden.f32").write_bytes(b"\0" * 64)
+    flags = ("--text", text_file, "--context", 16, "--chunks", 2)
+    assert quantpress("imatrix", tiny_model, tmp_path / "x.gguf", *flags).code == 0
+    assert not left.exists()
 
 
 def test_the_library_writes_the_same(quantpress: Run, tiny_model: Path, text_file: Path, tmp_path: Path) -> None:
