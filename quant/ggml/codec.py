@@ -129,7 +129,7 @@ def quantize_rows(kind: GGMLType | str, array: NDArray[Any], importance: Floats 
     shape = (*array.shape[:-1], row_bytes(kind, array.shape[-1]))
     if kind.name in ("F32", "F16", "BF16"):
         return _cast(kind, array).reshape(-1).view(np.uint8).reshape(shape)
-    search = searcher(kind.name, weighted=importance is not None)
+    search = searcher(kind.name, weighted=importance is not None, values=array.size)
     encode = ENCODERS.get(kind.name)
     if encode is None and search is None:
         raise LayoutError(f"no quantizer for {kind.name}; there are F32, F16, BF16, {', '.join(QUANTIZED)}")

@@ -45,8 +45,7 @@ _NEARLY_POWERS: Final = _nearly_powers()
 def search_mxfp4(values: Array, importance: Array | None, first: int, out: Array) -> int:
     """Quantizes to MXFP4: the exponent of the scale, and 32 codes; see `search.Search`."""
     del importance, first  # a block is encoded by itself
-    _encode(writable(values), out)
-    return 0
+    return int(_encode(writable(values), out))
 
 
 @compiled()
@@ -73,7 +72,9 @@ def _limits(exponent: int, limits: Array) -> None:
 
 
 @compiled()
-def _encode(values: Array, out: Array) -> None:
+def _encode(values: Array, out: Array) -> int:
+    """Writes the blocks, and counts those that have NaN or infinity."""
+    wild = 0
     codes = np.empty(COLUMNS, np.uint8)
     limits = np.empty(_MIDDLES.size, np.float32)
     for block in range(values.shape[0]):
@@ -82,6 +83,9 @@ def _encode(values: Array, out: Array) -> None:
         greatest = np.uint32(0)
         for column in range(COLUMNS):  # the greatest magnitude has the greatest bits
             greatest = max(greatest, bits[column] & np.uint32(0x7FFFFFFF))
+        if greatest >= np.uint32(0x7F800000):
+            wild += 1
+            continue
         exponent = _exponent(greatest)
         _limits(exponent, limits)
         first, second, third, fourth = limits[0], limits[1], limits[2], limits[3]
@@ -94,3 +98,4 @@ def _encode(values: Array, out: Array) -> None:
         out[block, 0] = np.uint8(exponent)
         for byte in range(COLUMNS // 2):
             out[block, 1 + byte] = codes[byte] | codes[byte + COLUMNS // 2] << 4
+    return wild

@@ -22,6 +22,7 @@ from quantpress.quant.ggml.tiles import (
     gather,
     put_halves,
     put_nibbles,
+    refuse,
     rounded,
     squares,
     take,
@@ -146,8 +147,11 @@ def _find_scales(blocks: Array, importance: Array, first: int, energy: Array, sc
         weigh(tile, importance, first + start, work[4], weights)
         farthest(tile, work[3])
         _search_tile(tile, weights, work[3], work[5], work[6], work[:3])
+        for lane in range(LANES):
+            work[5, lane] = _ZERO if abs(work[3, lane]) < TINY else work[5, lane]
+        refuse(tile, work[0], work[5])
         for lane in range(count):
-            scales[start + lane] = _ZERO if abs(work[3, lane]) < TINY else work[5, lane]
+            scales[start + lane] = work[5, lane]
 
 
 @compiled()

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantpress.quant.compiled import compiled
-from quantpress.quant.ggml.tiles import COLUMNS, LANES, gather, nearest, put_codes, take, weigh
+from quantpress.quant.ggml.tiles import COLUMNS, LANES, gather, nearest, put_codes, refuse, take, weigh
 
 __all__ = ["encode_minimum"]
 
@@ -164,6 +164,7 @@ def encode_minimum(
         for column in range(COLUMNS):
             for lane in range(LANES):
                 codes[column, lane] = np.uint8(places[column, lane])
+        refuse(tile, work[0], found[0])
         for lane in range(count):
             scales[start + lane], minima[start + lane] = found[0, lane], found[1, lane]
             put_codes(codes, lane, out[start + lane, 4:])

@@ -6,6 +6,7 @@ llama.cpp's ggml-quants.c.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from types import MappingProxyType
 from typing import Final, Protocol, TypeAlias
@@ -13,7 +14,7 @@ from typing import Final, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["SEARCHED", "WEIGHTED", "Search", "searcher"]
+__all__ = ["FAST", "SEARCHED", "WEIGHTED", "Search", "searcher"]
 
 Floats: TypeAlias = NDArray[np.float32]
 Bytes: TypeAlias = NDArray[np.uint8]
@@ -63,15 +64,30 @@ WEIGHTED: Final = MappingProxyType(
 )
 """Types that are searched where an importance is given, and only then."""
 
+FAST: Final = MappingProxyType(
+    {
+        "Q4_0": ("legacy_fast", "encode_q4_0"),
+        "Q4_1": ("legacy_fast", "encode_q4_1"),
+        "Q5_0": ("legacy_fast", "encode_q5_0"),
+        "Q5_1": ("legacy_fast", "encode_q5_1"),
+    }
+)
+"""Types that are encoded by numpy or, with the same bytes, by numba."""
 
-def searcher(name: str, *, weighted: bool) -> Search | None:
+_WORTH_LOADING: Final = 1 << 26  # values of one tensor: encoding them takes as long as loading numba
+
+
+def searcher(name: str, *, weighted: bool, values: int = 0) -> Search | None:
     """Gives the search of a type; None where it has none.
 
     Args:
         name: of the type.
         weighted: whether an importance is given.
+        values: how many are to be encoded; of types in `FAST`, few of them are left to numpy until numba is loaded.
     """
     place = SEARCHED.get(name) or (WEIGHTED.get(name) if weighted else None)
+    if place is None and (values >= _WORTH_LOADING or "numba" in sys.modules):
+        place = FAST.get(name)
     if place is None:
         return None
     found: Search = getattr(import_module(f"quantpress.quant.ggml.{place[0]}"), place[1])

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantpress.quant.compiled import compiled
-from quantpress.quant.ggml.tiles import COLUMNS, LANES, TINY, farthest, gather, put_codes, rounded, take, weigh
+from quantpress.quant.ggml.tiles import COLUMNS, LANES, TINY, farthest, gather, put_codes, refuse, rounded, take, weigh
 
 __all__ = ["encode_signed"]
 
@@ -90,6 +90,9 @@ def encode_signed(values: Array, importance: Array, energy: Array, top: int, sca
             for lane in range(LANES):
                 code = _clipped(found[1, lane] * tile[column, lane], -middle, middle - _ONE) + middle
                 codes[column, lane] = np.uint8(code if abs(work[5, lane]) >= TINY else _ZERO)
+        for lane in range(LANES):
+            found[0, lane] = found[0, lane] if abs(work[5, lane]) >= TINY else _ZERO
+        refuse(tile, work[0], found[0])
         for lane in range(count):
-            scales[start + lane] = found[0, lane] if abs(work[5, lane]) >= TINY else _ZERO
+            scales[start + lane] = found[0, lane]
             put_codes(codes, lane, out[start + lane, 2:])

@@ -28,6 +28,7 @@ __all__ = [
     "put_halves",
     "put_high_bits",
     "put_nibbles",
+    "refuse",
     "rounded",
     "squares",
     "take",
@@ -60,8 +61,8 @@ def put_halves(scales: Array, target: Array) -> NDArray[np.bool_]:
     """
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         half = scales.astype("<f2")
-    target[:, :2] = half.view(np.uint8).reshape(-1, 2)
-    beyond: NDArray[np.bool_] = ~np.isfinite(half)
+    target[:, :2].view("<f2")[:, 0] = half
+    beyond: NDArray[np.bool_] = (half.view("<u2") & np.uint16(0x7C00)) == np.uint16(0x7C00)
     return beyond
 
 
@@ -156,6 +157,18 @@ def farthest(tile: Array, extreme: Array) -> None:
             value = tile[column, lane]
             if abs(value) > abs(extreme[lane]):
                 extreme[lane] = value
+
+
+@compiled()
+def refuse(tile: Array, check: Array, scales: Array) -> None:
+    """Makes NaN of the scale in `scales` (64,) of each lane that has NaN or infinity; `check` (64,) is scratch."""
+    for lane in range(tile.shape[1]):
+        check[lane] = _ZERO
+    for column in range(tile.shape[0]):
+        for lane in range(tile.shape[1]):
+            check[lane] += tile[column, lane] * _ZERO
+    for lane in range(tile.shape[1]):
+        scales[lane] = scales[lane] if check[lane] == _ZERO else np.float32(np.nan)
 
 
 @compiled()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from quantpress.quant.errors import LayoutError
 from quantpress.quant.ggml.codec import dequantize, quantize, quantize_rows
 from quantpress.quant.ggml.types import ggml_type
 from tests.quant.searched_rows import DISTRIBUTIONS, almost_nothing, assert_same_blocks, trained_rows
@@ -81,3 +82,11 @@ def test_a_block_worked_out_by_hand():
     values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6] * 2, np.float32)
     block = quantize("MXFP4", np.concatenate([values, -values])[None])
     assert block.tobytes().hex() == "7f" + "0091a2b3c4d5e6f7" * 2
+
+
+@pytest.mark.parametrize("wild", [np.nan, np.inf, -np.inf])
+def test_nonfinite_weights_never_become_a_block(wild):
+    rows = np.ones((4, 256), np.float32)
+    rows[2, 7] = wild
+    with pytest.raises(LayoutError, match="blocks need"):
+        quantize("MXFP4", rows)

@@ -117,3 +117,14 @@ def test_a_block_worked_out_by_hand():
     """Levels themselves: scale 1 is 3C00, and each code is its level's number."""
     values = np.array([*LEVELS, *reversed(LEVELS)], np.float32)[None]
     assert quantize("IQ4_NL", values).tobytes().hex() == "003c" + "f0e1d2c3b4a5968778695a4b3c2d1e0f"
+
+
+@pytest.mark.parametrize("wild", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", TYPES)
+def test_nonfinite_weights_never_become_a_block(name, wild):
+    rows = np.ones((4, 256), np.float32)
+    rows[2, 7] = wild
+    with pytest.raises(LayoutError, match="blocks need"):
+        quantize(name, rows)
+    with pytest.raises(LayoutError, match="blocks need"):
+        quantize_rows(name, rows, np.ones(256, np.float32))

@@ -106,3 +106,12 @@ def test_importance_lowers_the_error_it_weighs(name):
         for given in (None, importance)
     )
     assert weighted < 0.95 * plain
+
+
+@pytest.mark.parametrize("wild", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", TYPES)
+def test_nonfinite_weights_never_become_a_block(name, wild):
+    rows = np.ones((4, 256), np.float32)
+    rows[2, 7] = wild
+    with pytest.raises(LayoutError, match="blocks need"):
+        quantize_rows(name, rows, np.ones(256, np.float32))

@@ -69,3 +69,12 @@ def test_digits_worked_out_by_hand():
     # weights 240 to 255 are in the last four bytes, and those begin with a digit of the same worth
     assert quantize("TQ1_0", values).tobytes().hex() == "ab" + "00" * 47 + "ab" + "00" * 3 + "003c"
     assert quantize("TQ2_0", values).tobytes().hex() == "02" + "00" * 47 + "80" + "00" * 15 + "003c"
+
+
+@pytest.mark.parametrize("wild", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", TYPES)
+def test_nonfinite_weights_never_become_a_block(name, wild):
+    rows = np.ones((4, 256), np.float32)
+    rows[2, 7] = wild
+    with pytest.raises(LayoutError, match="blocks need"):
+        quantize(name, rows)
