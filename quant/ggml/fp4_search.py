@@ -54,7 +54,7 @@ def _exponent(greatest: np.uint32) -> int:
     biased = np.int64(greatest >> np.uint32(23))
     if np.uint32(0x800000) - (greatest & np.uint32(0x7FFFFF)) <= _NEARLY_POWERS[biased]:
         biased += 1
-    return max(biased - 2, 0)
+    return max(int(biased) - 2, 0)
 
 
 @compiled()
