@@ -4,6 +4,9 @@ Method (llama.cpp, tools/imatrix/imatrix.cpp, `compute_imatrix`): the text is to
 `context` tokens, the rest is dropped; each chunk starts from an empty state, its first token replaced by BOS when the
 vocabulary adds BOS; every position counts. The head is measured too, which llama-imatrix does only when it is told to
 (`--process-output`), and under the name of the embedding where that is the head.
+
+Any other embedding has an entry too, which llama-imatrix lacks and llama-quantize uses: no inputs are multiplied with
+it, so the diagonal of the Fisher information of the predictions about its rows stands for their squares.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from quantpress.convert.arch.registry import find_arch
 from quantpress.convert.calibration.windows import windows_sha256
 from quantpress.convert.checkpoint import Checkpoint
 from quantpress.convert.gguf.importance import Importance, ImportanceMatrix
-from quantpress.convert.gguf.importance_names import measured_widths
+from quantpress.convert.gguf.importance_names import EMBEDDING, measured_widths
 from quantpress.convert.preflight import check_tied_head, preflight
 from quantpress.convert.tokenizer import Tokenizer, TokenizerFiles
 from quantpress.pipelines.default_text import calibration_text
@@ -161,8 +164,9 @@ def measure(
 
     check_tied_head(preflight(source))
     save_memory()  # the text has been tokenized, and no worker has started
+    checked = with_checks(source)
     found = measure_powers(
-        with_checks(source),
+        checked,
         text.windows,
         threads=context.threads,
         folder=folder,
@@ -171,7 +175,26 @@ def measure(
         precision=stage.calibration_dtype or "f32",
         progress=partial(context.progress, "measuring"),
     )
-    return ImportanceMatrix.measured(found.sums, tokens=found.tokens, length=text.length, dataset=text.name)
+    sums = dict(found.sums)
+    if EMBEDDING not in sums:
+        sums[EMBEDDING] = found.tokens * _embedding_costs(checked, text, folder, context)
+    return ImportanceMatrix.measured(sums, tokens=found.tokens, length=text.length, dataset=text.name)
+
+
+def _embedding_costs(source: Checkpoint, text: ImatrixText, folder: Path, context: RunContext) -> NDArray[np.float64]:
+    """Gives what an error in each column of the embedding costs, (K,)."""
+    from quantpress.convert.calibration.sensitivity import embedding_sensitivity, enough_windows
+
+    columns = find_arch(source.config).read_config(source.config).hidden
+    found = embedding_sensitivity(
+        source,
+        enough_windows(text.windows, columns),
+        threads=context.threads,
+        folder=folder,
+        max_memory=activation_budget(context.max_memory),
+        progress=partial(context.progress, "embedding"),
+    )
+    return found.diagonal().astype(np.float64)
 
 
 def empty_matrix(source: Checkpoint, stage: MeasureOptions) -> ImportanceMatrix:

@@ -180,7 +180,9 @@ class _Head:
         inputs = hidden.clone().requires_grad_()
         with torch.enable_grad():
             normal = normalize(inputs, self.norm, self.bias, kind=self.kind, eps=self.eps)
-        logits = torch.cat([F.linear(normal.detach(), part.float()) for part in self.rows.split(_HEAD_ROWS)], dim=1)
+        logits = torch.cat(
+            [F.linear(normal.detach(), part.float()) for part in torch.split(self.rows, _HEAD_ROWS)], dim=1
+        )
         slope = None
         if self.cap is not None:
             bent = torch.tanh(logits / self.cap)
@@ -191,7 +193,7 @@ class _Head:
         if slope is not None:
             behind *= slope
         before = torch.zeros_like(hidden)
-        for part, share in zip(self.rows.split(_HEAD_ROWS), behind.split(_HEAD_ROWS, dim=1), strict=True):
+        for part, share in zip(torch.split(self.rows, _HEAD_ROWS), torch.split(behind, _HEAD_ROWS, dim=1), strict=True):
             before.addmm_(share, part.float())
         (gradient,) = torch.autograd.grad(normal, inputs, before)
         return gradient

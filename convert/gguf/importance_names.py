@@ -5,7 +5,9 @@ from __future__ import annotations
 from quantpress.convert.arch.spec import ArchSpec, Hyperparameters, Role
 from quantpress.convert.traits import steps_of, traits_of
 
-__all__ = ["head_name", "layer_name", "measured_widths"]
+__all__ = ["EMBEDDING", "head_name", "layer_name", "measured_widths"]
+
+EMBEDDING = "token_embd.weight"
 
 
 def layer_name(layer: int, slot: str) -> str:
@@ -20,8 +22,11 @@ def head_name(spec: ArchSpec, hyper: Hyperparameters) -> str:
 
 
 def measured_widths(spec: ArchSpec, hyper: Hyperparameters) -> dict[str, int]:
-    """Gives the columns of every weight that is measured, in the order of the computation, the head last."""
-    dims, widths = hyper.dims, dict[str, int]()
+    """Gives the columns of every weight that is measured, in the order of the computation, the head last.
+
+    An embedding that is not the head too comes first: it has no inputs, and what its errors cost is found otherwise.
+    """
+    dims, widths = hyper.dims, {EMBEDDING: hyper.dims["hidden"]}
     per_step = (dims["hidden"], dims["q"], dims["hidden"], dims["ffn"])
     for layer in range(hyper.layers):
         for slots, width in zip(steps_of(traits_of(spec, hyper)), per_step, strict=True):
