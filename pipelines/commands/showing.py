@@ -103,7 +103,8 @@ def show_result(pressed: Pressed, *, as_json: bool, tables: bool, every_tensor: 
         show_quantized(artifact.tensors)
     for line in filter(None, (*_summaries(pressed.ledger), summary(artifact.tensors))):
         click.echo(line)
-    click.echo(f"{artifact.path}: {artifact.ftype}, {size_text(nbytes)}")
+    files = len(artifact.outputs) if artifact.path.is_file() else 1
+    click.echo(f"{artifact.path}: {artifact.ftype}, {size_text(nbytes)}{f' in {files} files' if files > 1 else ''}")
     if parity is None:
         click.echo("not verified (--no-verify)")
     elif parity.tokens:

@@ -35,7 +35,10 @@ def parts_of(folder: Path) -> list[Path]:
 def write(quantpress: Run, model: Path, out: Path, *flags: object) -> list[Path]:
     ended = quantpress("convert", model, out, *SPLIT, "--no-verify", *flags)
     assert ended.code == 0, ended.err
-    return parts_of(out.parent)
+    parts = parts_of(out.parent)
+    assert f"{parts[0]}: F32, " in ended.out
+    assert f" in {len(parts)} files" in ended.out
+    return parts
 
 
 @pytest.fixture
