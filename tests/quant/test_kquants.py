@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +20,7 @@ from quantpress.quant.ggml.codec import dequantize, quantize_rows
 from quantpress.quant.ggml.types import ggml_type
 from tests.kernels.kquants_cases import KINDS, NAMES, importance, weights
 
+ROOT = Path(__file__).resolve().parents[2]
 SEARCH = {
     "Q2_K": kquants.search_q2_k,
     "Q3_K": kquants.search_q3_k,
@@ -188,3 +193,25 @@ def test_importance_lowers_the_error_that_it_weighs(name):
 
 def test_no_blocks_give_no_bytes():
     assert quantize_rows("Q4_K", np.zeros((0, 256), np.float32)).shape == (0, 144)
+
+
+ELSEWHERE = """
+import hashlib
+from quantpress.quant.ggml.codec import quantize_rows
+from tests.kernels.kquants_cases import importance, weights
+rows = weights("mixed", 20)
+for weight in (None, importance("gaps")):
+    print(hashlib.sha256(quantize_rows("Q4_K", rows, weight)).hexdigest())
+"""
+
+
+@pytest.mark.slow
+def test_a_processor_without_wide_vectors_gives_the_same_bytes(tmp_path):
+    answers = []
+    for processor in ({}, {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}):
+        environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / str(len(processor))), **processor}
+        done = subprocess.run(
+            [sys.executable, "-c", ELSEWHERE], cwd=ROOT, env=environment, check=True, capture_output=True, text=True
+        )
+        answers.append(done.stdout)
+    assert answers[0] == answers[1]
