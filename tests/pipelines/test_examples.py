@@ -93,6 +93,21 @@ def test_a_release_is_six_files_from_one_calibration(model: Path, examples: Path
     }
 
 
+def test_gguf_files_of_all_sizes_share_one_importance_matrix(examples: Path, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+    model = tiny_checkpoint(tmp_path / "wide", "llama", dtype="bfloat16", **sizes)
+    values = {"model": model, "name": "tiny", "out": tmp_path / "out", "samples": 32, **LOOSE}
+    result = result_of(run(examples / "gguf.yaml", values, "--json"))
+    found = outputs(result)
+    assert [found[f"tiny-{kind}.gguf"]["ftype"] for kind in ("Q3_K_M", "IQ4_XS", "Q4_K_M", "Q5_K_M", "Q6_K")] == [
+        "Q3_K_M", "IQ4_XS", "Q4_K_M", "Q5_K_M", "Q6_K",
+    ]  # fmt: skip
+    loss = {name: output["parity"]["mean_kld"] for name, output in found.items()}
+    assert loss["tiny-Q3_K_M.gguf"] > loss["tiny-Q4_K_M.gguf"] > loss["tiny-Q5_K_M.gguf"] > loss["tiny-Q6_K.gguf"]
+    assert loss["tiny-gptq-Q4_K_M.gguf"] < loss["tiny-Q4_K_M.gguf"]
+    assert all(output["parity"]["candidate"]["runtime"] == "llama.cpp" for output in found.values())
+
+
 def test_adapters_by_formats_are_proved_against_base_and_adapter(model: Path, examples: Path, tmp_path: Path) -> None:
     adapters = tmp_path / "adapters"
     make_adapter(model, adapters / "tone")

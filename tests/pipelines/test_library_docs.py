@@ -27,7 +27,7 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     batch = {"version": 1, "defaults": LOOSE, "jobs": [{"name": "one", "model": "model", "stages": stages}]}
     (tmp_path / "batch.yaml").write_text(json.dumps(batch))
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     exec(compile("\n".join(blocks), "docs/library.md", "exec"), {"__name__": "example"})
     written = {path.name for path in (tmp_path / "out").iterdir()}
     wanted = {"merged-Q8_0.gguf", "model-F16.gguf", "int4", "int4-onnx", "int4-Q4_0.gguf", "batch.gguf", "report.html"}
