@@ -128,3 +128,13 @@ def test_nonfinite_weights_never_become_a_block(name, wild):
         quantize(name, rows)
     with pytest.raises(LayoutError, match="blocks need"):
         quantize_rows(name, rows, np.ones(256, np.float32))
+
+
+def test_ties_that_cost_nothing_go_to_the_higher_level(libggml):
+    """The levels themselves fix the scale at a power of two; the middles beside them are then exactly between two."""
+    middles = [(low + high) / 2 for low, high in pairwise(LEVELS)]
+    rows = np.ldexp(np.array([[*LEVELS, *middles, 0.0]]), np.arange(-9, 9)[:, None]).astype(np.float32)
+    importance = np.array([1] * 16 + [0] * 16, np.float32)
+    found = quantize_rows("IQ4_NL", rows, importance)
+    assert_same_blocks("IQ4_NL", found, libggml.quantize(ggml_type("IQ4_NL"), rows, importance))
+    np.testing.assert_array_equal(found[:, 2:] >> 4, np.tile([*range(1, 16), 8], (18, 1)))
