@@ -152,7 +152,7 @@ def encode_with_minimum(values: Array, importance: Array, first: int, out: Array
         else:
             weigh_plainly(tiles.values, tiles.weights, size)
         for number in range(count):
-            search_with_minimum(tiles, number, size, recipe.tried, weighted, recipe.by_size)
+            search_with_minimum(tiles, number, size, recipe.tried, recipe.by_size)
         if weighted:
             step = scales_by_search(tiles.scales, tiles.totals, count, recipe.scale_tried, tiles.scale_codes)
             offset = scales_by_search(tiles.minima, tiles.totals, count, recipe.scale_tried, tiles.min_codes)

@@ -34,8 +34,6 @@ Array = NDArray[Any]
 
 TINY: Final = np.float32(1e-15)  # GROUP_MAX_EPS: what stays below is stored as zero
 _SIGNED: Final = 16  # weights of a sub-block of types without a minimum
-_FAR: Final = np.float32(1 << 21)  # half of where libggml's rounding starts to wrap around
-_EVERY: Final = (1 << LANES) - 1
 _ZERO: Final = np.float32(0)
 _ONE: Final = np.float32(1)
 ROUNDS: Final = 5  # over the codes of a sub-block, at most
@@ -57,19 +55,6 @@ def _place(value: Vector, minimum: Vector, inverse: Vector, top: Vector) -> Vect
 
 
 @part
-def _wild_place(value: Vector, minimum: Vector, inverse: Vector, top: Vector) -> Vector:
-    """As libggml rounds without a bound: far values wrap around, and are bounded then."""
-    return clamped(nearest(inverse * (value - minimum)), splat(_ZERO), top)
-
-
-@part
-def _fill(values: Array, base: int, size: int, minimum: Vector, inverse: Vector, top: Vector, work: Array) -> None:
-    """Codes of a sub-block where some may lie beyond 2^22 steps; `_place` is what is right elsewhere."""
-    for row in range(size):
-        store(work, row * LANES, _wild_place(load(values, (base + row) * LANES), minimum, inverse, top))
-
-
-@part
 def _distance(values: Array, weights: Array, base: int, work: Array, size: int, scale: Vector, minimum: Vector,
               by_size: bool) -> Vector:  # fmt: skip
     """Sums weighted squared differences, or weighted sizes of them; codes are in `work`."""
@@ -86,15 +71,18 @@ def _distance(values: Array, weights: Array, base: int, work: Array, size: int, 
 
 
 @part
-def search_with_minimum(tiles: Tiles, number: int, size: int, tried: Array, bounded: bool, by_size: bool) -> None:
-    """make_qkx2_quants and, `bounded`, make_qkx3_quants: scale and subtrahend of a sub-block, and codes for them.
+def search_with_minimum(tiles: Tiles, number: int, size: int, tried: Array, by_size: bool) -> None:
+    """make_qkx2_quants and make_qkx3_quants: scale and subtrahend of a sub-block, and codes for them.
+
+    Places are bounded before they are rounded, libggml's after it. That differs for places beyond 2^22 only: where the
+    range is subnormal, but there the determinant of the fit underflows and no step is taken; and where steps that are
+    taken shrink the range by 2^17, which needs an importance of 0 nearly everywhere and was never seen.
 
     Args:
         tiles: values and weights are read; a row of scales and of minima is written, and `size` rows of codes.
         number: of the sub-block.
         size: weights of it.
         tried: as in `kquants_blocks.Recipe`.
-        bounded: places of weights are bounded before they are rounded, not after it.
         by_size: errors count by their size, not their square.
     """
     values, weights, work, base = tiles.values, tiles.weights, tiles.work, number * size
@@ -117,20 +105,11 @@ def search_with_minimum(tiles: Tiles, number: int, size: int, tried: Array, boun
         inverse = splat(tried[step]) / (high - minimum)
         if step == 0:
             inverse = chosen
-        wild = 0
-        if not bounded:
-            reach = absolute(inverse) * (high - least + absolute(minimum - least))
-            wild = _EVERY ^ set_lanes(reach < splat(_FAR))
-        if wild:
-            _fill(values, base, size, minimum, inverse, top, work)
         sum_l, sum_l2, sum_xl = zero, zero, zero
         for row in range(size):
             value = load(values, (base + row) * LANES)
-            if wild:
-                code = load(work, row * LANES)
-            else:
-                code = _place(value, minimum, inverse, top)
-                store(work, row * LANES, code)
+            code = _place(value, minimum, inverse, top)
+            store(work, row * LANES, code)
             cost = load(weights, (base + row) * LANES) * code
             sum_l = sum_l + cost
             sum_l2 = sum_l2 + cost * code
@@ -151,8 +130,6 @@ def search_with_minimum(tiles: Tiles, number: int, size: int, tried: Array, boun
     for row in range(size):
         value = load(values, (base + row) * LANES)
         code = _place(value, chosen_minimum, chosen, top)
-        if not bounded:
-            code = _wild_place(value, chosen_minimum, chosen, top)
         store(tiles.codes, (base + row) * LANES, select(flat, zero, code))
     store(tiles.scales, number * LANES, select(flat, zero, scale))
     store(tiles.minima, number * LANES, select(flat, first, minimum) * splat(-_ONE))
