@@ -27,7 +27,7 @@ from quantpress.pipelines.quantize_codes import WeightsJob, hashed
 from quantpress.pipelines.quantize_work import LIVE, reports_of
 from quantpress.pipelines.spool import Spool
 from quantpress.pipelines.stage import Prepared, PreparingStage, RunContext, Stage
-from quantpress.quant.errors import InputError
+from quantpress.quant.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 
 _FOLDER = "codes"  # of the spool, in the folder that the work is given
 _FINISHED = "finished"  # the spool's last step
+_FOLDING = ("awq", "smoothquant")  # they scale columns, and fold the inverse into what stands before
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,10 +74,16 @@ class CodesStage(Stage):
         """Gives every option with what depends on the source filled in.
 
         Raises:
-            UsageError: options that do not go together, or a model that is quantized already.
+            UsageError: options that do not go together, or a model that is quantized already, or measured already where
+                the method scales columns.
             UnknownFamilyError: a method that runs the model, and there is no table for it.
         """
         made = self._asked().resolved(source)
+        if source.importance is not None and self.name in _FOLDING:
+            raise UsageError(
+                f"stage imatrix before {self.name}: {self.name} scales columns, and what was measured is no longer"
+                f" theirs; put imatrix after {self.name}"
+            )
         return {field.name: getattr(made, field.name) for field in fields(self)}
 
     def _asked(self) -> Codes:

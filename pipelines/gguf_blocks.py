@@ -23,7 +23,7 @@ from quantpress.pipelines.default_text import BUILT_IN_NOTE
 from quantpress.pipelines.gguf_embedding import EmbeddingWork
 from quantpress.pipelines.hashing import hash_file
 from quantpress.pipelines.merge_stage import merge_records
-from quantpress.pipelines.quantize_calibration import Calibration, needs
+from quantpress.pipelines.quantize_calibration import Calibration, activation_budget, needs
 from quantpress.pipelines.quantize_codes import hashed
 from quantpress.pipelines.quantize_job import fingerprint
 from quantpress.pipelines.quantize_work import WRITTEN, Spooled
@@ -126,7 +126,11 @@ class GgufBlocks:
 
     @cached_property
     def _needs(self) -> tuple[int, int]:
-        return needs(self._source, self._stage)
+        memory, disk = needs(self._source, self._stage)
+        if self._embedding is None:
+            return memory, disk
+        kept = self._embedding.kept_bytes(self._checked.hyper.layers)
+        return memory, max(disk, kept - activation_budget(None))
 
     def check_output(self, context: RunContext) -> None:
         """Checks that the output may be written.
@@ -211,6 +215,7 @@ class GgufBlocks:
                 "options": {name: value for name, value in described["options"].items() if name not in _PLACES},
                 "read": {name: None if path is None else hash_file(path)[0] for name, path in read.items()},
                 "types": dict(self._types),
+                "importance": None if self._source.importance is None else self._source.importance.digest(),
                 "merged": merge_records(self._source),
                 "environment": environment(context.device),
                 "inputs": [fingerprint(file.path) for file in self._source.files],

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from quantpress.convert.calibration.windows import enough_tokens
 from quantpress.convert.checkpoint import Array, Checkpoint, LazyTensor
 from quantpress.pipelines.layer_work import with_checks
 from quantpress.pipelines.quantize_calibration import Calibration, activation_budget
@@ -31,6 +32,7 @@ __all__ = ["EmbeddingWork"]
 
 _STEP = "embedding"  # of the spool
 _DAMPING = 0.1  # more than for linears: with 0.01 an embedding of Q2_K kept 0.38 of the plain divergence, with 0.1 0.24
+_FLOAT = 4  # bytes
 _ROWS = 32768  # that are read and quantized together
 
 
@@ -65,6 +67,11 @@ class EmbeddingWork:
         """Of the weight in the checkpoint."""
         return self.planned.source.name
 
+    def kept_bytes(self, layers: int) -> int:
+        """Bytes of what layers begin with, which is kept for the way back."""
+        columns = self.planned.shape[1]
+        return (layers + 1) * enough_tokens(columns) * columns * _FLOAT
+
     def find(self, calibration: Calibration, spool: Spool, context: RunContext) -> LazyTensor:
         """Gives the embedding as the file will hold it; finds its blocks unless the spool has them.
 
@@ -83,7 +90,8 @@ class EmbeddingWork:
         return LazyTensor(tensor.name, tensor.shape, "F32", tensor.source, read)
 
     def _quantized(self, calibration: Calibration, spool: Spool, context: RunContext) -> tuple[Array, dict[str, Any]]:
-        from quantpress.convert.calibration.sensitivity import embedding_sensitivity, enough_windows
+        from quantpress.convert.calibration.sensitivity import embedding_sensitivity
+        from quantpress.convert.calibration.windows import enough_windows
         from quantpress.quant.block_gptq import block_gptq_shared
         from quantpress.quant.gptq import GptqOptions
 

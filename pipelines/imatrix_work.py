@@ -183,7 +183,8 @@ def measure(
 
 def _embedding_costs(source: Checkpoint, text: ImatrixText, folder: Path, context: RunContext) -> NDArray[np.float64]:
     """Gives what an error in each column of the embedding costs, (K,)."""
-    from quantpress.convert.calibration.sensitivity import embedding_sensitivity, enough_windows
+    from quantpress.convert.calibration.sensitivity import embedding_sensitivity
+    from quantpress.convert.calibration.windows import enough_windows
 
     columns = find_arch(source.config).read_config(source.config).hidden
     found = embedding_sensitivity(

@@ -32,22 +32,12 @@ from quantpress.convert.preflight import preflight
 from quantpress.convert.weights import CheckpointWeights
 from quantpress.quant.errors import InputError
 
-__all__ = ["embedding_sensitivity", "enough_windows"]
+__all__ = ["embedding_sensitivity"]
 
 Progress = Callable[[int, int], None]
 
-_TOKENS = 4096  # of the text: a trained model of width 256 gained as much from 1024 as from 32768
-_PER_COLUMN = 2  # tokens at least per column of the embedding
-_LENGTH = 512  # of a window, at most: a layer's activations for one are held by each thread
 _HEAD_ROWS = 16384  # of the head that are converted to float32 at once
 _HEAD_TOKENS = 128  # whose logits a thread holds at once
-
-
-def enough_windows(windows: Sequence[NDArray[np.int32]], columns: int) -> Sequence[NDArray[np.int32]]:
-    """Gives the starts of a text's first windows, as much as an embedding of so many columns wants."""
-    length = min(_LENGTH, len(windows[0]))
-    wanted = -(-max(_TOKENS, _PER_COLUMN * columns) // length)
-    return [window[:length] for window in windows[:wanted]]
 
 
 def embedding_sensitivity(

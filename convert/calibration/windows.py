@@ -10,7 +10,11 @@ from numpy.typing import NDArray
 
 from quantpress.quant.errors import InputError, UsageError
 
-__all__ = ["calibration_windows", "overlap_note", "windows_sha256"]
+__all__ = ["calibration_windows", "enough_tokens", "enough_windows", "overlap_note", "windows_sha256"]
+
+_TOKENS = 4096  # for gradients: a trained model of width 256 gained as much from 1024 as from 32768
+_PER_COLUMN = 2  # tokens at least per column of the embedding
+_LENGTH = 512  # of a window, at most: a layer's activations for one are held by each thread
 
 
 def calibration_windows(
@@ -77,3 +81,14 @@ def _starts(tokens: int, samples: int, taken: int, seed: int) -> NDArray[np.int6
         return spread[order] // max(samples - 1, 1)
     gaps = np.sort((generator.random_raw(samples) % np.uint64(room + 1)).astype(np.int64))
     return (gaps + np.arange(samples, dtype=np.int64) * taken)[order]
+
+
+def enough_tokens(columns: int) -> int:
+    """Gives the tokens that gradients for an embedding of so many columns are measured on."""
+    return max(_TOKENS, _PER_COLUMN * columns)
+
+
+def enough_windows(windows: Sequence[NDArray[np.int32]], columns: int) -> Sequence[NDArray[np.int32]]:
+    """Gives the starts of a text's first windows, `enough_tokens` where the text has so many."""
+    length = min(_LENGTH, len(windows[0]))
+    return [window[:length] for window in windows[: -(-enough_tokens(columns) // length)]]

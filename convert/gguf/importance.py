@@ -6,6 +6,7 @@ of column k is the mean of x_k^2 over the tokens that were seen.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -117,6 +118,15 @@ class ImportanceMatrix:
         with np.errstate(divide="ignore", invalid="ignore"):
             means = sums.reshape(experts, columns).astype(np.float32, copy=False) / seen
         return np.where(seen > 0, means, np.float32(1))
+
+    def digest(self) -> str:
+        """Gives the SHA-256 of all names and numbers, in hexadecimal."""
+        found = hashlib.sha256()
+        for name, entry in self.entries.items():
+            found.update(f"{name} {entry.sums.shape} {entry.counts.shape};".encode())
+            found.update(np.ascontiguousarray(entry.sums, np.float32).tobytes())
+            found.update(np.ascontiguousarray(entry.counts, np.float32).tobytes())
+        return found.hexdigest()
 
     def check_fits(self, names: Iterable[str], where: str) -> None:
         """Refuses a matrix that has nothing to say about a model, which llama-quantize passes over in silence.

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from quantpress.convert.calibration.sensitivity import embedding_sensitivity, enough_windows
+from quantpress.convert.calibration.sensitivity import embedding_sensitivity
+from quantpress.convert.calibration.windows import enough_windows
 from quantpress.convert.open import open_checkpoint
 from quantpress.quant.errors import InputError
 from tests.tiny import FAMILIES, tiny_checkpoint

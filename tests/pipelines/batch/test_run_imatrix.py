@@ -144,3 +144,11 @@ def test_the_matrix_in_the_cache_is_a_file_that_can_be_read(batch: Batch) -> Non
     matrix = read_importance(path)
     assert matrix.chunk_count == 8
     assert all(np.isfinite(entry.sums).all() for entry in matrix.entries.values())
+
+
+def test_a_matrix_does_not_outlive_a_stage_that_scales_columns(batch: Batch) -> None:
+    awq = {"awq": {"bits": 4, "group_size": 32, "calibration": "calib.txt", "samples": 2, "sequence_length": 16}}
+    batch.write(job("a", STAGE, awq, gguf("q4_0", "x"), verify=False))
+    (failed,) = batch.run().jobs
+    assert "stage imatrix before awq" in str(failed.error)
+    assert "put imatrix after awq" in str(failed.error)

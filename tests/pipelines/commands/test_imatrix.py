@@ -17,7 +17,8 @@ from safetensors.numpy import load_file, save_file
 
 import quantpress as qp
 from quantpress.convert.atomic import work_folder
-from quantpress.convert.calibration.sensitivity import embedding_sensitivity, enough_windows
+from quantpress.convert.calibration.sensitivity import embedding_sensitivity
+from quantpress.convert.calibration.windows import enough_windows
 from quantpress.convert.gguf.importance_file import read_importance
 from quantpress.quant.errors import CancelledError
 
