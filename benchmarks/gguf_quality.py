@@ -1,6 +1,6 @@
 """Measures what every GGUF file type costs, beside llama-quantize's file of the same type from the same source.
 
-    python benchmarks/gguf_quality.py MODEL --library libllama.so --text TEXT --calibration TEXT [--types ...] [--name N]
+    python benchmarks/gguf_quality.py MODEL --library libllama.so --text TEXT --calibration TEXT [--types ...]
 
 For each type: llama-quantize's file; ours without a text, with an importance matrix (measured on the calibration text;
 llama-quantize gets the same one), and by GPTQ. Each is run in llama.cpp on the same tokens and compared with the source
@@ -88,7 +88,8 @@ def measured(options: argparse.Namespace) -> list[dict[str, Any]]:
             else:
                 parity = reference.judge(file, kind)
                 row |= {
-                    "bytes": file.stat().st_size, "mean_kld": parity.mean_kld, "mean_kld_stderr": parity.mean_kld_stderr,
+                    "bytes": file.stat().st_size, "mean_kld": parity.mean_kld,
+                    "mean_kld_stderr": parity.mean_kld_stderr,
                     "kld_p99": parity.kld_p99, "perplexity": parity.candidate.perplexity, "ppl_ratio": parity.ppl_ratio,
                     "ppl_ratio_stderr": parity.ppl_ratio_stderr, "top1_agreement": parity.top1_agreement,
                     "tokens": parity.tokens, "source_perplexity": parity.baseline.perplexity,
@@ -113,7 +114,8 @@ def main() -> None:
     parser.add_argument("--name", help="what to call the model")
     options = parser.parse_args()
     subject = {
-        "commit": git_commit(), "machine": machine(), "text": options.text.name, "calibration": options.calibration.name,
+        "commit": git_commit(), "machine": machine(), "text": options.text.name,
+        "calibration": options.calibration.name,
         "samples": options.samples, "length": options.length, "chunks": options.chunks, "rows": measured(options),
     }  # fmt: skip
     path = RESULTS / "gguf_quality.json"
