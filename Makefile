@@ -29,18 +29,20 @@ format: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/run.py
 
-# the longer form of proofs that make test shortens: whole texts in llama.cpp, longer ones by onnxruntime-genai
+# the tests that make test leaves out for their length, and the longer form of those that it shortens: whole texts in
+# llama.cpp, longer ones by onnxruntime-genai
 proofs: $(VENV)/.dev
-	OMP_NUM_THREADS=2 QUANTPRESS_WHOLE_TEXTS=1 $(BIN)/pytest tests/pipelines/test_adapter_proof.py tests/pipelines/test_onnx_real_models.py
+	OMP_NUM_THREADS=1 QUANTPRESS_LONG=1 $(BIN)/pytest -n 2 $$(cat tests/long_tests.txt)
+	OMP_NUM_THREADS=2 QUANTPRESS_LONG=1 QUANTPRESS_WHOLE_TEXTS=1 $(BIN)/pytest tests/pipelines/test_adapter_proof.py tests/pipelines/test_onnx_real_models.py
 
 # batches and caches that are killed again and again, 50 times each, and must end with the bytes of undisturbed ones; full
 # disks; a cluster that loses a node
 faults: $(VENV)/.dev
-	OMP_NUM_THREADS=1 QUANTPRESS_KILLS=50 $(BIN)/pytest tests/pipelines/batch/test_batch_kills.py tests/pipelines/batch/test_batch_program.py tests/pipelines/cache/test_killed.py tests/pipelines/executors/test_ray_pool.py
+	OMP_NUM_THREADS=1 QUANTPRESS_LONG=1 QUANTPRESS_KILLS=50 $(BIN)/pytest tests/pipelines/batch/test_batch_kills.py tests/pipelines/batch/test_batch_program.py tests/pipelines/cache/test_killed.py tests/pipelines/executors/test_ray_pool.py
 
 # the tests that make up their examples, with other examples each time
 fuzz: $(VENV)/.dev
-	OMP_NUM_THREADS=1 QUANTPRESS_FUZZ=1 $(BIN)/pytest -n 2 --dist worksteal -m "not slow" $$(grep -rl "from hypothesis" tests --include="test_*.py")
+	OMP_NUM_THREADS=1 QUANTPRESS_LONG=1 QUANTPRESS_FUZZ=1 $(BIN)/pytest -n 2 --dist worksteal -m "not slow" $$(grep -rl "from hypothesis" tests --include="test_*.py")
 
 # kernels compiled for a GPU that is not there, as they are launched for random shapes and types
 builds: $(VENV)/.dev

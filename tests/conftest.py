@@ -42,6 +42,18 @@ def _interpret_kernels() -> None:
 _interpret_kernels()
 
 
+LONG = tuple(Path(__file__).with_name("long_tests.txt").read_text(encoding="utf-8").split())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leaves the longest proofs to `make proofs`."""
+    if os.environ.get("QUANTPRESS_LONG"):
+        return
+    for item in items:
+        if item.nodeid.startswith(LONG):
+            item.add_marker(pytest.mark.skip(reason="takes long: make proofs"))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Folder with the small real models and texts that the developers keep beside the repository."""

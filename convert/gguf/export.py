@@ -6,6 +6,7 @@ in order.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +26,7 @@ from quantpress.convert.gguf.writer import write_parts
 from quantpress.convert.hashed_output import Written
 from quantpress.quant.errors import InputError, LayoutError
 from quantpress.quant.floats import count_nonfinite
+from quantpress.quant.ggml.search import searcher
 
 __all__ = ["TensorOutcome", "WriteResult", "write_gguf"]
 
@@ -113,6 +115,8 @@ def write_gguf(
     kept = [tensor.codes is not None for tensor in plan.tensors]
     encode = partial(_encode, allow_nonfinite=allow_nonfinite, device=device)
     total = sum(tensor.nbytes for tensor in plan.tensors)
+    if device == "cpu":
+        _load_searches(plan)
 
     def chunks() -> Iterator[tuple[int, Array]]:
         done = 0
@@ -132,6 +136,16 @@ def write_gguf(
         for t, sums, codes in zip(plan.tensors, errors, kept, strict=True)
     )
     return WriteResult(files, outcomes)
+
+
+def _load_searches(plan: TensorPlan) -> None:
+    """Loads what searches the types first: once numba is there, types that numpy encodes are encoded by it too."""
+    values: dict[tuple[str, bool], int] = {}
+    for tensor in plan.tensors:
+        key = (tensor.type, tensor.importance is not None)
+        values[key] = values.get(key, 0) + math.prod(tensor.shape)
+    for (kind, weighted), count in values.items():
+        searcher(kind, weighted=weighted, values=count)
 
 
 def _tasks(

@@ -26,11 +26,23 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     stages = [{"gguf": {"outtype": "Q8_0", "output": "out/batch.gguf"}}]
     batch = {"version": 1, "defaults": LOOSE, "jobs": [{"name": "one", "model": "model", "stages": stages}]}
     (tmp_path / "batch.yaml").write_text(json.dumps(batch))
+    (tmp_path / "test.txt").write_text("What was pressed in the morning is read in the evening. " * 400)
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     assert len(blocks) == 7
     exec(compile("\n".join(blocks), "docs/library.md", "exec"), {"__name__": "example"})
     written = {path.name for path in (tmp_path / "out").iterdir()}
-    wanted = {"merged-Q8_0.gguf", "model-F16.gguf", "int4", "int4-onnx", "int4-Q4_0.gguf", "batch.gguf", "report.html"}
+    wanted = {
+        "imatrix.gguf",
+        "model-Q4_K_M.gguf",
+        "best-Q4_K_M.gguf",
+        "merged-Q8_0.gguf",
+        "model-F16.gguf",
+        "int4",
+        "int4-onnx",
+        "int4-Q4_0.gguf",
+        "batch.gguf",
+        "report.html",
+    }
     assert wanted <= written
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("llama ")

@@ -169,15 +169,20 @@ def gone(pids: Sequence[int], seconds: float) -> bool:
 
 @contextlib.contextmanager
 def stopped_at(file: Path, place: int, delay: float, how: signal.Signals, *, worker: bool = False) -> Iterator[Running]:
-    """Starts a run and sends a signal `delay` seconds after its event number `place`; gives it when that is done."""
+    """Starts a run and sends a signal `delay` seconds after its event number `place`; to its workers once they work."""
     reached = threading.Event()
-    running = Running(command(file), lambda number, _: reached.set() if number >= place else None)
+
+    def seen(number: int, event: dict[str, Any]) -> None:
+        if number >= place and (not worker or event["event"] == "started"):
+            reached.set()
+
+    running = Running(command(file), seen)
     deadline = time.monotonic() + 120
     while not reached.is_set() and running.process.poll() is None and time.monotonic() < deadline:
         reached.wait(0.02)
     time.sleep(delay)
     mine = children(running.process.pid)
-    for pid in mine[:1] if worker else [running.process.pid]:
+    for pid in mine if worker else [running.process.pid]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, how)
     try:

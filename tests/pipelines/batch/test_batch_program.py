@@ -132,12 +132,12 @@ def test_a_signal_ends_a_run_in_seconds_and_the_next_goes_on(
     assert contents(out) == contents(undisturbed / "out")
 
 
-def test_a_worker_that_is_killed_is_replaced(model: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_workers_that_are_killed_are_replaced(model: Path, undisturbed: Path, tmp_path: Path) -> None:
     file = write_pipeline(tmp_path, model)
-    with stopped_at(file, 4, 0.5, signal.SIGKILL, worker=True) as running:
+    with stopped_at(file, 4, 0.3, signal.SIGKILL, worker=True) as running:
         ended = running.wait()
     assert ended.code == 0, ended.said
-    assert len(ended.of_kind("retried")) == 1
+    assert 1 <= len(ended.of_kind("retried")) <= 2  # both are killed, and one of them may wait for work
     assert contents(tmp_path / "out") == contents(undisturbed / "out")
 
 

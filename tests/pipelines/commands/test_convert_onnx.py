@@ -168,7 +168,7 @@ def test_flags_that_cannot_be_end_with_2_and_one_line(
     ("out", "flags", "words"),
     [
         ("out.gguf", ("--precision", "int4"), "--precision is for ONNX outputs; GGUF takes --outtype"),
-        ("out.gguf", ("--no-act-order",), "--act-order is for ONNX outputs"),
+        ("out.gguf", ("--accuracy-level", "4"), "--accuracy-level is for ONNX outputs"),
         ("out", ("--to", "safetensors", "--asymmetric"), "--symmetric is for ONNX outputs; safetensors takes --dtype"),
         ("out", ("--standard-ops",), "give --to gguf, --to onnx or --to safetensors"),
     ],
