@@ -79,7 +79,7 @@ def _lines(rows: Sequence[Row]) -> list[str]:
 
 def _cell(row: Row) -> str:
     if "mean_kld" not in row:
-        return "refused" if "refused" in row else ""
+        return str(row.get("refused", ""))
     kld, error = 1e3 * row["mean_kld"], 1e3 * row["mean_kld_stderr"]
     change, change_error = 100 * (row["ppl_ratio"] - 1), 100 * row["ppl_ratio_stderr"]
     return f"{kld:.3g} ± {error:.1g} ({change:+.2f} ± {change_error:.2f})"
@@ -99,7 +99,9 @@ def _picture(rows: Sequence[Row], name: str, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 5))
     for method in METHODS:
         own = sorted(
-            (row["bytes"], row["mean_kld"], row["type"]) for row in rows if row["method"] == method and "bytes" in row
+            (row["bytes"], row["mean_kld"], row["type"])
+            for row in rows
+            if row["method"] == method and "mean_kld" in row
         )
         marker, colour, line = STYLES[method]
         sizes, divergences = [size / 1e6 for size, _, _ in own], [kld for _, kld, _ in own]
