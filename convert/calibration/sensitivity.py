@@ -24,9 +24,10 @@ from numpy.typing import NDArray
 from quantpress.convert.calibration.activations import ActivationStore, Field
 from quantpress.convert.calibration.embedded import embedded
 from quantpress.convert.calibration.layer_weights import ModelWeights
+from quantpress.convert.calibration.powers import HeadInput
 from quantpress.convert.calibration.workers import Workers
 from quantpress.convert.checkpoint import Checkpoint
-from quantpress.convert.layer import Layer, Turns, normalize
+from quantpress.convert.layer import Layer, Turns
 from quantpress.convert.model import Decoder
 from quantpress.convert.preflight import preflight
 from quantpress.convert.weights import CheckpointWeights
@@ -147,29 +148,24 @@ def _detached(work: Callable[[int, slice], None], window: int, span: slice) -> N
 class _Head:
     """The last norm and the head, whose rows stay in the type they are stored in."""
 
-    norm: torch.Tensor
-    bias: torch.Tensor | None
+    inputs: HeadInput
     rows: torch.Tensor
-    kind: str
-    eps: float
     cap: float | None
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, decoder: Decoder, weights: ModelWeights) -> _Head:
-        spec, hyper = weights.spec, weights.hyper
-        stored = CheckpointWeights(checkpoint, spec, hyper)
+        stored = CheckpointWeights(checkpoint, weights.spec, weights.hyper)
         slot = "token_embd.weight" if decoder.tied else "output.weight"
-        norm, rows = weights("output_norm.weight", -1), stored(slot, -1)
-        if norm is None or rows is None:
+        rows = stored(slot, -1)
+        if rows is None:
             raise InputError(f"{checkpoint.name}: the model has no {slot}")
-        bias = weights("output_norm.bias", -1)
-        return cls(norm, bias, rows, spec.norm, hyper.norm_eps, hyper.logit_softcap)
+        return cls(HeadInput(weights, decoder.device), rows, weights.hyper.logit_softcap)
 
     def gradient(self, hidden: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Draws a token after each, and gives the gradients of -log of their probabilities, (T, K)."""
         inputs = hidden.clone().requires_grad_()
         with torch.enable_grad():
-            normal = normalize(inputs, self.norm, self.bias, kind=self.kind, eps=self.eps)
+            normal = self.inputs.of(inputs)
         logits = torch.cat(
             [F.linear(normal.detach(), part.float()) for part in torch.split(self.rows, _HEAD_ROWS)], dim=1
         )
