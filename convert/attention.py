@@ -54,6 +54,27 @@ class Cache:
         return keys, values, None
 
 
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What becomes of q·k before and in the softmax.
+
+    Attributes:
+        scale: factor on q·k.
+        window: keys a query sees, its own included; None for all before it.
+        softcap: scores become `softcap * tanh(score / softcap)`, before the mask.
+        causal: a query sees no key after its own.
+        slopes: (heads,) float32, what a score loses per token of distance (ALiBi); None: nothing.
+        sinks: (heads,) float32, scores that take part in the softmax and have no value; None: there are none.
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    causal: bool = True
+    slopes: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
+
+
 def visible(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor | None:
     """Gives which keys each query may see; the last query stands at the last key.
 
@@ -75,52 +96,40 @@ def visible(queries: int, keys: int, window: int | None, device: torch.device) -
     return seen & (key > query - window) if window is not None else seen
 
 
-def attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-) -> torch.Tensor:
-    """Computes softmax(cap(scale * q k^T)) v over the keys that each query may see.
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scores: Scores) -> torch.Tensor:
+    """Computes softmax(scores(q k^T)) v over the keys that each query may see.
 
     Args:
         query: (B, heads, Tq, head_dim); its last token stands at the last key.
         key: (B, kv_heads, Tk, head_dim); consecutive query heads share one.
-        value: (B, kv_heads, Tk, head_dim).
-        scale: factor on q·k.
-        window: keys a query sees, its own included.
-        softcap: scores become `softcap * tanh(score / softcap)`, before the mask.
+        value: (B, kv_heads, Tk, value_dim).
+        scores: how.
 
     Returns:
-        (B, heads, Tq, head_dim).
+        (B, heads, Tq, value_dim).
     """
     queries, keys = query.shape[2], key.shape[2]
     group = query.shape[1] // key.shape[1]
     if group > 1:
         key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
-    mask = visible(queries, keys, window, query.device)
-    if softcap is None:
-        causal = mask is None and queries > 1
+    mask = visible(queries, keys, scores.window, query.device) if scores.causal else None
+    plain = scores.softcap is None and scores.slopes is None and scores.sinks is None
+    if plain:
+        causal = scores.causal and mask is None and queries > 1
+        scale = scores.scale
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scale)
-    scores = torch.tanh(query @ key.transpose(2, 3) * scale / softcap) * softcap
-    if mask is None and queries > 1:
+    if scores.causal and mask is None and queries > 1:
         mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril()
+    found = _capped(query @ key.transpose(2, 3) * scores.scale, scores.softcap)
+    if scores.slopes is not None:
+        found = found + _distances(queries, keys, scores.slopes).to(found.dtype)
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    return scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype) @ value
+        found = found.masked_fill(~mask, float("-inf"))
+    return _softmax(found, scores.sinks).to(query.dtype) @ value
 
 
 def attend_next(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    bias: torch.Tensor,
-    *,
-    scale: float,
-    softcap: float | None = None,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor, scores: Scores
 ) -> torch.Tensor:
     """Computes attention of one token per text over a store of fixed size.
 
@@ -129,18 +138,43 @@ def attend_next(
     Args:
         query: (B, heads, 1, head_dim).
         key: (B, kv_heads, Tk, head_dim).
-        value: (B, kv_heads, Tk, head_dim).
+        value: (B, kv_heads, Tk, value_dim).
         bias: (1, Tk) in the type of `query`, added to the capped scores.
-        scale: factor on q·k.
-        softcap: as for `attend`.
+        scores: how; what may be seen is in `bias`.
 
     Returns:
-        (B, heads, 1, head_dim).
+        (B, heads, 1, value_dim).
     """
     grouped = query.reshape(query.shape[0], key.shape[1], -1, query.shape[-1])
-    if softcap is None:
-        found = F.scaled_dot_product_attention(grouped, key, value, attn_mask=bias, scale=scale)
+    if scores.slopes is not None:
+        # by place instead of distance: a softmax does not see what is added to all scores of a query
+        places = torch.arange(key.shape[2], dtype=torch.float32, device=key.device)
+        bias = bias + (scores.slopes.view(key.shape[1], -1, 1) * places).to(bias.dtype)
+    if scores.softcap is None and scores.sinks is None:
+        found = F.scaled_dot_product_attention(grouped, key, value, attn_mask=bias, scale=scores.scale)
     else:
-        scores = torch.tanh(grouped @ key.transpose(2, 3) * scale / softcap) * softcap + bias
-        found = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype) @ value
-    return found.reshape(query.shape)
+        capped = _capped(grouped @ key.transpose(2, 3) * scores.scale, scores.softcap) + bias
+        sinks = None if scores.sinks is None else scores.sinks.view(key.shape[1], -1)
+        share = capped if sinks is None else capped.unsqueeze(3)
+        weights = _softmax(share, sinks)
+        found = (weights if sinks is None else weights.squeeze(3)).to(query.dtype) @ value
+    return found.reshape(query.shape[0], query.shape[1], 1, value.shape[-1])
+
+
+def _capped(scores: torch.Tensor, cap: float | None) -> torch.Tensor:
+    return scores if cap is None else torch.tanh(scores / cap) * cap
+
+
+def _distances(queries: int, keys: int, slopes: torch.Tensor) -> torch.Tensor:
+    """Gives what ALiBi takes from scores, (heads, queries, keys) float32; 0 at the query's own place."""
+    query = torch.arange(keys - queries, keys, dtype=torch.float32, device=slopes.device)[:, None]
+    key = torch.arange(keys, dtype=torch.float32, device=slopes.device)[None, :]
+    return -slopes[:, None, None] * (query - key).abs()
+
+
+def _softmax(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+    """Gives weights in float32; sinks, (heads,) or what broadcasts to all dimensions but two, take their share."""
+    if sinks is None:
+        return scores.softmax(dim=-1, dtype=torch.float32)
+    column = sinks.to(scores.dtype)[..., None, None].expand(*scores.shape[:-1], 1)
+    return torch.cat((scores, column), dim=-1).softmax(dim=-1, dtype=torch.float32)[..., :-1]

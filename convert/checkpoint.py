@@ -57,6 +57,8 @@ class LazyTensor:
             one row and is given as shape `()`). May be called twice, in any order and from several threads.
         wide_rows: the same rows in float32, before they were rounded to `dtype`; None where nothing was rounded. A
             merged tensor has it, so that what is computed from the merge is rounded once.
+        inner: number in the first dimension -> what lies there as a tensor of its own, whose rows can be read; None
+            where the file cannot give it so, or the tensor has fewer than three dimensions.
     """
 
     name: str
@@ -65,6 +67,7 @@ class LazyTensor:
     source: str
     read_rows: Callable[[int, int], Array] = field(repr=False)
     wide_rows: Callable[[int, int], Array] | None = field(default=None, repr=False)
+    inner: Callable[[int], LazyTensor] | None = field(default=None, repr=False)
 
     @property
     def rows(self) -> int:

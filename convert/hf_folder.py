@@ -11,6 +11,7 @@ from quantpress.convert.checkpoint import Checkpoint, LazyTensor, SourceFile
 from quantpress.convert.files import MAX_SMALL_FILE, inside, read_bounded, shown
 from quantpress.convert.json_reader import parse_json
 from quantpress.convert.safetensors_reader import Shard, open_shard
+from quantpress.convert.sentence_files import read_sentence_files, with_pooling
 from quantpress.quant.errors import InputError
 
 __all__ = ["EXTRA_TEMPLATES", "MODEL_CARD", "TOKENIZER_FILES", "Folder", "open_folder", "read_tokenizer_files"]
@@ -18,11 +19,15 @@ __all__ = ["EXTRA_TEMPLATES", "MODEL_CARD", "TOKENIZER_FILES", "Folder", "open_f
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
+    "qwen.tiktoken",
+    "spiece.model",
+    "sentencepiece.bpe.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
+    "vocab.txt",
     "chat_template.jinja",
     "chat_template.json",
 )
@@ -91,8 +96,10 @@ def open_folder(path: Path | str, *, name: str = "") -> Checkpoint:
     if generation_bytes := folder.read("generation_config.json", _MAX_CONFIG):
         generation = folder.parse_object("generation_config.json", generation_bytes)
         tokenizer_files["generation_config.json"] = generation_bytes
+    sentences = read_sentence_files(folder)
+    tokenizer_files |= sentences
     tensors, kind = _open_weights(folder)
-    config = _with_settings(folder, config, tensors)
+    config = with_pooling(_with_settings(folder, config, tensors), sentences, str(folder.path))
     checkpoint = Checkpoint(
         name=name or folder.path.resolve().name,
         config=config,

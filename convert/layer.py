@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
+from quantpress.convert import experts
 from quantpress.convert.arch.spec import Hyperparameters
-from quantpress.convert.attention import Store, attend, attend_next
+from quantpress.convert.attention import Scores, Store, attend, attend_next
+from quantpress.convert.latent import latent_heads
+from quantpress.convert.linear import Adapt, Linear
+from quantpress.convert.norms import activate, normalize
 from quantpress.convert.rope import turn
 from quantpress.convert.traits import Traits, steps_of, traits_of
 
@@ -18,6 +21,7 @@ __all__ = [
     "DOWN",
     "OUTPUT",
     "QKV",
+    "SLOPES",
     "STEPS",
     "UP",
     "Adapt",
@@ -43,81 +47,10 @@ State = Mapping[str, torch.Tensor]
 """What a layer carries from step to step: `hidden`, the residual; `inner`, the input of an output projection;
 `attended`, the attention's output where it joins the residual together with the MLP's."""
 
+SLOPES = "attn_slopes"
+"""Among a layer's weights: `Hyperparameters.alibi` as a tensor, where they are not to be copied to a device anew."""
+
 QKV, OUTPUT, UP, DOWN = STEPS = range(4)  # groups of linears that read the same input, in the order they run
-
-
-class Linear(Protocol):
-    """A linear whose weight is kept in a form of its own, such as codes."""
-
-    def run(self, values: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Gives (..., N) in the type of `values`, (..., K); the bias is (N,)."""
-        ...
-
-    def dense(self) -> torch.Tensor:
-        """Gives the weight itself, (N, K) in a floating-point type."""
-        ...
-
-
-class Adapt(Protocol):
-    """What runs beside the weights: adapters that were not merged into them."""
-
-    def linear(
-        self,
-        place: tuple[str, int],
-        values: torch.Tensor,
-        result: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Changes the output of a linear.
-
-        Args:
-            place: its slot (`attn_q.weight`; the head is `output.weight` also where it is tied) and layer (-1: none).
-            values: (..., K) its input.
-            result: (..., N) its output.
-            weight: (N, K) its weight, in any floating-point type.
-            bias: (N,) or None.
-
-        Returns:
-            (..., N).
-        """
-        ...
-
-    def rows(self, slot: str, index: torch.Tensor, result: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Changes rows that were taken from an embedding.
-
-        Args:
-            slot: `token_embd.weight` or `position_embd.weight`.
-            index: (...) int64 numbers of the rows.
-            result: (..., H) the rows.
-            weight: (V, H) the embedding, in any floating-point type.
-
-        Returns:
-            (..., H).
-        """
-        ...
-
-
-def normalize(
-    values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, kind: str, eps: float
-) -> torch.Tensor:
-    """Normalizes the last dimension in float32: "rms" by its root mean square, "layer" by mean and deviation too."""
-    if kind == "layer":
-        return F.layer_norm(values.float(), weight.shape, weight, bias, eps).to(values.dtype)
-    wide = values.float()
-    scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return (weight * scaled).to(values.dtype)
-
-
-def activate(values: torch.Tensor, kind: str) -> torch.Tensor:
-    """Applies an activation by its name in `Hyperparameters.activation`."""
-    if kind == "silu":
-        return F.silu(values)
-    if kind == "gelu":
-        return F.gelu(values)
-    if kind == "gelu_tanh":
-        return F.gelu(values, approximate="tanh")
-    return F.relu(values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +103,8 @@ class Layer:
         """
         if step in (OUTPUT, DOWN):
             return state["inner"]
-        return self._norm("attn_norm" if step == QKV else "ffn_norm", state["hidden"])
+        name = self.traits.attention_norm if step == QKV else self.traits.mlp_norm
+        return self.norm(name, state["hidden"]) if name else state["hidden"]
 
     def finish(
         self, step: int, state: State, values: torch.Tensor, turns: Turns | None = None, cache: Store | None = None
@@ -192,25 +126,51 @@ class Layer:
         if step == QKV:
             return {**state, "inner": self._attention(values, turns, cache)}
         if step == UP:
-            return {**state, "inner": self._activated(values)}
-        hidden, parallel = state["hidden"], self.hyper.parallel_residual
+            return {**state, **self._inner(values)}
+        parallel = self.hyper.parallel_residual
         if step == OUTPUT:
-            attended = self._linear("attn_output", values)
+            attended = self.linear("attn_output", values)
             if self.traits.post_norms:
-                attended = self._norm("post_attention_norm", attended)
-            return {"hidden": hidden, "attended": attended} if parallel else {"hidden": hidden + attended}
-        passed = self._linear("ffn_down", values)
-        if parallel:
-            return {"hidden": passed + state["attended"] + hidden}
+                attended = self.norm("post_attention_norm", attended)
+            attended = self._scaled(attended)
+            if parallel:
+                return {"hidden": state["hidden"], "attended": attended}
+            return {"hidden": self._joined(state["hidden"], attended, "attn_output_norm")}
+        passed = experts.down(self, values, state["routes"]) if self.traits.experts else self.linear("ffn_down", values)
         if self.traits.post_norms:
-            passed = self._norm("post_ffw_norm", passed)
-        return {"hidden": hidden + passed}
+            passed = self.norm("post_ffw_norm", passed)
+        passed = self._scaled(passed)
+        if parallel:
+            passed = passed + state["attended"]
+        return {"hidden": self._joined(state["hidden"], passed, "layer_output_norm")}
 
-    def _norm(self, name: str, values: torch.Tensor) -> torch.Tensor:
-        weight, bias = self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias")
+    def _scaled(self, values: torch.Tensor) -> torch.Tensor:
+        scale = self.hyper.residual_scale
+        return values if scale == 1.0 else values * scale
+
+    def _joined(self, hidden: torch.Tensor, added: torch.Tensor, norm: str) -> torch.Tensor:
+        hidden = added + hidden
+        return self.norm(norm, hidden) if self.traits.sum_norms else hidden
+
+    def _inner(self, values: torch.Tensor) -> State:
+        """Gives what the down projection reads, and where each token goes if there are experts."""
+        if not self.traits.experts:
+            return {"inner": self.activated(values)}
+        inner, routes = experts.up(self, values)
+        return {"inner": inner, "routes": routes}
+
+    def norm(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """Normalizes the last dimension by a norm of the layer: its slot without ".weight"."""
+        weight, bias = self.weights.get(f"{name}.weight"), self.weights.get(f"{name}.bias")
         return normalize(values, weight, bias, kind=self.traits.norm, eps=self.hyper.norm_eps)
 
-    def _linear(self, name: str, values: torch.Tensor) -> torch.Tensor:
+    def linear(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """Multiplies (..., K) with a weight and adds its bias: (..., N).
+
+        Args:
+            name: its slot without ".weight".
+            values: the input.
+        """
         if self.observe is not None and (seen := self.observe(f"{name}.weight", values)) is not None:
             values = seen
         slot, bias = f"{name}.weight", self.weights.get(f"{name}.bias")
@@ -226,40 +186,86 @@ class Layer:
         return self.adapt.linear((slot, self.index), values, result, dense, bias)
 
     def _attention(self, values: torch.Tensor, turns: Turns | None, cache: Store | None) -> torch.Tensor:
-        hyper = self.hyper
-        query, key, value = (self._heads(part) for part in self._qkv(values))
-        if self.traits.head_norms:
-            query, key = self._norm("attn_q_norm", query), self._norm("attn_k_norm", key)
-        if turns is not None:
-            query, key = turn(query, *turns), turn(key, *turns)
+        query, key, value = self._turned_heads(values, turns)
         bias = None
         if cache is not None:
             key, value, bias = cache.extend(self.index, key, value)
         kind = self.attention_type or query.dtype
         query, key, value = query.to(kind), key.to(kind), value.to(kind)
-        scale = hyper.attention_scale / (self.index + 1 if hyper.inverse_layer_scale else 1)
-        if bias is not None:
-            attended = attend_next(query, key, value, bias, scale=scale, softcap=hyper.attention_softcap)
-        else:
-            slides = bool(hyper.sliding_layers) and hyper.sliding_layers[self.index]
-            window = hyper.sliding_window if slides else None
-            attended = attend(query, key, value, scale=scale, window=window, softcap=hyper.attention_softcap)
+        scores = self._scores(query.device)
+        attended = attend(query, key, value, scores) if bias is None else attend_next(query, key, value, bias, scores)
         return attended.transpose(1, 2).flatten(2).to(values.dtype)
+
+    def _scores(self, device: torch.device) -> Scores:
+        hyper = self.hyper
+        slides = bool(hyper.sliding_layers) and hyper.sliding_layers[self.index]
+        return Scores(
+            scale=hyper.attention_scale / (self.index + 1 if hyper.inverse_layer_scale else 1),
+            window=hyper.sliding_window if slides else None,
+            softcap=hyper.attention_softcap,
+            causal=hyper.causal,
+            slopes=self._slopes(device),
+            sinks=self.weights["attn_sinks.weight"].float() if self.traits.sinks else None,
+        )
+
+    def _slopes(self, device: torch.device) -> torch.Tensor | None:
+        if not self.hyper.alibi:
+            return None
+        found = self.weights.get(SLOPES)
+        return torch.tensor(self.hyper.alibi, dtype=torch.float32, device=device) if found is None else found
+
+    def _turned_heads(self, values: torch.Tensor, turns: Turns | None) -> tuple[torch.Tensor, ...]:
+        if self.traits.latent and turns is not None:
+            return latent_heads(self, values, turns)
+        query, key, value = self._normal_heads(*self._qkv(values))
+        if turns is not None:
+            interleaved = self.hyper.rope is not None and self.hyper.rope.interleaved
+            query, key = (turn(each, *turns, interleaved=interleaved) for each in (query, key))
+        return query, key, value
+
+    def _normal_heads(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Gives (B, heads, T, head_dim) of each, normalized as the family does it."""
+        kind = self.traits.head_norms
+        if kind == "whole":
+            query, key = self.norm("attn_q_norm", query), self.norm("attn_k_norm", key)
+        if self.hyper.clip_qkv is not None:
+            query, key, value = (each.clamp(-self.hyper.clip_qkv, self.hyper.clip_qkv) for each in (query, key, value))
+        query, key, value = (self.heads(each, self.hyper.head_dim) for each in (query, key, value))
+        if kind == "each":
+            return self.norm("attn_q_norm", query), self.norm("attn_k_norm", key), value
+        if kind == "own":
+            query, key = (
+                self.norm(f"attn_{part}_norm", each.transpose(1, 2)).transpose(1, 2)
+                for part, each in (("q", query), ("k", key))
+            )
+        return query, key, value
 
     def _qkv(self, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if not self.traits.fused_qkv:
-            return tuple(self._linear(f"attn_{part}", values) for part in ("q", "k", "v"))
+            return tuple(self.linear(f"attn_{part}", values) for part in ("q", "k", "v"))
         sizes = self.hyper.dims
-        return torch.split(self._linear("attn_qkv", values), [sizes["q"], sizes["kv"], sizes["kv"]], dim=-1)
+        return torch.split(self.linear("attn_qkv", values), [sizes["q"], sizes["kv"], sizes["kv"]], dim=-1)
 
-    def _heads(self, values: torch.Tensor) -> torch.Tensor:
-        return values.view(*values.shape[:-1], -1, self.hyper.head_dim).transpose(1, 2)
+    def heads(self, values: torch.Tensor, size: int) -> torch.Tensor:
+        """Gives (B, heads, T, size) from (B, T, heads * size)."""
+        return values.view(*values.shape[:-1], -1, size).transpose(1, 2)
 
-    def _activated(self, values: torch.Tensor) -> torch.Tensor:
-        up = self._linear("ffn_up", values)
+    def activated(self, values: torch.Tensor, kind: str = "", expert: str = "") -> torch.Tensor:
+        """Gives what a down projection reads.
+
+        Args:
+            values: (..., hidden).
+            kind: "_exps" or "_shexp" of a mixture, "" of a plain MLP.
+            expert: "." and a number with "_exps".
+        """
+        up = self.linear(f"ffn_up{kind}{expert}", values)
         if self.traits.gate == "separate":
-            return activate(self._linear("ffn_gate", values), self.hyper.activation) * up
-        if self.traits.gate == "fused":
+            gate = self.linear(f"ffn_gate{kind}{expert}", values)
+        elif self.traits.gate == "fused":
             gate, up = up.chunk(2, dim=-1)
-            return up * activate(gate, self.hyper.activation)
-        return activate(up, self.hyper.activation)
+        else:
+            return activate(up, self.hyper.activation)
+        limit = self.hyper.experts.limit if kind == "_exps" and self.hyper.experts is not None else None
+        if limit is not None:
+            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit) + 1
+        return activate(gate, self.hyper.activation) * up

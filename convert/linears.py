@@ -19,7 +19,8 @@ from quantpress.quant.errors import InputError
 
 __all__ = ["linear_weights"]
 
-_LAYER = re.compile(r"(?<=\.)\d{1,9}(?=\.)")
+_NUMBER = re.compile(r"(?<=\.)\d{1,9}(?=\.)")
+_STACKS = (Layout.STACKED, Layout.STACKED_TRANSPOSED)  # no linear layers of their own: a parameter of all experts
 # Last part of a module's name. Embeddings and norms are no linear layers; "embed_out" is GPT-NeoX's head.
 _OTHERS = re.compile(r".*(embed|norm).*|wte|wpe|ln_.*|ln\d*")
 # Routers of mixtures are parameters of their own class in transformers 5 and in DeepSeek's code. (transformers 4 had
@@ -67,12 +68,15 @@ def linear_weights(
 
 
 def _table(arch: ArchSpec, names: Iterable[str]) -> dict[str, bool]:
-    """Every spelling of every linear weight in a family's table, for the layer numbers that the names have."""
-    layers = sorted({int(number) for name in names for number in _LAYER.findall(name)})
+    """Every spelling of every linear weight in a family's table, for the layers and experts that the names have."""
+    numbers = {tuple(_NUMBER.findall(name)) for name in names}
+    layers = {int(found[0]) for found in numbers if found}
+    experts = {int(found[1]) for found in numbers if len(found) > 1}
+    rows = [row for row in (*arch.tensors, *arch.other_rows) if row.role is Role.LINEAR and row.layout not in _STACKS]
+    single = [each for row in rows for each in (map(row.of_expert, experts) if row.per_expert else (row,))]
     return {
         name: row.layout is Layout.TRANSPOSED
-        for row in arch.tensors
-        if row.role is Role.LINEAR
+        for row in single
         for layer in (layers if row.per_layer else [-1])
         for name in arch.names(row, layer)
     }
@@ -85,7 +89,7 @@ def _looks_linear(name: str, tensor: LazyTensor) -> bool:
     module = path.rpartition(".")[2]
     if _OTHERS.fullmatch(module) or module in _ROUTERS:
         return False
-    return module not in _HEADS or bool(_LAYER.search(name))
+    return module not in _HEADS or bool(_NUMBER.search(name))
 
 
 def _skipped(path: str, patterns: Sequence[str]) -> bool:

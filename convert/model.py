@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 
 from quantpress.convert.arch.spec import ArchSpec, Hyperparameters, Role, Rope
 from quantpress.convert.attention import Cache, Store
-from quantpress.convert.layer import Adapt, Layer, Linear, Observe, Turns, normalize, traits_of
+from quantpress.convert.kept import KeptWeights, Linears, numbered, times_rows
+from quantpress.convert.layer import Adapt, Layer, Observe, Traits, Turns, activate, normalize, traits_of
 from quantpress.convert.rope import angles, depends_on_length
 from quantpress.convert.weights import Weight
 from quantpress.quant.errors import InputError
 
-Linears = Callable[[str, int], "Linear | None"]
-"""`(slot, layer)` -> what stands in the place of a weight, None where the weight itself is to be used."""
-
-_HEAD_ROWS = 16384  # rows of the head that are converted at once, so that it never stands in memory twice
+__all__ = ["Decoder", "Linears"]
 
 
 class Decoder:
@@ -52,13 +50,18 @@ class Decoder:
             linears: asked for linears, and for a head of its own, before `weight` is; e.g. `PackedWeights`.
         """
         self.spec, self.hyper = spec, hyper
-        self.device, self.dtype, self.resident = _numbered(torch.device(device)), dtype, resident
-        self._weight, self._adapt, self._linears = weight, adapt, linears
-        self.traits = traits_of(spec, hyper)
-        self._float32 = frozenset(row.slot for row in spec.tensors if row.role is Role.NORM)
+        self.device, self.dtype = numbered(torch.device(device)), dtype
+        norms = frozenset(row.slot for row in spec.tensors if row.role is Role.NORM)
+        self.weights = KeptWeights(weight, linears, float32=norms, device=self.device, dtype=dtype, resident=resident)
+        self._adapt = adapt
+        self.learned = spec.learned(hyper)
+        self._traits = {hyper.has_experts(layer): traits_of(spec, hyper, layer) for layer in range(hyper.layers)}
+        present = {row.slot for row in spec.present(hyper)}
+        self.embedding_norm = "token_embd_norm.weight" in present
+        self.masked_head = "output_transform.weight" in present
+        # norms without weights are in no table (OLMo); where the sums are normalized there is nothing left to do
+        self.final_norm = "output_norm.weight" in present or "layer_output_norm.weight" not in present
         self.tied = hyper.tied and any(row.tied_to for row in spec.tensors if row.role is Role.HEAD)
-        self._kept: dict[tuple[str, int], torch.Tensor | None] = {}
-        self._kept_linears: dict[tuple[str, int], Linear | None] = {}
         self._turns: dict[tuple[bool, int, int], Turns] = {}
 
     def logits(self, tokens: torch.Tensor, *, first: int = 0) -> torch.Tensor:
@@ -123,18 +126,24 @@ class Decoder:
         if low < 0 or high >= self.hyper.vocab:
             raise InputError(f"token ids go from {low} to {high}, the model has {self.hyper.vocab} tokens")
         end = start + tokens.shape[1]
-        if self.spec.positions == "learned" and end > self.hyper.context:
+        if self.learned and end > self.hyper.context:
             raise InputError(f"the text has {end} tokens, the model has {self.hyper.context} positions")
         return self.embed_at(tokens, torch.arange(start, end))
 
     def embed_at(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Does what `embed` does, for positions (T,) int64, without looking whether there are such."""
+        """Does what `embed` does, for positions (T,) int64, without looking whether there are such; types are 0."""
         hidden = self._rows("token_embd.weight", tokens)
+        if self.hyper.embedding_width:
+            hidden = self._projected("token_embd_in", hidden)
         if self.hyper.embedding_scale != 1.0:
             # transformers rounds the scale to the type it computes in
             hidden = hidden * float(torch.tensor(self.hyper.embedding_scale).to(self.dtype))
-        if self.spec.positions == "learned":
-            hidden = hidden + self._rows("position_embd.weight", positions)
+        if self.learned:
+            hidden = hidden + self._rows("position_embd.weight", positions + self.hyper.position_offset)
+        if self.hyper.token_types:
+            hidden = hidden + self._rows("token_types.weight", torch.zeros_like(positions))
+        if self.embedding_norm:
+            hidden = self._normal("token_embd_norm", hidden)
         return hidden
 
     def run_layer(
@@ -161,19 +170,23 @@ class Decoder:
         turns = self.turns(layer, start, hidden.shape[1])
         return self.layer(layer, observe).run(hidden, turns, cache)
 
+    def traits(self, layer: int) -> Traits:
+        """Gives the kind of a layer."""
+        return self._traits[self.hyper.has_experts(layer)]
+
     def layer(self, layer: int, observe: Observe | None = None) -> Layer:
         """Gives a layer with its weights."""
-        asked = {slot: self._linear(slot, layer) for slot in self.traits.slots}
+        traits = self.traits(layer)
+        asked = {slot: self.weights.linear(slot, layer) for slot in traits.slots}
         linears = {slot: linear for slot, linear in asked.items() if linear is not None}
-        found = {slot: self._get(slot, layer) for slot in self.traits.slots if slot not in linears}
+        found = {slot: self.weights.get(slot, layer) for slot in traits.slots if slot not in linears}
         weights = {slot: weight for slot, weight in found.items() if weight is not None}
-        return Layer(layer, self.traits, self.hyper, weights, observe, self._adapt, linears=linears)
+        return Layer(layer, traits, self.hyper, weights, observe, self._adapt, linears=linears)
 
     def release(self, layer: int) -> None:
         """Forgets the weights of a layer; they are read again if the layer runs."""
-        for slot in self.traits.slots:
-            self._kept.pop((slot, layer), None)
-            self._kept_linears.pop((slot, layer), None)
+        for slot in self.traits(layer).slots:
+            self.weights.forget(slot, layer)
 
     def turns(self, layer: int, start: int, count: int) -> Turns | None:
         """Gives cosine and sine of a layer's positions, as `Layer.run` wants them; keeps them for the next layer.
@@ -204,67 +217,61 @@ class Decoder:
         Returns:
             (B, T, vocab) float32.
         """
-        weight, bias = self._get("output_norm.weight", -1), self._get("output_norm.bias", -1)
-        assert weight is not None, "every table has an output norm"
-        hidden = normalize(hidden, weight, bias, kind=self.spec.norm, eps=self.hyper.norm_eps)
+        hidden = self.final(hidden)
         if observe is not None and (seen := observe("output.weight", hidden)) is not None:
             hidden = seen
-        packed = None if self.tied else self._linear("output.weight", -1)
+        packed = None if self.tied else self.weights.linear("output.weight", -1)
         if packed is None:
-            rows = self._stored("token_embd.weight" if self.tied else "output.weight", -1)
-            logits = self._times_rows(hidden, rows)
+            rows = self.weights.stored("token_embd.weight" if self.tied else "output.weight", -1)
+            logits = times_rows(hidden, rows)
         else:
             logits = packed.run(hidden, None).float()
+        if (bias := self.weights.get("output.bias", -1)) is not None:
+            logits = logits + bias.float()
         if self._adapt is not None:
             dense = rows if packed is None else packed.dense()
             logits = self._adapt.linear(("output.weight", -1), hidden, logits, dense, None)
+        if self.hyper.logit_scale != 1.0:
+            logits = logits * self.hyper.logit_scale
         cap = self.hyper.logit_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    def _times_rows(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Multiplies by a head that may be stored in another type or elsewhere; float32."""
-        if rows.dtype == self.dtype and rows.device == self.device:
-            return F.linear(hidden, rows).float()
-        logits = hidden.new_empty((*hidden.shape[:-1], rows.shape[0]), dtype=torch.float32)
-        for low in range(0, rows.shape[0], _HEAD_ROWS):
-            part = rows[low : low + _HEAD_ROWS].to(self.device, self.dtype)
-            logits[..., low : low + _HEAD_ROWS] = F.linear(hidden, part)
-        return logits
+    def final(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Gives what the head reads from the last layer's output, (B, T, hidden)."""
+        if self.final_norm:
+            hidden = self._normal("output_norm", hidden)
+        if self.masked_head:
+            hidden = self._normal("output_transform_norm", self._transformed(hidden))
+        return self._projected("output_in", hidden) if self.hyper.embedding_width else hidden
+
+    def _normal(self, name: str, hidden: torch.Tensor) -> torch.Tensor:
+        weight, bias = self.weights.get(f"{name}.weight", -1), self.weights.get(f"{name}.bias", -1)
+        return normalize(hidden, weight, bias, kind=self.spec.norm, eps=self.hyper.norm_eps)
+
+    def _transformed(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Gives what the norm of a head for masked tokens reads."""
+        bias = self.weights.get("output_transform.bias", -1)
+        result = self._projected("output_transform", hidden, bias)
+        if self._adapt is not None:
+            dense = self.weights.get("output_transform.weight", -1)
+            assert dense is not None, "it was just multiplied with"
+            result = self._adapt.linear(("output_transform.weight", -1), hidden, result, dense, bias)
+        return activate(result, self.hyper.activation)
+
+    def _projected(self, name: str, values: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        weight = self.weights.get(f"{name}.weight", -1)
+        assert weight is not None, "the table has projections outside layers together with what switches them on"
+        return F.linear(values, weight, bias)
 
     def _rows(self, slot: str, index: torch.Tensor) -> torch.Tensor:
-        stored = self._stored(slot, -1)
+        stored = self.weights.stored(slot, -1)
         rows = stored[index.to(stored.device)].to(self.device, self.dtype)
         return rows if self._adapt is None else self._adapt.rows(slot, index, rows, stored)
 
-    def _stored(self, slot: str, layer: int) -> torch.Tensor:
-        """Gives an embedding or head: converted when it is kept, else as it is stored, to convert only what is used."""
-        weight = self._get(slot, layer) if self.resident else self._weight(slot, layer)
-        if weight is None:
-            raise InputError(f"the model has no {slot}")
-        return weight
-
-    def _get(self, slot: str, layer: int) -> torch.Tensor | None:
-        if (slot, layer) in self._kept:
-            return self._kept[slot, layer]
-        weight = self._weight(slot, layer)
-        if weight is not None:
-            weight = weight.to(self.device, torch.float32 if slot in self._float32 else self.dtype)
-        if self.resident:
-            self._kept[slot, layer] = weight
-        return weight
-
-    def _linear(self, slot: str, layer: int) -> Linear | None:
-        if self._linears is None:
-            return None
-        if (slot, layer) in self._kept_linears:
-            return self._kept_linears[slot, layer]
-        found = self._linears(slot, layer)
-        if self.resident:
-            self._kept_linears[slot, layer] = found
-        return found
-
     def rope(self, layer: int) -> Rope | None:
-        """Gives the rotary positions of a layer, None where positions are learned."""
+        """Gives the rotary positions of a layer, None where no positions turn it."""
+        if self.hyper.rope_layers and not self.hyper.rope_layers[layer]:
+            return None
         slides = bool(self.hyper.sliding_layers) and self.hyper.sliding_layers[layer]
         return self.hyper.rope_local if slides and self.hyper.rope_local is not None else self.hyper.rope
 
@@ -274,10 +281,3 @@ class Decoder:
             return False
         ropes = (self.hyper.rope, self.hyper.rope_local)
         return any(depends_on_length(rope, self.hyper.context, (before, after)) for rope in ropes)
-
-
-def _numbered(device: torch.device) -> torch.device:
-    """Gives "cuda" its number, as the tensors have it that are on it."""
-    if device.type != "cuda" or device.index is not None or not torch.cuda.is_available():
-        return device
-    return torch.device("cuda", torch.cuda.current_device())

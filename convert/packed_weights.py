@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from quantpress.convert.arch.spec import Hyperparameters, Layout, Role, TensorSpec
+from quantpress.convert.arch.fused_rows import FUSED
+from quantpress.convert.arch.spec import Hyperparameters, Role, TensorSpec
 from quantpress.convert.checkpoint import Checkpoint
 from quantpress.convert.model import Decoder
 from quantpress.convert.preflight import Preflight, check_tied_head, preflight
@@ -110,7 +111,7 @@ class PackedWeights:
 
     def __post_init__(self) -> None:
         """Finds which weights are quantized; reads nothing."""
-        quantized = self.checkpoint.quantized
+        quantized = self.checked.codes(self.checkpoint)
         found = {
             (row.slot, layer): (row, quantized[tensor.name])
             for row, layer, tensor in self.checked.bindings
@@ -138,7 +139,8 @@ class PackedWeights:
     def resident_bytes(self, width: int) -> int:
         """Gives the bytes of all weights: packed ones as they are, of others `width` bytes a value."""
         packed = {lazy.name: form_bytes(lazy.form) for _row, lazy in self._found.values()}
-        others = sum(tensor.size for name, tensor in self.checkpoint.tensors.items() if name not in packed)
+        stored = {*packed, *(self.checked.pieces[name].stored for name in packed if name in self.checked.pieces)}
+        others = sum(tensor.size for name, tensor in self.checkpoint.tensors.items() if name not in stored)
         return sum(packed.values()) + width * others
 
 
@@ -204,7 +206,7 @@ def _order(row: TensorSpec, hyper: Hyperparameters) -> torch.Tensor | None:
 
     Codes are (N, K) whatever way round a family stores its weights, so that Conv1D needs nothing.
     """
-    if row.layout is not Layout.HEADS_QKV:
+    if row.layout not in FUSED:
         return None
     return canonical(torch.arange(hyper.dims[row.shape[0]]), row, hyper)
 

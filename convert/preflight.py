@@ -7,25 +7,34 @@ the tokenizer's files is compared here, and all that is wrong is told at once.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from quantpress.convert.arch.registry import find_arch
-from quantpress.convert.arch.spec import ArchSpec, Hyperparameters, Role, TensorSpec
-from quantpress.convert.checkpoint import Checkpoint, LazyTensor
+from quantpress.convert.arch.spec import ArchSpec, Hyperparameters, Layout, Role, TensorSpec
+from quantpress.convert.checkpoint import Array, Checkpoint, LazyTensor
 from quantpress.convert.files import shown
+from quantpress.convert.head_rows import find_tensor
+from quantpress.convert.pieces import Piece, is_piece, piece_codes, resolve, single_name
+from quantpress.convert.recent import Recent
 from quantpress.convert.token_count import count_tokens
 from quantpress.quant.errors import InputError
 from quantpress.quant.floats import to_float32
 
+if TYPE_CHECKING:
+    from quantpress.convert.quantized import LazyQuantized
+
 __all__ = ["Binding", "Preflight", "bind", "check_tied_head", "preflight", "refuse_quantized"]
 
 Binding = tuple[TensorSpec, int, LazyTensor]
-"""A row of a family's table, its layer (-1 outside layers), and the tensor that a checkpoint has for it."""
+"""A row of a family's table, its layer (-1 outside layers), and the tensor that a checkpoint has for it. Where that is
+a piece of a stored one, both are those of the piece: (N, K) or (K, N), see `convert.pieces`."""
 
+_Match = tuple[TensorSpec, TensorSpec, int, LazyTensor]  # row of the table, row by which it is stored, layer, tensor
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 _SHOWN = 3  # names that a message gives of many
 _CHUNK = 4 << 20  # bytes compared at a time
@@ -49,6 +58,7 @@ class Preflight:
         tied_head: the repeated head and the embedding, if the checkpoint holds both and says they are tied.
         dropped: names that nothing needs: buffers of old versions, and other parts of a larger model.
         tokens: ids that the tokenizer's files know, None if there are none.
+        pieces: name of a tensor in `bindings` that is a piece of a stored one -> where it lies.
     """
 
     spec: ArchSpec
@@ -57,6 +67,11 @@ class Preflight:
     tied_head: tuple[LazyTensor, LazyTensor] | None = None
     dropped: tuple[str, ...] = ()
     tokens: int | None = None
+    pieces: Mapping[str, Piece] = field(default_factory=dict)
+
+    def codes(self, checkpoint: Checkpoint) -> Mapping[str, LazyQuantized]:
+        """Gives `Checkpoint.quantized` with the codes of pieces of quantized matrices, by the names in `bindings`."""
+        return piece_codes(checkpoint.quantized, self.pieces)
 
 
 def preflight(checkpoint: Checkpoint, spec: ArchSpec | None = None, hyper: Hyperparameters | None = None) -> Preflight:
@@ -77,6 +92,9 @@ def preflight(checkpoint: Checkpoint, spec: ArchSpec | None = None, hyper: Hyper
         hyper = hyper or spec.read_config(checkpoint.config)
     except InputError as error:
         raise type(error)(f"{checkpoint.name}: {error}") from error
+    if spec.own_head:
+        names = [name for row in spec.tensors if row.role is Role.HEAD for name in spec.names(row, -1)]
+        hyper = replace(hyper, tied=not any(name in checkpoint.tensors for name in names))
     refuse_quantized(checkpoint)
     if hyper.layers > len(checkpoint.tensors):
         raise InputError(
@@ -91,8 +109,9 @@ def preflight(checkpoint: Checkpoint, spec: ArchSpec | None = None, hyper: Hyper
             f"{checkpoint.name}: the tokenizer has {tokens} tokens, the embedding only {hyper.vocab} rows; resize the"
             " embedding of the model, or use the tokenizer that it was trained with"
         )
-    bindings, tied_head = _without_tied_head(matched, hyper)
-    return Preflight(spec, hyper, bindings, tied_head, dropped, tokens)
+    stored, tied_head = _without_tied_head(matched, hyper)
+    bindings, pieces = _resolved(stored, spec, hyper)
+    return Preflight(spec, hyper, bindings, tied_head, dropped, tokens, pieces)
 
 
 def bind(checkpoint: Checkpoint, checked: Preflight | None = None) -> tuple[Binding, ...]:
@@ -154,19 +173,19 @@ def _method(config: Any) -> str:
     return shown(config.get("quant_method", config) if isinstance(config, Mapping) else config)
 
 
-def _match(checkpoint: Checkpoint, spec: ArchSpec, hyper: Hyperparameters) -> tuple[list[Binding], tuple[str, ...]]:
+def _match(checkpoint: Checkpoint, spec: ArchSpec, hyper: Hyperparameters) -> tuple[list[_Match], tuple[str, ...]]:
     """Finds a tensor for every row and a reason for every tensor."""
     problems: list[str] = []
-    matched: list[Binding] = []
+    matched: list[_Match] = []
     missing: list[tuple[TensorSpec, int]] = []
     used: set[str] = set()
     for row, layer in spec.rows(hyper):
-        found = [name for name in dict.fromkeys(spec.names(row, layer)) if name in checkpoint.tensors]
-        if len(found) > 1:
+        held, tensor, found = find_tensor(spec, row, layer, hyper, checkpoint.tensors)
+        used.update(found)
+        if len(found) > 1 and not row.per_head:
             problems.append(f"{shown(found[0])} and {shown(found[1])} are the same tensor twice")
-        if found:
-            matched.append((row, layer, checkpoint.tensors[found[0]]))
-            used.update(found)
+        if tensor is not None:
+            matched.append((row, held, layer, tensor))
         elif not (row.tied_to and hyper.tied):
             missing.append((row, layer))
     ignored = spec.ignored_names(hyper.layers)
@@ -182,25 +201,25 @@ def _match(checkpoint: Checkpoint, spec: ArchSpec, hyper: Hyperparameters) -> tu
 def _missing(spec: ArchSpec, missing: Sequence[tuple[TensorSpec, int]], hyper: Hyperparameters) -> list[str]:
     if not missing:
         return []
-    per_layer = sum(row.per_layer for row, layer in spec.rows(hyper) if layer == 0)
-    counts: dict[int, int] = {}
-    for _, layer in missing:
-        counts[layer] = counts.get(layer, 0) + 1
-    gone = [layer for layer, count in counts.items() if layer >= 0 and count == per_layer]
+    wanted = Counter(layer for _, layer in spec.rows(hyper))
+    counts = Counter(layer for _, layer in missing if layer >= 0)
+    gone = [layer for layer, count in counts.items() if count == wanted[layer]]
     problems = []
     if gone:
         problems.append(f"{_layers(gone)} missing, config.json says {hyper.layers} layers")
     single = [(row, layer) for row, layer in missing if layer not in gone]
-    if heads := [row for row, _ in single if row.role is Role.HEAD]:
+    if heads := [row for row, _ in single if row.slot == "output.weight"]:
         problems.append(f"the head {shown(heads[0].hf)} is missing and config.json says tie_word_embeddings: false")
-    names = [spec.names(row, layer)[0] for row, layer in single if row.role is not Role.HEAD]
+    names = [spec.names(row, layer)[0] for row, layer in single if row not in heads]
     if names:
         problems.append(f"{_list('tensor', names)} missing")
     return problems
 
 
-def _unexpected(spec: ArchSpec, names: Iterable[str], hyper: Hyperparameters) -> list[str]:
-    first = {name for row in spec.tensors if row.per_layer for name in spec.names(row, 0)}
+def _unexpected(spec: ArchSpec, names: Sequence[str], hyper: Hyperparameters) -> list[str]:
+    if not names:  # a mixture has tens of thousands of rows
+        return []
+    first = {name for row, layer in spec.rows(hyper) if layer >= 0 for name in spec.names(row, 0)}
     first |= set(spec.ignored_names(1))
     extra_layers: set[int] = set()
     others: list[str] = []
@@ -218,16 +237,20 @@ def _unexpected(spec: ArchSpec, names: Iterable[str], hyper: Hyperparameters) ->
     return problems
 
 
-def _refuse_wrong_tensors(checkpoint: Checkpoint, matched: Iterable[Binding], hyper: Hyperparameters) -> None:
+def _refuse_wrong_tensors(checkpoint: Checkpoint, matched: Iterable[_Match], hyper: Hyperparameters) -> None:
     dims = hyper.dims
-    shapes, types = [], []
-    for row, _, tensor in matched:
+    shapes, types, seen = list[str](), list[str](), set[str]()
+    for _, row, _, tensor in matched:
+        if tensor.name in seen:  # several rows are pieces of it
+            continue
+        seen.add(tensor.name)
         wanted = tuple(dims[dim] for dim in row.shape)
         if tensor.shape != wanted:
             symbols = " x ".join(row.shape)
             shapes.append(f"{shown(tensor.name)} is {tensor.shape}, wanted {wanted} ({symbols} by config.json)")
-        if tensor.dtype not in _FLOATS:
-            types.append(f"{shown(tensor.name)} is {tensor.dtype}, wanted a floating-point type")
+        kind = "codes" if row.layout is Layout.UNIT_ROWS and tensor.name in checkpoint.quantized else tensor.dtype
+        if kind not in _FLOATS:
+            types.append(f"{shown(tensor.name)} is {kind}, wanted a floating-point type")
     problems = [
         f"{len(found)} of wrong {what}: {', '.join(found[:_SHOWN])}"
         for what, found in (("shape", shapes), ("type", types))
@@ -238,13 +261,29 @@ def _refuse_wrong_tensors(checkpoint: Checkpoint, matched: Iterable[Binding], hy
 
 
 def _without_tied_head(
-    matched: list[Binding], hyper: Hyperparameters
-) -> tuple[tuple[Binding, ...], tuple[LazyTensor, LazyTensor] | None]:
-    heads = [tensor for row, _, tensor in matched if row.tied_to]
+    matched: list[_Match], hyper: Hyperparameters
+) -> tuple[list[_Match], tuple[LazyTensor, LazyTensor] | None]:
+    heads = [tensor for row, _, _, tensor in matched if row.tied_to]
     if not hyper.tied or not heads:
-        return tuple(matched), None
-    embedding = next(tensor for row, _, tensor in matched if row.role is Role.EMBEDDING)
-    return tuple(binding for binding in matched if not binding[0].tied_to), (heads[0], embedding)
+        return matched, None
+    embedding = next(tensor for row, _, _, tensor in matched if row.role is Role.EMBEDDING)
+    return [match for match in matched if not match[0].tied_to], (heads[0], embedding)
+
+
+def _resolved(
+    matched: Sequence[_Match], spec: ArchSpec, hyper: Hyperparameters
+) -> tuple[tuple[Binding, ...], dict[str, Piece]]:
+    """Gives each piece of a stored tensor a row and a tensor of its own."""
+    recent: Recent[Array] = Recent(2)
+    bindings: list[Binding] = []
+    pieces: dict[str, Piece] = {}
+    for row, held, layer, tensor in matched:
+        name = single_name(spec, row, layer) if is_piece(held) else ""
+        found, view, piece = resolve(held, tensor, hyper, recent=recent, name=name)
+        if piece is not None:
+            pieces[view.name] = piece
+        bindings.append((found, layer, view))
+    return tuple(bindings), pieces
 
 
 def _list(what: str, names: Sequence[str]) -> str:

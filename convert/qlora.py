@@ -136,7 +136,7 @@ def _view_4bit(tensor: LazyTensor, settings: _Settings, recent: Recent[NestedAbs
             out[wanted.start - first : wanted.stop - first] = back[wanted.start - begin : wanted.stop - begin]
         return out.reshape((stop - start, *tensor.shape[1:]))
 
-    return replace(tensor, read_rows=read_rows, wide_rows=None)
+    return replace(tensor, read_rows=read_rows, wide_rows=None, inner=None)
 
 
 def _view_int8(tensor: LazyTensor, settings: _Settings) -> LazyTensor:
@@ -150,7 +150,7 @@ def _view_int8(tensor: LazyTensor, settings: _Settings) -> LazyTensor:
     def read_rows(start: int, stop: int) -> Array:
         return _cast(wide_rows(start, stop), tensor.dtype)
 
-    return replace(tensor, read_rows=read_rows, wide_rows=wide_rows)
+    return replace(tensor, read_rows=read_rows, wide_rows=wide_rows, inner=None)
 
 
 def _spans(first: int, last: int) -> Iterator[tuple[int, int]]:

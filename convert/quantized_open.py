@@ -51,11 +51,14 @@ def opened(checkpoint: Checkpoint) -> Checkpoint:
     """
     if not _described(checkpoint.config):
         return checkpoint
+    from quantpress.convert import mxfp4
     from quantpress.convert.awq import reader as awq
     from quantpress.convert.bitsandbytes import dequantized
     from quantpress.convert.compressed_tensors import reader as compressed_tensors
     from quantpress.convert.gptq import reader as gptq
 
+    if mxfp4.is_mxfp4(checkpoint.config):
+        return mxfp4.opened(checkpoint)
     if gptq.is_gptq(checkpoint.config):
         return gptq.opened(checkpoint)
     if awq.is_awq(checkpoint.config):

@@ -74,21 +74,27 @@ def angles(
     return (both.cos() * magnitude).to(dtype), (both.sin() * magnitude).to(dtype)
 
 
-def turn(values: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    """Turns the first `dim` values of each head; pairs lie half of `dim` apart.
+def turn(values: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, *, interleaved: bool = False) -> torch.Tensor:
+    """Turns the first `dim` values of each head.
 
     Args:
         values: (B, heads, T, head_dim).
-        cosine: (T, dim).
-        sine: (T, dim).
+        cosine: (T, dim), the second half repeats the first.
+        sine: (T, dim), likewise.
+        interleaved: neighbours are pairs; else pairs lie half of `dim` apart.
 
     Returns:
         Shape and type of `values`.
     """
     dim = cosine.shape[-1]
     turned, rest = values[..., :dim], values[..., dim:]
-    left, right = turned[..., : dim // 2], turned[..., dim // 2 :]
-    turned = turned * cosine + torch.cat((-right, left), dim=-1) * sine
+    if interleaved:
+        left, right = turned[..., 0::2], turned[..., 1::2]
+        cosine, sine = cosine[..., : dim // 2], sine[..., : dim // 2]
+        turned = torch.stack((left * cosine - right * sine, right * cosine + left * sine), dim=-1).flatten(-2)
+    else:
+        left, right = turned[..., : dim // 2], turned[..., dim // 2 :]
+        turned = turned * cosine + torch.cat((-right, left), dim=-1) * sine
     return turned if rest.shape[-1] == 0 else torch.cat((turned, rest), dim=-1)
 
 

@@ -173,7 +173,17 @@ def _check_places(entries: list[Entry], data_nbytes: int, name: str) -> None:
 
 def _lazy(entry: Entry, path: Path, stamp: FileStamp, data_start: int, label: str) -> LazyTensor:
     read_rows = partial(_read_rows, entry, path, stamp, data_start + entry.begin, label)
-    return LazyTensor(entry.name, entry.shape, entry.dtype, label, read_rows)
+    inner = partial(_inner, entry, path, stamp, data_start, label) if len(entry.shape) > 2 else None
+    return LazyTensor(entry.name, entry.shape, entry.dtype, label, read_rows, inner=inner)
+
+
+def _inner(entry: Entry, path: Path, stamp: FileStamp, data_start: int, label: str, number: int) -> LazyTensor:
+    """Gives one of the tensors along the first dimension."""
+    if not 0 <= number < entry.shape[0]:
+        raise IndexError(f"{entry.name}: {number} of {entry.shape[0]}")
+    nbytes = (entry.end - entry.begin) // entry.shape[0]
+    begin = entry.begin + number * nbytes
+    return _lazy(Entry(entry.name, entry.dtype, entry.shape[1:], begin, begin + nbytes), path, stamp, data_start, label)
 
 
 def _read_rows(entry: Entry, path: Path, stamp: FileStamp, begin: int, label: str, first: int, stop: int) -> Array:

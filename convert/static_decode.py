@@ -3,6 +3,9 @@
 That is what a CUDA graph asks for. A step reads its token and its position from tensors, writes keys and values at that
 position, attends to the whole cache with a bias that hides what is not written yet, and leaves the next token where the
 next step reads it: no value goes through the processor. Launching a step costs as much as launching one kernel.
+
+A router's choice does go through the processor, which then launches the chosen experts only: models with experts run
+their steps one kernel after the other.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import torch
 
 from quantpress.convert.attention import Cache
 from quantpress.convert.fused_layers import fused
-from quantpress.convert.layer import Layer, Linear, Turns
+from quantpress.convert.layer import SLOPES, Layer, Linear, Turns
 from quantpress.convert.model import Decoder
 from quantpress.convert.rope import angles
 from quantpress.quant.errors import InputError
@@ -51,6 +54,19 @@ class _Slot:
         return self.keys, self.values, self.bias
 
 
+@dataclass(frozen=True, slots=True)
+class _Sort:
+    """What the positions of a layer do: whether a window slides over them, and whether they turn queries and keys."""
+
+    slides: bool
+    turned: bool
+
+    @classmethod
+    def of(cls, decoder: Decoder, layer: int) -> _Sort:
+        sliding = decoder.hyper.sliding_layers
+        return cls(bool(sliding) and sliding[layer], decoder.rope(layer) is not None)
+
+
 class StaticDecoder:
     """Continues texts of the same length with their most likely tokens.
 
@@ -72,31 +88,33 @@ class StaticDecoder:
             decoder: a model without adapters or with them; one that keeps its weights (`resident`).
             length: tokens that a text may have at its end.
             batch: texts, B.
-            graph: run steps as a CUDA graph; None for: on CUDA devices.
+            graph: run steps as a CUDA graph; None for: on CUDA devices, unless the model has experts.
             compiled: let torch.compile fuse what stands between the linears of a step.
 
         Raises:
-            InputError: the model has fewer learned positions.
+            InputError: the model has fewer learned positions, or experts and is to be compiled or run as a graph.
         """
-        if decoder.spec.positions == "learned" and length > decoder.hyper.context:
+        if decoder.hyper.experts is not None and (graph or compiled):
+            raise InputError("which experts run depends on the tokens: no graph, and nothing compiled")
+        if decoder.learned and length > decoder.hyper.context:
             raise InputError(f"a cache of {length} tokens, the model has {decoder.hyper.context} positions")
         self.decoder, self.length, self.batch = decoder, length, batch
         hyper, device = decoder.hyper, decoder.device
         self._layers = [_taken(decoder, number) for number in range(hyper.layers)]
-        self._slides = [bool(hyper.sliding_layers) and hyper.sliding_layers[layer] for layer in range(hyper.layers)]
+        self._sorts = [_Sort.of(decoder, layer) for layer in range(hyper.layers)]
         self._kinds = self._shared_kinds()
         self._run = torch.compile(_run, fullgraph=True, dynamic=False) if compiled else _run
         size = -(-length // _WHOLE) * _WHOLE
-        shape = (hyper.layers, batch, hyper.kv_heads, size, hyper.head_dim)
-        self._keys = torch.zeros(shape, dtype=decoder.dtype, device=device)
-        self._values = torch.zeros_like(self._keys)
+        shape, latent = (hyper.layers, batch, hyper.kv_heads, size), hyper.latent
+        self._keys = torch.zeros((*shape, hyper.head_dim), dtype=decoder.dtype, device=device)
+        self._values = self._keys.new_zeros((*shape, latent.value if latent else hyper.head_dim))
         self._places = torch.arange(size, device=device)
-        self._tables = {slides: self._table(slides, 1) for slides in set(self._slides)}
+        self._tables = {sort: self._table(sort, 1) for sort in set(self._sorts)}
         self.token = torch.zeros((batch, 1), dtype=torch.int64, device=device)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
         self.logits = torch.zeros((batch, hyper.vocab), dtype=torch.float32, device=device)
         self._reached = 0
-        wanted = device.type == "cuda" if graph is None else graph
+        wanted = device.type == "cuda" and hyper.experts is None if graph is None else graph
         self._graph = self._captured() if wanted else None
 
     @torch.no_grad()
@@ -109,8 +127,8 @@ class StaticDecoder:
         rows, count = tokens.shape
         if rows != self.batch or not 0 < count <= self.length:
             raise InputError(f"{rows} texts of {count} tokens, the cache is for {self.batch} of 1 to {self.length}")
-        for slides, table in self._tables.items():
-            for kept, values in zip(table or (), self._table(slides, count) or (), strict=True):
+        for sort, table in self._tables.items():
+            for kept, values in zip(table or (), self._table(sort, count) or (), strict=True):
                 kept.copy_(values)  # in place: a captured step reads it there
         cache, hidden = Cache(), self.decoder.embed(tokens)
         for layer in self._layers:
@@ -156,11 +174,11 @@ class StaticDecoder:
 
     def _step(self) -> None:
         hidden = self.decoder.embed_at(self.token, self.position)
-        turns = {slides: self._turns(table) for slides, table in self._tables.items()}
-        biases = {slides: self._bias(slides) for slides in self._tables}
-        for layer, kind, slides in zip(self._layers, self._kinds, self._slides, strict=True):
-            slot = _Slot(self._keys[layer.index], self._values[layer.index], self.position, biases[slides])
-            hidden = self._run(kind, layer.weights, layer.linears, hidden, turns[slides], slot)
+        turns = {sort: self._turns(table) for sort, table in self._tables.items()}
+        biases = {slides: self._bias(slides) for slides in {sort.slides for sort in self._tables}}
+        for layer, kind, sort in zip(self._layers, self._kinds, self._sorts, strict=True):
+            slot = _Slot(self._keys[layer.index], self._values[layer.index], self.position, biases[sort.slides])
+            hidden = self._run(kind, layer.weights, layer.linears, hidden, turns[sort], slot)
         self._finish(hidden)
         self.position.add_(1)
 
@@ -168,9 +186,9 @@ class StaticDecoder:
         self.logits.copy_(self.decoder.head(hidden)[:, -1])
         self.token.copy_(self.logits.argmax(-1, keepdim=True))
 
-    def _table(self, slides: bool, length: int) -> Turns | None:
+    def _table(self, sort: _Sort, length: int) -> Turns | None:
         """Gives the turns of all positions in texts of `length` tokens."""
-        rope = self.decoder.rope(self._slides.index(slides))
+        rope = self.decoder.rope(self._sorts.index(sort))
         if rope is None:
             return None
         return angles(rope, self.decoder.hyper.context, self._places, length, self.decoder.dtype)
@@ -229,4 +247,8 @@ def _run(
 def _taken(decoder: Decoder, number: int) -> Layer:
     layer = fused(decoder.layer(number))
     decoder.release(number)
-    return layer
+    if not decoder.hyper.alibi:
+        return layer
+    # on the device beforehand: a graph that is captured can take nothing from the processor
+    slopes = torch.tensor(decoder.hyper.alibi, dtype=torch.float32, device=decoder.device)
+    return replace(layer, weights={**layer.weights, SLOPES: slopes})

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from quantpress.convert.checkpoint import Checkpoint
 from quantpress.convert.files import shown
 from quantpress.convert.tokenizer_files import TokenizerFiles
+from quantpress.convert.tokenizer_tiktoken import count_ranks
 from quantpress.quant.errors import InputError
 
 __all__ = ["count_tokens"]
@@ -22,6 +24,8 @@ def count_tokens(checkpoint: Checkpoint) -> int | None:
         InputError: a tokenizer file is damaged.
     """
     files = TokenizerFiles(checkpoint.tokenizer_files, name=checkpoint.name)
+    if files.tiktoken is not None:  # its merges, which take seconds to find, are not needed here
+        return max([count_ranks(files.files[files.tiktoken]), *map(_after, files.side_added_tokens)])
     found = files.tokenizer_json
     if found is not None:
         ids = _vocabulary_ids(found["model"].get("vocab"), files.where("tokenizer.json"))
@@ -29,6 +33,10 @@ def count_tokens(checkpoint: Checkpoint) -> int | None:
     if "tokenizer.model" in files:
         return max([_count_pieces(files), *(1 + token_id for token_id in _added_ids(files))])
     return None
+
+
+def _after(token: Mapping[str, Any]) -> int:
+    return 1 + int(token["id"])
 
 
 def _added_ids(files: TokenizerFiles) -> list[int]:

@@ -25,6 +25,9 @@ _BOS_CLASSES = frozenset(
     name + suffix for name in ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer") for suffix in ("", "Fast")
 )
 _SENTENCEPIECE_NAMES = {"bos": "<s>", "eos": "</s>", "unk": "<unk>"}  # when only tokenizer.model is there
+# what the constructors of tokenizers that put such tokens around a text call them (transformers: models/bert, roberta)
+_BERT_NAMES = {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "mask": "[MASK]"}
+_ROBERTA_NAMES = {**_SENTENCEPIECE_NAMES, "sep": "</s>", "pad": "<pad>", "cls": "<s>", "mask": "<mask>"}
 
 
 class _Backend(Protocol):
@@ -104,15 +107,28 @@ def special_ids(files: TokenizerFiles, token_id: Any) -> dict[str, int]:
         token_id: token text -> id or None.
     """
     result: dict[str, int] = {}
-    own_names = {} if files.tokenizer_json is not None else _SENTENCEPIECE_NAMES
+    own_names = _class_names(files)
     for kind in SPECIAL_KINDS:
         text = files.special_token(kind) or own_names.get(kind)
         found = None if text is None else token_id(text)
         if found is None and (ids := files.config_ids(kind)):
             found = ids[0]
+        if found is None and kind == "unk" and files.tokenizer_json is not None:
+            found = files.tokenizer_json["model"].get("unk_id")  # Unigram's
         if found is not None:
             result[kind] = int(found)
     return result
+
+
+def _class_names(files: TokenizerFiles) -> dict[str, str]:
+    """Gives the special tokens that a tokenizer's class has where no file names them."""
+    found = files.tokenizer_json
+    if found is None:
+        return _SENTENCEPIECE_NAMES
+    if found["model"].get("type") == "WordPiece":
+        return _BERT_NAMES
+    processor = found.get("post_processor")
+    return _ROBERTA_NAMES if isinstance(processor, dict) and processor.get("type") == "RobertaProcessing" else {}
 
 
 def adds_bos_eos(files: TokenizerFiles) -> tuple[bool, bool]:
@@ -121,7 +137,8 @@ def adds_bos_eos(files: TokenizerFiles) -> tuple[bool, bool]:
     `add_bos_token` / `add_eos_token` of tokenizer_config.json win, then the template in tokenizer.json's
     post-processor, then what the tokenizer class does (Llama's and Gemma's classes add BOS).
     """
-    bos, eos = files.tokenizer_class in _BOS_CLASSES or files.tokenizer_json is None, False
+    bos = files.tokenizer_class in _BOS_CLASSES or (files.tokenizer_json is None and files.remote is None)
+    eos = False
     for template in _templates((files.tokenizer_json or {}).get("post_processor")):
         marks = [next(iter(part), "") for part in template]
         if "Sequence" in marks:

@@ -9,6 +9,15 @@ from typing import Any
 
 from quantpress.convert.files import shown
 from quantpress.convert.json_reader import parse_json
+from quantpress.convert.tokenizer_remote import (
+    RemoteTokenizer,
+    class_tokens,
+    remote_json,
+    remote_tokenizer,
+    tiktoken_file,
+)
+from quantpress.convert.tokenizer_unigram import SENTENCEPIECE_FILES, form_of, unigram_json
+from quantpress.convert.wordpiece import wordpiece_json
 from quantpress.quant.errors import InputError
 
 __all__ = ["TOKENIZER_FILE_NAMES", "TokenizerFiles"]
@@ -16,11 +25,14 @@ __all__ = ["TOKENIZER_FILE_NAMES", "TokenizerFiles"]
 TOKENIZER_FILE_NAMES = (
     "tokenizer.json",
     "tokenizer.model",
+    "qwen.tiktoken",
+    *SENTENCEPIECE_FILES,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
+    "vocab.txt",
     "generation_config.json",
     "config.json",
     "chat_template.jinja",
@@ -30,6 +42,7 @@ _EXTRA_TEMPLATES = "additional_chat_templates/"  # transformers writes named tem
 
 # tokenizer classes that exist without tokenizer.json -> the split of vocab.json + merges.txt they mean
 _GPT2_CLASSES = frozenset({"", "GPT2Tokenizer", "GPT2TokenizerFast", "CodeGenTokenizer", "CodeGenTokenizerFast"})
+_WORDPIECE_SPECIALS = ("unk", "sep", "pad", "cls", "mask")
 _QWEN2_CLASSES = frozenset({"Qwen2Tokenizer", "Qwen2TokenizerFast"})
 _QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -114,6 +127,16 @@ class TokenizerFiles:
                 raise InputError(f"{self.where('tokenizer.json')}: 'model' is missing or not an object")
         elif "vocab.json" in self.files and "merges.txt" in self.files:
             found = self._from_vocab_and_merges()
+        elif self.tiktoken is not None:
+            where = self.where(self.tiktoken)
+            found = remote_json(self.remote, self.tokenizer_class, self.files[self.tiktoken], where=where)
+        elif self._sentencepiece is not None:
+            form = form_of(self.tokenizer_class, self._model_config.get("model_type"), where=self._sentencepiece)
+            where = self.where(self._sentencepiece)
+            found = unigram_json(self.files[self._sentencepiece], form, self.config, where=where)
+        elif "vocab.txt" in self.files:
+            specials = {kind: text for kind in _WORDPIECE_SPECIALS if (text := self.special_token(kind)) is not None}
+            found = wordpiece_json(self.text("vocab.txt"), self.config, specials, self.where("vocab.txt"))
         else:
             return None
         vocab = found["model"].get("vocab")
@@ -125,6 +148,18 @@ class TokenizerFiles:
         return {**found, "added_tokens": sorted(added, key=lambda token: int(token["id"]))}
 
     @cached_property
+    def tiktoken(self) -> str | None:
+        """Name of the file that holds the vocabulary in tiktoken's form; None where another one is used."""
+        return None if "tokenizer.json" in self.files else tiktoken_file(self.files)
+
+    @cached_property
+    def remote(self) -> RemoteTokenizer | None:
+        """What is known of a tokenizer class that comes with the checkpoint; None for transformers' own."""
+        model = self._model_config.get("_name_or_path")
+        name = model if isinstance(model, str) else ""
+        return remote_tokenizer(self.tokenizer_class, name, tiktoken=self.tiktoken is not None)
+
+    @cached_property
     def added_tokens(self) -> list[dict[str, Any]]:
         """Added tokens by id: `id`, `content`, `special`, `normalized`, `lstrip`, `rstrip`, `single_word`."""
         if self.tokenizer_json is not None:
@@ -133,7 +168,7 @@ class TokenizerFiles:
 
     @cached_property
     def side_added_tokens(self) -> list[dict[str, Any]]:
-        """Added tokens that tokenizer_config.json and added_tokens.json name, by id."""
+        """Added tokens that tokenizer_config.json, added_tokens.json and the class's code name, by id."""
         decoder = self.config.get("added_tokens_decoder") or {}
         tokens: dict[int, dict[str, Any]] = {}
         for content, token_id in self.json_object("added_tokens.json").items():
@@ -145,6 +180,9 @@ class TokenizerFiles:
             if not isinstance(value, dict) or not isinstance(value.get("content"), str):
                 raise InputError(f"{self.where('tokenizer_config.json')}: added token {key} has no 'content'")
             tokens[token_id] = value
+        if "tokenizer.json" not in self.files:
+            for token_id, content in class_tokens(self.remote, self.files, where=self.where("tokenizer.model")).items():
+                tokens.setdefault(token_id, {"content": content, "special": True})
         return [_full_token(token_id, tokens[token_id]) for token_id in sorted(tokens)]
 
     def special_token(self, kind: str) -> str | None:
@@ -155,7 +193,14 @@ class TokenizerFiles:
                 value = value.get("content")
             if isinstance(value, str):
                 return value
+        if "tokenizer.json" not in self.files and self._sentencepiece is not None:
+            form = form_of(self.tokenizer_class, self._model_config.get("model_type"), where=self.name)
+            return form.names.get(kind)
         return None
+
+    @property
+    def _sentencepiece(self) -> str | None:
+        return next((file for file in SENTENCEPIECE_FILES if file in self.files), None)
 
     def config_ids(self, kind: str) -> list[int]:
         """Ids that generation_config.json, else config.json give for a special token; more than one is possible."""

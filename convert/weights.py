@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
+from quantpress.convert.arch.fused_rows import FUSED, stored_heads
 from quantpress.convert.arch.spec import ArchSpec, Hyperparameters, Layout, TensorSpec
 from quantpress.convert.checkpoint import Array, Checkpoint, LazyTensor
+from quantpress.convert.head_rows import find_tensor
+from quantpress.convert.pieces import resolve
+from quantpress.convert.recent import Recent
 from quantpress.quant.errors import InputError
 
 # numpy's name of a storage type that torch cannot take from numpy -> the integers it is passed as, and torch's type
@@ -49,9 +53,9 @@ def canonical(values: torch.Tensor, row: TensorSpec, hyper: Hyperparameters) -> 
         values = values.to(torch.bfloat16)  # exact, and torch can neither index nor multiply float8
     if row.layout is Layout.TRANSPOSED and values.ndim == 2:
         return values.T.contiguous()
-    if row.layout is Layout.HEADS_QKV:
-        by_head = values.reshape(hyper.heads, 3, hyper.head_dim, *values.shape[1:])
-        return by_head.transpose(0, 1).reshape(values.shape).contiguous()
+    if row.layout in FUSED:
+        by_head = values.reshape(-1, hyper.head_dim, *values.shape[1:])
+        return by_head[list(stored_heads(hyper))].reshape(values.shape)
     return values.float() + row.offset if row.offset else values
 
 
@@ -68,6 +72,16 @@ class CheckpointWeights:
     checkpoint: Checkpoint
     spec: ArchSpec
     hyper: Hyperparameters
+    _rows: dict[tuple[str, bool], TensorSpec] = field(init=False, repr=False, compare=False)
+    _recent: Recent[Array] = field(default_factory=lambda: Recent(1), init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Finds the row of each slot, for layers with and without experts; reads nothing."""
+        rows = {(row.slot, False): row for row in self.spec.present(self.hyper) if not row.per_layer}
+        for layer in {self.hyper.has_experts(one): one for one in reversed(range(self.hyper.layers))}.values():
+            kind = self.hyper.has_experts(layer)
+            rows.update({(row.slot, kind): row for row in self.spec.layer_rows(self.hyper, layer)})
+        object.__setattr__(self, "_rows", rows)
 
     def __call__(self, slot: str, layer: int) -> torch.Tensor | None:
         """Gives a weight as exact as it is known, None if this model has none of that name.
@@ -75,26 +89,18 @@ class CheckpointWeights:
         Raises:
             InputError: the table says there must be one and the checkpoint lacks it, or its shape is another.
         """
-        row = self._row(slot)
+        row = self._rows.get((slot, self.hyper.has_experts(layer)))
         if row is None:
             return None
-        tensor = self._find(row, layer)
-        wanted = tuple(self.hyper.dims[dim] for dim in row.shape)
-        if tensor.shape != wanted:
-            raise InputError(f"{tensor.source}: tensor {tensor.name!r} has shape {tensor.shape}, wanted {wanted}")
-        return canonical(as_torch(tensor.exact_rows(0, tensor.rows)), row, self.hyper)
+        held, stored = self._find(row, layer)
+        wanted = tuple(self.hyper.dims[dim] for dim in held.shape)
+        if stored.shape != wanted:
+            raise InputError(f"{stored.source}: tensor {stored.name!r} has shape {stored.shape}, wanted {wanted}")
+        found, tensor, _ = resolve(held, stored, self.hyper, recent=self._recent)
+        return canonical(as_torch(tensor.exact_rows(0, tensor.rows)), found, self.hyper)
 
-    def _row(self, slot: str) -> TensorSpec | None:
-        for row in self.spec.tensors:
-            if row.slot == slot and (not row.flag or row.flag in self.hyper.flags):
-                return row
-        return None
-
-    def _find(self, row: TensorSpec, layer: int) -> LazyTensor:
+    def _find(self, row: TensorSpec, layer: int) -> tuple[TensorSpec, LazyTensor]:
         if row.tied_to and self.hyper.tied:  # transformers never looks at a head that is tied
             row = next(other for other in self.spec.tensors if other.hf == row.tied_to)
-        names = self.spec.names(row, layer)
-        for name in names:
-            if name in self.checkpoint.tensors:
-                return self.checkpoint.tensors[name]
-        return self.checkpoint.tensor(names[0])
+        held, tensor, _ = find_tensor(self.spec, row, layer, self.hyper, self.checkpoint.tensors)
+        return held, self.checkpoint.tensor(self.spec.names(row, layer)[0]) if tensor is None else tensor

@@ -47,8 +47,8 @@ class SearchedScale:
 
 
 def scaled_power(hessian: NDArray[np.float32], scale: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Gives the mean square of the columns of the scaled inputs, diag(H) / s^2, (K,)."""
-    return np.divide(hessian.diagonal(), np.square(scale), dtype=np.float32)
+    """Gives the mean square of the columns of the scaled inputs, diag(H) / s^2, (K,), from H or its diagonal."""
+    return np.divide(hessian if hessian.ndim == 1 else hessian.diagonal(), np.square(scale), dtype=np.float32)
 
 
 def output_error(
@@ -60,13 +60,15 @@ def output_error(
         weight: (n, K) float32.
         grid: what kind of grid; its clip search weighs squared errors by diag(H) / s^2.
         scale: (K,) float32.
-        hessian: (K, K) float32.
+        hessian: (K, K) float32, or its diagonal, (K,): then errors in different columns count as independent.
     """
     import torch
 
     quantized = round_to_nearest(weight * scale, grid, importance=scaled_power(hessian, scale))
     # copies by torch lie on 64-byte boundaries: how MKL sums depends on where a matrix begins
     error = torch.from_numpy(quantized.dequantize() / scale - weight).clone()
+    if hessian.ndim == 1:
+        return float((error.square() * torch.from_numpy(hessian)).sum(dtype=torch.float64))
     return float(((error @ torch.from_numpy(hessian).clone()) * error).sum(dtype=torch.float64))
 
 
@@ -97,7 +99,7 @@ def search_scale(
         weights: (N, K) float32, all that read the input.
         grids: one for each.
         mean_abs: (K,) float32 mean |x| of the input's columns.
-        hessian: (K, K) float32, X^T X / tokens.
+        hessian: (K, K) float32, X^T X / tokens, or its diagonal, (K,).
         tie: (K,) number of the shared scale that each column has (a value head that several query heads read);
             columns of their own by default.
         threads: workers; the result does not depend on it.

@@ -18,13 +18,13 @@ def trunk(prefix: str, offset: float = 0.0) -> tuple[TensorSpec, ...]:
 
 
 def separate_attention(
-    layer: str, *, bias: str, output_bias: str | None, rotary: bool = False, offset: float = 0.0
+    layer: str, *, bias: str | None, output_bias: str | None, rotary: bool = False, offset: float = 0.0
 ) -> tuple[TensorSpec, ...]:
     """The norm before attention, separate q, k, v and the output projection.
 
     Args:
         layer: start of the names, with `{layer}`.
-        bias: flag that switches the biases of q, k, v on; "" if they are always there.
+        bias: flag that switches the biases of q, k, v on; "" if they are always there, None if never.
         output_bias: the same for the output projection; None if it never has one.
         rotary: whether rows of q and k change places in GGUF (`gguf_rope="norm"`).
         offset: added to norm weights.
@@ -37,7 +37,8 @@ def separate_attention(
         turned = heads if rotary else ""
         name, gguf = f"{attention}{part}_proj", f"{_BLOCK}attn_{part}"
         rows.append(TensorSpec(f"{name}.weight", f"{gguf}.weight", (width, "hidden"), Role.LINEAR, rotary=turned))
-        rows.append(TensorSpec(f"{name}.bias", f"{gguf}.bias", (width,), Role.BIAS, rotary=turned, flag=bias))
+        if bias is not None:
+            rows.append(TensorSpec(f"{name}.bias", f"{gguf}.bias", (width,), Role.BIAS, rotary=turned, flag=bias))
     output, gguf = f"{attention}o_proj", f"{_BLOCK}attn_output"
     rows.append(TensorSpec(f"{output}.weight", f"{gguf}.weight", ("hidden", "q"), Role.LINEAR))
     if output_bias is not None:

@@ -25,6 +25,7 @@ ACTIVATIONS: Mapping[str, str] = MappingProxyType(
         "gelu_pytorch_tanh": "gelu_tanh",
         "gelu_fast": "gelu_tanh",
         "relu": "relu",
+        "relu2": "relu2",
     }
 )
 
@@ -88,6 +89,24 @@ def size(config: Config, key: str, default: Any = MISSING) -> int:
     if not 1 <= value <= LARGEST:
         raise InputError(f"config.json: {key!r} is {short(value)}, wanted 1 to {LARGEST}")
     return value
+
+
+def spelled(config: Config, *keys: str, default: Any = MISSING) -> int:
+    """Gives a size that was called otherwise in other years.
+
+    Args:
+        config: the config.json.
+        keys: its names, the one that is looked at first before the others.
+        default: where no key has a value.
+
+    Raises:
+        InputError: as `size`, and where two of the keys disagree.
+    """
+    given = {key: size(config, key) for key in keys if config.get(key) is not None}
+    if len(set(given.values())) > 1:
+        (one, first), (other, second) = list(given.items())[:2]
+        raise InputError(f"config.json: {one!r} is {first} and {other!r} is {second}; they mean the same")
+    return next(iter(given.values())) if given else size(config, keys[0], default)
 
 
 def number(config: Config, key: str, default: Any = MISSING, *, low: float = 0.0, high: float = 1e12) -> float:
@@ -160,6 +179,11 @@ def refuse(config: Config, neutral: Mapping[str, Sequence[Any]]) -> None:
         value = tuple(config[key]) if isinstance(config[key], list) else config[key]
         if not any(value == allowed and isinstance(value, bool) == isinstance(allowed, bool) for allowed in values):
             raise InputError(f"config.json: {key!r} is {short(config[key])}, which is not implemented")
+
+
+def refuse_others(config: Config, *implemented: str) -> None:
+    """Refuses the keys of `NEUTRAL` but those that a family implements; see `refuse`."""
+    refuse(config, {key: values for key, values in NEUTRAL.items() if key not in implemented})
 
 
 def grouped_heads(heads: int, kv_heads: int) -> None:

@@ -108,8 +108,14 @@ def vocabulary(metadata: Metadata) -> int:
     return whole(metadata, f"{metadata.get('general.architecture')}.vocab_size")
 
 
-def decoder_sizes(metadata: Metadata, arch: str) -> dict[str, Any]:
-    """Gives sizes under the names that most families use in config.json."""
+def decoder_sizes(metadata: Metadata, arch: str, *, norm: str = "rms") -> dict[str, Any]:
+    """Gives sizes under the names that most families use in config.json.
+
+    Args:
+        metadata: full keys, plain values.
+        arch: `general.architecture`.
+        norm: "rms" or "layer", for the names of the epsilon.
+    """
     hidden, heads = whole(metadata, f"{arch}.embedding_length"), whole(metadata, f"{arch}.attention.head_count")
     return {
         "hidden_size": hidden,
@@ -119,8 +125,34 @@ def decoder_sizes(metadata: Metadata, arch: str) -> dict[str, Any]:
         "num_key_value_heads": whole(metadata, f"{arch}.attention.head_count_kv", heads),
         "head_dim": whole(metadata, f"{arch}.attention.key_length", hidden // heads),
         "max_position_embeddings": whole(metadata, f"{arch}.context_length"),
-        "rms_norm_eps": real(metadata, f"{arch}.attention.layer_norm_rms_epsilon"),
+        **epsilon_config(metadata, arch, norm=norm),
     }
+
+
+def epsilon_config(metadata: Metadata, arch: str, *, norm: str) -> dict[str, Any]:
+    """Gives the epsilon of the norms, "rms" or "layer", under the name that it has in config.json."""
+    if norm == "rms":
+        return {"rms_norm_eps": real(metadata, f"{arch}.attention.layer_norm_rms_epsilon")}
+    return {"layer_norm_eps": real(metadata, f"{arch}.attention.layer_norm_epsilon")}
+
+
+def layer_types(metadata: Metadata, arch: str, layers: int, *, pattern: int) -> list[str]:
+    """Gives `layer_types` of a file with a sliding window.
+
+    Args:
+        metadata: full keys, plain values.
+        arch: `general.architecture`.
+        layers: their number.
+        pattern: each such layer sees all, where the file does not say which do.
+    """
+    key = f"{arch}.attention.sliding_window_pattern"
+    stored: Any = metadata.get(key)
+    if hasattr(stored, "__len__"):
+        slides = [bool(value) for value in stored[:layers]]
+    else:
+        every = whole(metadata, key, pattern)
+        slides = [bool((layer + 1) % every) for layer in range(layers)]
+    return ["sliding_attention" if each else "full_attention" for each in slides]
 
 
 def turned_share(turned: int, head_dim: int) -> float:

@@ -112,7 +112,6 @@ GPT2 = ArchSpec(
     gguf="gpt2",
     prefix="transformer.",
     norm="layer",
-    positions="learned",
     gguf_rope="",
     tensors=_TABLE,
     ignored=("transformer.h.{layer}.attn.bias", "transformer.h.{layer}.attn.masked_bias"),

@@ -148,7 +148,6 @@ GPTNEOX = ArchSpec(
     gguf="gptneox",
     prefix="gpt_neox.",
     norm="layer",
-    positions="rotary",
     gguf_rope="neox",
     tensors=_TABLE,
     ignored=(

@@ -119,7 +119,6 @@ PHI3 = ArchSpec(
     gguf="phi3",
     prefix="model.",
     norm="rms",
-    positions="rotary",
     gguf_rope="neox",
     tensors=_TABLE,
     ignored=("model.layers.{layer}.self_attn.rotary_emb.inv_freq",),

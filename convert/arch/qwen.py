@@ -114,7 +114,6 @@ QWEN2 = ArchSpec(
     gguf="qwen2",
     prefix="model.",
     norm="rms",
-    positions="rotary",
     gguf_rope="neox",
     tensors=(*trunk("model."), *separate_attention(_LAYER, bias="", output_bias=None), *gated_mlp(_LAYER)),
     ignored=_IGNORED,
@@ -133,7 +132,6 @@ QWEN3 = ArchSpec(
     gguf="qwen3",
     prefix="model.",
     norm="rms",
-    positions="rotary",
     gguf_rope="neox",
     tensors=(
         *trunk("model."),

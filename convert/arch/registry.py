@@ -6,14 +6,44 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from quantpress.convert.arch.baichuan import BAICHUAN
+from quantpress.convert.arch.bert import BERT, ROBERTA
+from quantpress.convert.arch.bloom import BLOOM
+from quantpress.convert.arch.chatglm import CHATGLM
+from quantpress.convert.arch.cohere import COHERE, COHERE2
+from quantpress.convert.arch.deepseek import DEEPSEEK2, DEEPSEEK3
+from quantpress.convert.arch.distilbert import DISTILBERT
+from quantpress.convert.arch.exaone import EXAONE, EXAONE4
+from quantpress.convert.arch.falcon import FALCON
 from quantpress.convert.arch.fields import short
 from quantpress.convert.arch.gemma import GEMMA, GEMMA2, GEMMA3
+from quantpress.convert.arch.glm import GLM, GLM4
 from quantpress.convert.arch.gpt2 import GPT2
+from quantpress.convert.arch.gpt_oss import GPT_OSS
+from quantpress.convert.arch.gptbigcode import GPTBIGCODE
+from quantpress.convert.arch.gptj import GPTJ
 from quantpress.convert.arch.gptneox import GPTNEOX
+from quantpress.convert.arch.granite import GRANITE, MINICPM
+from quantpress.convert.arch.granite_moe import GRANITE_MOE
+from quantpress.convert.arch.internlm2 import INTERNLM2
 from quantpress.convert.arch.llama import LLAMA, MISTRAL
+from quantpress.convert.arch.llama_kin import ARCEE, ERNIE4_5, SEED_OSS
+from quantpress.convert.arch.mixtral import MIXTRAL
+from quantpress.convert.arch.mpt import MPT
+from quantpress.convert.arch.nemotron import NEMOTRON
+from quantpress.convert.arch.olmo import OLMO, OLMO2, OLMO3
+from quantpress.convert.arch.olmoe import OLMOE
+from quantpress.convert.arch.opt import OPT
+from quantpress.convert.arch.phi import PHI
 from quantpress.convert.arch.phi3 import PHI3
 from quantpress.convert.arch.qwen import QWEN2, QWEN3
+from quantpress.convert.arch.qwen1 import QWEN1
+from quantpress.convert.arch.qwen_moe import QWEN2_MOE, QWEN3_MOE
+from quantpress.convert.arch.smollm3 import SMOLLM3
 from quantpress.convert.arch.spec import ArchSpec
+from quantpress.convert.arch.stablelm import STABLELM
+from quantpress.convert.arch.starcoder2 import STARCODER2
+from quantpress.convert.arch.t5 import MT5, T5, UMT5
 from quantpress.quant.errors import InputError, UnknownFamilyError
 
 ARCHITECTURES: tuple[ArchSpec, ...] = (
@@ -24,9 +54,52 @@ ARCHITECTURES: tuple[ArchSpec, ...] = (
     GEMMA,
     GEMMA2,
     GEMMA3,
+    PHI,
     PHI3,
     GPT2,
     GPTNEOX,
+    GRANITE_MOE,
+    MIXTRAL,
+    OLMOE,
+    QWEN2_MOE,
+    QWEN3_MOE,
+    DEEPSEEK2,
+    DEEPSEEK3,
+    GPT_OSS,
+    BLOOM,
+    CHATGLM,
+    INTERNLM2,
+    BAICHUAN,
+    QWEN1,
+    OLMO,
+    OLMO2,
+    OLMO3,
+    COHERE,
+    COHERE2,
+    GRANITE,
+    MINICPM,
+    SMOLLM3,
+    GLM,
+    GLM4,
+    EXAONE,
+    EXAONE4,
+    SEED_OSS,
+    ERNIE4_5,
+    ARCEE,
+    NEMOTRON,
+    FALCON,
+    GPTBIGCODE,
+    GPTJ,
+    MPT,
+    OPT,
+    STABLELM,
+    STARCODER2,
+    BERT,
+    ROBERTA,
+    DISTILBERT,
+    T5,
+    MT5,
+    UMT5,
 )
 
 
@@ -64,8 +137,9 @@ def find_gguf_arch(architecture: str, metadata: Mapping[str, Any]) -> ArchSpec:
     if kind != "model":
         raise InputError(f"GGUF: 'general.type' is {short(kind)}, wanted a model")
     known: dict[str, ArchSpec] = {}
-    for spec in ARCHITECTURES:
-        known.setdefault(spec.gguf, spec)
+    for spec in sorted(ARCHITECTURES, key=lambda spec: not spec.gguf_key):
+        if not spec.gguf_key or metadata.get(spec.gguf_key):
+            known.setdefault(spec.gguf, spec)
     return _by_name("general.architecture", architecture, known)
 
 
@@ -78,5 +152,5 @@ def _by_name(key: str, name: str, known: Mapping[str, ArchSpec]) -> ArchSpec:
         return known[name]
     lowered = {spelling.lower(): spelling for spelling in known}
     near = [lowered[match] for match in difflib.get_close_matches(name.lower()[:80], lowered, n=3, cutoff=0.4)]
-    hint = f"nearest: {', '.join(near)}" if near else f"known: {', '.join(known)}"
+    hint = f"nearest: {', '.join(near)}" if near else "see `quantpress architectures`"
     raise UnknownFamilyError(f"{key} is {short(name)}, a family that is not implemented; {hint}")

@@ -21,7 +21,7 @@ from quantpress.convert.calibration.activations import read_floats, write_floats
 from quantpress.convert.json_reader import read_json
 from quantpress.quant.errors import InputError
 
-__all__ = ["Chain", "ChainWriter", "Head", "load_chain", "remove_chain"]
+__all__ = ["Chain", "ChainWriter", "Head", "load_chain", "remove_chain", "saved_inputs"]
 
 _FLOAT = 4  # bytes
 _STEP = 1024  # rows read at a time
@@ -128,6 +128,20 @@ def load_chain(folder: Path, layer: int) -> Chain | None:
     except (InputError, OSError, TypeError, ValueError, KeyError, MemoryError, OverflowError):
         return None
     return chain if whole else None
+
+
+def saved_inputs(folder: Path, layer: int, head: Head) -> Iterator[tuple[int, torch.Tensor]]:
+    """Gives the inputs of a layer that an earlier run has left, as `Chain.rows`.
+
+    Raises:
+        InputError: they are missing, damaged, or of another text.
+    """
+    chain = load_chain(folder, layer)
+    if chain is None:
+        raise InputError(f"{folder}: the inputs of layer {layer} are missing or damaged; start anew")
+    if chain.head != head:
+        raise InputError(f"{folder}: the inputs of layer {layer} are {chain.head}, wanted {head}; start anew")
+    return chain.rows()
 
 
 def remove_chain(folder: Path, layer: int) -> None:

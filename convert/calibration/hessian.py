@@ -162,17 +162,20 @@ class Statistics:
                 gram.wait()
 
     def finish(self, submit: Submit) -> dict[str, NDArray[Any]]:
-        """Gives the fields of a `Site` that were wanted: counts as int64, power as float64, all others as float32."""
+        """Gives the fields of a `Site` that were wanted: counts as int64, power as float64, all others as float32.
+
+        Means over no token at all are left out, and so are ends.
+        """
         found: dict[str, NDArray[Any]] = {}
-        if self._gram is not None:
+        if self._gram is not None and self.tokens:
             found["hessian"] = self._gram.finish(self.tokens, submit)
-        if self._drift is not None:
+        if self._drift is not None and self.tokens:
             found["drift"] = self._drift.finish(self.tokens, submit)
-        if self._sum is not None:
+        if self._sum is not None and self.tokens:
             found["mean_abs"] = (self._sum / self.tokens).astype(np.float32)
         if self._greatest is not None:
             found["max_abs"] = self._greatest
-        if self._ends is not None:
+        if self._ends is not None and self.tokens:
             found["ends"] = self._ends
         if self._counts is not None:
             found["counts"] = self._counts

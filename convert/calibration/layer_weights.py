@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from quantpress.convert.arch.fused_rows import FUSED
 from quantpress.convert.arch.spec import ArchSpec, Hyperparameters, Layout, Role, TensorSpec
 from quantpress.convert.calibration.site import Coded
 from quantpress.convert.checkpoint import DTYPES, Array, LazyTensor
@@ -115,8 +116,12 @@ class LayerWeights:
         array: NDArray[np.float32] = self.values[slot].cpu().numpy()
         return array
 
+    def is_router(self, slot: str) -> bool:
+        """Whether a tensor chooses experts."""
+        return self._rows[slot].role is Role.ROUTER and slot.endswith(".weight")
+
     def plain(self) -> dict[str, Array]:
-        """Gives the norms and biases."""
+        """Gives the norms, biases and routers."""
         return {slot: self.weight(slot) for slot, row in self._rows.items() if row.role is not Role.LINEAR}
 
     def apply(self, quantized: Mapping[str, Coded], changed: Mapping[str, Array]) -> None:
@@ -163,7 +168,7 @@ class LayerWeights:
 
     def _row_order(self, slot: str) -> NDArray[np.int64] | None:
         """Gives the decoder's row that each row of the checkpoint is; None where they are the same."""
-        if self._rows[slot].layout is not Layout.HEADS_QKV:
+        if self._rows[slot].layout not in FUSED:
             return None
         stored_rows = canonical(torch.arange(self.values[slot].shape[0]), self._rows[slot], self._hyper)
         return np.argsort(stored_rows.numpy())

@@ -120,6 +120,10 @@ def _figures(report: GptqReport) -> dict[str, Any]:
 class AwqMethod:
     """AWQ, layer after layer.
 
+    The scale of what experts read from a norm is found with the inputs of all tokens, and that of an expert's down
+    projection with the squares of its own inputs in the place of their Hessian. An expert that saw no token is rounded
+    to nearest, with the scale of the norm.
+
     Where nothing can be folded (the operation before is no norm and no linear, or a linear that is left alone reads the
     same input) weights are rounded with a clip search weighted by the inputs, and the report says `folded: False`.
 
@@ -143,39 +147,57 @@ class AwqMethod:
             LayoutError: a scale that the stored type cannot hold.
         """
         folding = Folding(sites, plain, self.head_dim)
-        scales: dict[int, NDArray[np.float32] | None] = {}
-        found: dict[int, SearchedScale] = {}
-        for place in reversed(range(len(sites))):
-            site = sites[place]
-
-            def search(tie: NDArray[np.int64] | None, site: Site = site, place: int = place) -> NDArray[np.float32]:
-                found[place] = self._search(site, folding, tie)
-                return found[place].scale
-
-            scales[place] = folding.fold(site, search)
         quantized: dict[str, QuantizedTensor] = {}
         reports: dict[str, Mapping[str, Any]] = {}
-        for place, site in enumerate(sites):
+        searched: dict[int, tuple[NDArray[np.float32] | None, SearchedScale | None]] = {}
+        for group in reversed(folding.groups()):
+            found: list[SearchedScale] = []
+
+            def search(
+                tie: NDArray[np.int64] | None, group: Sequence[Site] = group, found: list[SearchedScale] = found
+            ) -> NDArray[np.float32]:
+                found.append(self._search(group, folding, tie))
+                return found[0].scale
+
+            scale = folding.fold(group, search)
+            searched |= {id(site): (scale, found[0] if found else None) for site in group}
+        for site in sites:
+            scale, best = searched[id(site)]
             for slot in site.weights:
-                quantized[slot] = self._round(site, slot, folding.weights[slot], scales[place])
-                reports[slot] = {"tokens": site.tokens, **_search_figures(found.get(place))}
+                quantized[slot] = self._round(site, slot, folding.weights[slot], scale)
+                reports[slot] = {"tokens": site.tokens, **_search_figures(best)}
         return SiteResult(quantized, folding.changed, reports)
 
-    def _search(self, site: Site, folding: Folding, tie: NDArray[np.int64] | None) -> SearchedScale:
-        if site.hessian is None or site.mean_abs is None:
-            raise InputError("AWQ needs the Hessian and the mean of the inputs")
-        weights = [folding.weights[slot] for slot in site.weights]
-        grids = [self.grid_of(site.names[slot]) for slot in site.weights]
-        return search_scale(weights, grids, site.mean_abs, site.hessian, tie=tie, threads=self.threads)
+    def _search(self, group: Sequence[Site], folding: Folding, tie: NDArray[np.int64] | None) -> SearchedScale:
+        seen = _seen_most(group)
+        spread = _spread(seen)
+        if spread is None or seen.mean_abs is None:
+            raise InputError("AWQ needs the Hessian, or the power, and the mean of the inputs")
+        weights = [folding.weights[slot] for site in group for slot in site.weights]
+        grids = [self.grid_of(site.names[slot]) for site in group for slot in site.weights]
+        return search_scale(weights, grids, seen.mean_abs, spread, tie=tie, threads=self.threads)
 
     def _round(
         self, site: Site, slot: str, weight: NDArray[np.float32], scale: NDArray[np.float32] | None
     ) -> QuantizedTensor:
-        importance = None
-        if site.hessian is not None and site.tokens:
+        importance, spread = None, _spread(site)
+        if spread is not None:
             unscaled = np.ones(weight.shape[1], np.float32)
-            importance = scaled_power(site.hessian, unscaled if scale is None else scale)
+            importance = scaled_power(spread, unscaled if scale is None else scale)
         return round_to_nearest(weight, self.grid_of(site.names[slot]), self.threads, importance=importance)
+
+
+def _seen_most(group: Sequence[Site]) -> Site:
+    """Gives the site with the most tokens: of experts that read the same norm the one that all tokens go to."""
+    return max(group, key=lambda site: site.tokens)
+
+
+def _spread(site: Site) -> NDArray[np.float32] | None:
+    """Gives the Hessian, or where only that is known its diagonal; None where no token was seen."""
+    if not site.tokens or site.hessian is not None or site.power is None:
+        return site.hessian if site.tokens else None
+    diagonal: NDArray[np.float32] = (site.power / site.tokens).astype(np.float32)
+    return diagonal
 
 
 def _search_figures(found: SearchedScale | None) -> dict[str, Any]:
@@ -211,16 +233,17 @@ class SmoothMethod:
         """
         folding = Folding(sites, plain, self.head_dim)
         folded: dict[str, bool] = {}
-        for site in reversed(sites):
+        for group in reversed(folding.groups()):
 
-            def search(tie: NDArray[np.int64] | None, site: Site = site) -> NDArray[np.float32]:
-                if site.max_abs is None:
+            def search(tie: NDArray[np.int64] | None, group: Sequence[Site] = group) -> NDArray[np.float32]:
+                greatest = [site.max_abs for site in group if site.max_abs is not None]
+                if not greatest:
                     raise InputError("SmoothQuant needs the greatest inputs")
-                weights = [folding.weights[slot] for slot in site.weights]
-                return migration_scale(weights, site.max_abs, alpha=self.alpha, tie=tie)
+                weights = [folding.weights[slot] for site in group for slot in site.weights]
+                return migration_scale(weights, np.maximum.reduce(greatest), alpha=self.alpha, tie=tie)
 
-            scale = folding.fold(site, search)
-            folded |= dict.fromkeys(site.weights, scale is not None)
+            scale = folding.fold(group, search)
+            folded |= dict.fromkeys((slot for site in group for slot in site.weights), scale is not None)
         names = {slot: site.names[slot] for site in sites for slot in site.weights}
         quantized = {
             slot: round_to_nearest(folding.weights[slot], self.grid_of(name), self.threads)

@@ -92,13 +92,15 @@ class RangeMethod:
     wants: frozenset[str] = field(default=frozenset({"ends", "counts"}), init=False)
 
     def quantize(self, sites: Sequence[Site], plain: Mapping[str, NDArray[Any]]) -> SiteResult:
-        """Notes the ranges of a layer.
+        """Notes the ranges of a layer; experts that no token reached have none.
 
         Raises:
             InputError: statistics that were not gathered.
         """
         del plain
         for site in sites:
+            if not site.tokens:
+                continue
             if site.ends is None or site.counts is None:
                 raise InputError("ranges need the least and the greatest input, and counts")
             least, greatest = float(site.ends[0]), float(site.ends[1])

@@ -60,7 +60,7 @@ def embedding_sensitivity(
         progress: told the steps that are done and how many there are.
 
     Returns:
-        (K, K) float32, symmetric, the mean over all tokens.
+        (K, K) float32, symmetric, the mean over all tokens; K is the width of the embedding.
 
     Raises:
         InputError: the model does not fit its family or lacks a token; gradients that are not finite.
@@ -80,7 +80,11 @@ def embedding_sensitivity(
         run.predict(_Head.of(checkpoint, decoder, weights), seed)
         for layer in reversed(range(layers)):
             run.backward(layer)
-        return _outer(checkpoint.name, fields[0], len(windows), length)
+        found = fields[0]
+        if decoder.embedding_norm or checked.hyper.embedding_width:
+            found = store.field("rows", checked.hyper.dims["embedding"])
+            run.into_rows(windows, found)
+        return _outer(checkpoint.name, found, len(windows), length)
 
 
 @dataclass
@@ -108,9 +112,27 @@ class _Run:
         """Computes the gradients before a layer from those behind it."""
         self._each(partial(self._backward, self._layer(layer), self.decoder.turns(layer, 0, self.length)))
 
+    def into_rows(self, windows: Sequence[NDArray[np.int32]], found: Field) -> None:
+        """Computes the gradients at rows of the embedding from those of what a norm or a projection makes of them."""
+        self._each(partial(self._into_rows, windows, found))
+
+    def _into_rows(self, windows: Sequence[NDArray[np.int32]], found: Field, window: int, span: slice) -> None:
+        ids, places = np.unique(windows[window], return_inverse=True)
+        known = self.weights.some_rows("token_embd.weight", ids).float()
+        rows = known[torch.from_numpy(places)].requires_grad_()
+        decoder = Decoder(
+            lambda slot, layer: rows if slot == "token_embd.weight" else self.weights(slot, layer),
+            self.decoder.spec, self.decoder.hyper,
+        )  # fmt: skip
+        order = torch.arange(self.length)
+        with torch.enable_grad():
+            hidden = decoder.embed_at(order[None], order)
+            (gradient,) = torch.autograd.grad(hidden, rows, self.fields[0].read(span.start, span.stop)[None])
+        found.write(span.start, gradient)
+
     def _layer(self, number: int) -> Layer:
         loaded = self.weights.layer(number, self.decoder.device)
-        return Layer(number, self.decoder.traits, self.decoder.hyper, loaded.values)
+        return Layer(number, self.decoder.traits(number), self.decoder.hyper, loaded.values)
 
     def _each(self, work: Callable[[int, slice], None]) -> None:
         spans = [slice(start * self.length, (start + 1) * self.length) for start in range(self.windows)]
@@ -150,6 +172,8 @@ class _Head:
 
     inputs: HeadInput
     rows: torch.Tensor
+    bias: torch.Tensor | None
+    scale: float
     cap: float | None
 
     @classmethod
@@ -159,7 +183,8 @@ class _Head:
         rows = stored(slot, -1)
         if rows is None:
             raise InputError(f"{checkpoint.name}: the model has no {slot}")
-        return cls(HeadInput(weights, decoder.device), rows, weights.hyper.logit_softcap)
+        bias, hyper = weights("output.bias", -1), weights.hyper
+        return cls(HeadInput(weights, decoder.device), rows, bias, hyper.logit_scale, hyper.logit_softcap)
 
     def gradient(self, hidden: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Draws a token after each, and gives the gradients of -log of their probabilities, (T, K)."""
@@ -169,6 +194,7 @@ class _Head:
         logits = torch.cat(
             [F.linear(normal.detach(), part.float()) for part in torch.split(self.rows, _HEAD_ROWS)], dim=1
         )
+        logits = (logits if self.bias is None else logits + self.bias) * self.scale
         slope = None
         if self.cap is not None:
             bent = torch.tanh(logits / self.cap)
@@ -176,9 +202,8 @@ class _Head:
         behind = logits.softmax(dim=1)
         drawn = torch.multinomial(behind, 1, generator=generator)
         behind.scatter_add_(1, drawn, torch.full(drawn.shape, -1.0))
-        if slope is not None:
-            behind *= slope
-        before = torch.zeros_like(hidden)
+        behind *= self.scale if slope is None else slope * self.scale
+        before = torch.zeros_like(normal)
         for part, share in zip(torch.split(self.rows, _HEAD_ROWS), torch.split(behind, _HEAD_ROWS, dim=1), strict=True):
             before.addmm_(share, part.float())
         (gradient,) = torch.autograd.grad(normal, inputs, before)

@@ -22,11 +22,14 @@ Coded: TypeAlias = "QuantizedTensor | BlockTensor"
 class Site:
     """The linears of a layer that read the same input: q, k and v; the attention's output; gate and up; down.
 
+    Gate and up, and down, of an expert are sites of their own, which see the tokens that the router sends there; what
+    all tokens go to beside them is another.
+
     Attributes:
         layer: number of the layer.
         weights: slot ("attn_q.weight") -> (N, K) float32, in the decoder's form; those that are to be quantized.
         names: slot -> name in the checkpoint.
-        tokens: tokens that were seen.
+        tokens: tokens that were seen; where there were none, what would be a mean over them is None.
         hessian: (K, K) float32, X^T X / tokens, symmetric; None where the method did not want it. The method may
             overwrite it.
         drift: (K, K) float32, (X' - X)^T X / tokens, where X' is what the same inputs are with the source's weights in
@@ -36,6 +39,10 @@ class Site:
         ends: (2,) float32 least and greatest x; None where not wanted.
         counts: (65536,) int64 values x in each bin of `ranges.binned`; None where not wanted.
         power: (K,) float64 sum of x^2 over the tokens, per input column; None where not wanted.
+        before: what the input comes from, see `traits.Place`: a norm or a linear that a scale can be taken back in.
+            Sites with the same norm read the same input, an expert's a part of its rows.
+        routers: slots, among the plain tensors, of matrices that read the same input and are never quantized: a scale
+            on the input is taken out of their columns.
         left: slot -> (N, K) float32 weight of every linear that reads the same input and is not to be quantized: a
             scale on the input would have to be taken out of it too.
         read_back: (slot of a plain tensor, its values in the decoder's form) -> the values that will be read when it
@@ -53,6 +60,8 @@ class Site:
     ends: NDArray[np.float32] | None = None
     counts: NDArray[np.int64] | None = None
     power: NDArray[np.float64] | None = None
+    before: str = ""
+    routers: tuple[str, ...] = ()
     left: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     read_back: Callable[[str, Array], NDArray[np.float32]] = field(default=lambda _slot, values: values, repr=False)
 
@@ -84,9 +93,10 @@ class LayerResult:
         reports: weight name -> figures.
         seconds: "forward", "hessian" (all statistics) and "quantize" -> seconds; those of the first two are what the
             threads worked, divided by their number.
-        powers: name of a linear weight in GGUF -> (K,) float64 sum of squares of its inputs over all tokens, as it was
-            when the layer's weights before it were quantized; with the last layer the head's too. Empty where
-            `calibrate` was not asked for them.
+        powers: name of a linear weight in GGUF -> (E, K) float64 sums of squares of its inputs over the tokens that
+            each expert saw (1 where it is one matrix), as it was when the layer's weights before it were quantized;
+            with the last layer the head's too. Empty where `calibrate` was not asked for them.
+        counts: the same names -> (E,) these tokens.
     """
 
     layer: int
@@ -95,6 +105,7 @@ class LayerResult:
     reports: Mapping[str, Mapping[str, Any]]
     seconds: Mapping[str, float]
     powers: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    counts: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
 
 
 class LayerMethod(Protocol):
@@ -105,7 +116,8 @@ class LayerMethod(Protocol):
             give (GPTQ); else once per layer with all sites, and the next layer sees what the source's weights give
             (AWQ, SmoothQuant).
         wants: of "hessian", "drift", "mean_abs", "max_abs", "ends", "counts", "power"; "drift" runs the source's
-            weights beside the others.
+            weights beside the others. A method that is called once per layer gets "power" of experts instead of
+            "hessian": all of theirs at once would be too much.
     """
 
     sequential: bool

@@ -4,6 +4,9 @@ For a sequential method each step of a layer (q, k and v; attention output; gate
 weights quantized before it give: "true sequential" in the code of Frantar et al. (arXiv 2210.17323). Yet every step is
 computed once, because what it leaves is carried on (`layer.State`) instead of being computed anew from the layer's
 input.
+
+Each expert sees the tokens that the router sends there, in the layer as it is quantized so far. Experts are looked at
+in rounds of as many as there is memory for their statistics; how many that is changes no result.
 """
 
 from __future__ import annotations
@@ -20,27 +23,30 @@ import torch
 from numpy.typing import NDArray
 
 from quantpress.convert.calibration.activations import ActivationStore
-from quantpress.convert.calibration.chain import ChainWriter, Head, load_chain, remove_chain
-from quantpress.convert.calibration.embedded import embedded
+from quantpress.convert.calibration.chain import ChainWriter, Head, remove_chain, saved_inputs
+from quantpress.convert.calibration.embedded import first_inputs
 from quantpress.convert.calibration.hessian import Statistics, finite
 from quantpress.convert.calibration.layer_weights import LayerWeights, ModelWeights
 from quantpress.convert.calibration.passes import Pair, Passes
-from quantpress.convert.calibration.powers import HeadInput
+from quantpress.convert.calibration.powers import HeadInput, PowerSums
+from quantpress.convert.calibration.rounds import Round, rounds_of
 from quantpress.convert.calibration.site import Coded, LayerMethod, LayerResult, Site, SiteResult
+from quantpress.convert.calibration.watch import Watch
 from quantpress.convert.calibration.windows import windows_sha256
 from quantpress.convert.calibration.workers import Workers
 from quantpress.convert.checkpoint import Array, Checkpoint, LazyTensor
 from quantpress.convert.files import shown
-from quantpress.convert.gguf.importance_names import layer_name
-from quantpress.convert.layer import DOWN, QKV, STEPS, Layer, steps_of
+from quantpress.convert.layer import DOWN, STEPS, Layer
 from quantpress.convert.model import Decoder
 from quantpress.convert.preflight import preflight
+from quantpress.convert.traits import Place, places_of
 from quantpress.quant.errors import InputError, LayoutError
 
 __all__ = ["calibrate"]
 
 Progress = Callable[[int, int], None]
 _POWER = frozenset({"power"})
+_SHOWN = 4  # names that a message gives of many
 
 
 def calibrate(
@@ -51,8 +57,9 @@ def calibrate(
 ) -> Iterator[LayerResult]:  # fmt: skip
     """Quantizes a model's layers one after the other.
 
-    Peak memory is the weights of a layer and what the method takes, `max_memory` for activations, and what the slices
-    under way need, however many layers and windows there are. The results are the same bytes for any number of
+    Peak memory is the weights of a layer and what the method takes, `max_memory` for activations, what the slices under
+    way need, and the statistics of one input or of `rounds.STATISTICS_BYTES` of experts, however many layers, experts
+    and windows there are. The results are the same bytes for any number of
     threads, any budget, and wherever a run was resumed.
 
     Args:
@@ -91,10 +98,14 @@ def calibrate(
     with Workers(threads) as workers, ActivationStore(folder, len(windows) * length, max_memory) as store:
         both = "drift" in method.wants
         passes = Passes(decoder, store, workers, windows=len(windows), length=length, both=both, precision=precision)
-        last = HeadInput(weights, decoder.device) if powers else None
-        walk = _Walk(checkpoint.name, decoder, passes, workers, method, targets, precision == "bf16", last)
+        last = HeadInput.of_model(weights, decoder.device) if powers else None
+        walk = _Walk(
+            checkpoint.name, decoder, passes, workers, method, targets, precision == "bf16", powers, last, max_memory
+        )
         head = Head(len(windows) * length, passes.chain_width, windows_sha256(windows))
-        passes.begin(_saved(folder, first_layer, head) if first_layer else _first(weights, windows, embedding, both))
+        passes.begin(
+            saved_inputs(folder, first_layer, head) if first_layer else first_inputs(weights, windows, embedding, both)
+        )
         layers, steps = checked.hyper.layers, len(STEPS)
         for number in range(first_layer, layers):
             tell = partial(_tell, progress, (number - first_layer) * steps, (layers - first_layer) * steps)
@@ -108,28 +119,6 @@ def _tell(progress: Progress | None, before: int, total: int, steps: int) -> Non
         progress(before + steps, total)
 
 
-def _first(
-    weights: ModelWeights, windows: Sequence[NDArray[np.int32]], embedding: LazyTensor | None, both: bool
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """Gives the first layer's inputs; where two streams begin otherwise, side by side."""
-    device = torch.device("cpu")
-    inputs = embedded(weights, windows, device, embedding)
-    if embedding is None or not both:
-        yield from inputs
-        return
-    for (start, values), (_, own) in zip(inputs, embedded(weights, windows, device), strict=True):
-        yield start, torch.cat((values, own), dim=1)
-
-
-def _saved(folder: Path, layer: int, head: Head) -> Iterator[tuple[int, torch.Tensor]]:
-    chain = load_chain(folder, layer)
-    if chain is None:
-        raise InputError(f"{folder}: the inputs of layer {layer} are missing or damaged; start anew")
-    if chain.head != head:
-        raise InputError(f"{folder}: the inputs of layer {layer} are {chain.head}, wanted {head}; start anew")
-    return chain.rows()
-
-
 @dataclass
 class _Found:
     """What a method has made of a layer so far, by slot."""
@@ -137,7 +126,7 @@ class _Found:
     quantized: dict[str, Coded] = field(default_factory=dict)
     changed: dict[str, Array] = field(default_factory=dict)
     reports: dict[str, Mapping[str, Any]] = field(default_factory=dict)
-    powers: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    powers: PowerSums = field(default_factory=PowerSums)
     seconds: float = 0.0
 
     def add(self, result: SiteResult) -> None:
@@ -157,18 +146,22 @@ class _Walk:
     method: LayerMethod
     targets: Callable[[str], bool]
     narrow: bool
+    powers: bool = False
     head: HeadInput | None = None
+    max_memory: int | None = None
 
     def layer(
         self, number: int, loaded: LayerWeights, chain: ChainWriter | None, tell: Callable[[int], None]
     ) -> LayerResult:
         """Quantizes a layer, and leaves the next one's inputs unless it is the last one."""
         pair = self._pair(number, loaded)
-        found, sites = _Found(), list[Site]()
+        found, sites, finished = _Found(), list[Site](), 0
         self.workers.take_seconds()
-        for step in STEPS:
-            tell(step)
-            sites += self._site(pair, loaded, step, found)  # no name for it, or its Hessian would outlive the next pass
+        for each in self._rounds(number, loaded):
+            after = each.step - 1 if each.step > finished else None
+            finished = each.step
+            tell(each.step)
+            sites += self._sites(pair, loaded, after, each, found)  # no name: a Hessian would outlive the next pass
             if sites and self.method.sequential:
                 result = self._quantize(sites, loaded, found)
                 loaded.apply(result.quantized, result.changed)
@@ -179,16 +172,24 @@ class _Walk:
             with chain:
                 self.passes.run(pair, after=DOWN, chain=chain)
         elif self.head is not None:
-            found.powers[self.head.name] = self._head_power(pair, self.head)
+            self._head_power(pair, self.head, found)
         tell(len(STEPS))
         return self._result(number, loaded, found)
+
+    def _rounds(self, number: int, loaded: LayerWeights) -> list[Round]:
+        """Gives what is looked at together, at least one round for each step."""
+        places = places_of(self.decoder.traits(number))
+        return rounds_of(
+            places, self.decoder.hyper.dims, self.method, lambda slot: self.targets(loaded.name(slot)),
+            powers=self.powers, max_memory=self.max_memory,
+        )  # fmt: skip
 
     def _pair(self, number: int, loaded: LayerWeights) -> Pair:
         """Gives the layer as it is now, and if the method wants drift the same with the source's weights."""
 
         def of(weights: Mapping[str, torch.Tensor]) -> Layer:
             attention = torch.bfloat16 if self.narrow else None
-            return Layer(number, self.decoder.traits, self.decoder.hyper, weights, attention_type=attention)
+            return Layer(number, self.decoder.traits(number), self.decoder.hyper, weights, attention_type=attention)
 
         layer = of(loaded.narrow(loaded.values) if self.narrow else loaded.values)
         if "drift" not in self.method.wants:
@@ -202,49 +203,60 @@ class _Walk:
         weights = {**pair.layer.weights, **loaded.narrow((*result.quantized, *result.changed))}
         return replace(pair, layer=replace(pair.layer, weights=weights))
 
-    def _head_power(self, pair: Pair, head: HeadInput) -> NDArray[np.float64]:
+    def _head_power(self, pair: Pair, head: HeadInput, found: _Found) -> None:
         """Finishes the last layer and measures what the head sees of it."""
-        statistics = Statistics(_POWER, self.passes.widths[QKV], self.decoder.device)
-        self.passes.run(pair, after=DOWN, statistics=statistics, head=head.of)
+        statistics = Statistics(_POWER, head.columns, self.decoder.device)
+        self.passes.run(pair, after=DOWN, watch=Watch.hidden(head.of, statistics))
         seen = statistics.finish(partial(self.workers.submit, "hessian"))
         if not finite(seen):
             raise InputError(f"{self.name}: {head.name}: its inputs are not finite")
-        return seen["power"]
+        found.powers.add(head.name, seen["power"], statistics.tokens)
 
-    def _site(self, pair: Pair, loaded: LayerWeights, step: int, found: _Found) -> tuple[Site, ...]:
-        """Finishes the step before and looks at the inputs of a step; gives nothing where there is no target."""
-        slots = steps_of(self.decoder.traits)[step]
-        names = {slot: loaded.name(slot) for slot in slots}
-        chosen = [slot for slot in slots if self.targets(names[slot])]
-        wants = (self.method.wants if chosen else frozenset()) | (_POWER if self.head is not None else frozenset())
-        statistics = None
-        if chosen or wants:
-            statistics = Statistics(wants, self.passes.widths[step], self.decoder.device, narrow=self.narrow)
-        after = step - 1 if step else None
-        if statistics is not None or after is not None:
-            self.passes.run(pair, after=after, step=step, statistics=statistics)
-        if statistics is None:
-            return ()
+    def _sites(self, pair: Pair, loaded: LayerWeights, after: int | None, each: Round, found: _Found) -> Iterator[Site]:
+        """Finishes the step before and looks at the inputs of places; gives those that have something to quantize."""
+        dims, device = self.decoder.hyper.dims, self.decoder.device
+        more = _POWER if self.powers else frozenset()
+        statistics = [
+            Statistics(each.wants[place] | more, dims[place.columns], device, narrow=self.narrow)
+            for place in each.places
+        ]
+        if statistics or after is not None:
+            watch = Watch.of(each.places, statistics) if statistics else None
+            self.passes.run(pair, after=after, step=each.step, watch=watch)
+        for place in each.places:
+            site = self._site(pair.layer.index, loaded, place, each.wants[place], statistics.pop(0), found)
+            if site is not None:
+                yield site
+
+    def _site(
+        self, layer: int, loaded: LayerWeights, place: Place, wants: frozenset[str], statistics: Statistics,
+        found: _Found,
+    ) -> Site | None:  # fmt: skip
+        names = {slot: loaded.name(slot) for slot in place.slots}
+        chosen = [slot for slot in place.slots if self.targets(names[slot])]
         seen = statistics.finish(partial(self.workers.submit, "hessian"))
         if not finite(seen):
-            slot = (chosen or slots)[0]
-            where = f"layer {pair.layer.index}: {slot} ({shown(names[slot])})"
+            slot = (chosen or place.slots)[0]
+            where = f"layer {layer}: {slot} ({shown(names[slot])})"
             raise InputError(f"{self.name}: {where}: its inputs are not finite")
-        if self.head is not None:
-            power = seen["power"] if "power" in self.method.wants else seen.pop("power")
-            found.powers |= {layer_name(pair.layer.index, slot): power for slot in slots}
-        if not chosen:
-            return ()
-        site = Site(
-            layer=pair.layer.index,
+        if self.powers:
+            found.powers.of_place(layer, place, seen["power"], statistics.tokens)
+            if "power" not in wants:
+                del seen["power"]
+        if not chosen and not wants:
+            return None
+        routers = tuple(slot for slot in place.slots if loaded.is_router(slot))
+        return Site(
+            layer=layer,
             weights={slot: loaded.weight(slot) for slot in chosen},
             names={slot: names[slot] for slot in chosen},
             tokens=statistics.tokens,
             **seen,
-            left={slot: loaded.weight(slot) for slot in slots if slot not in chosen},
+            before=place.before,
+            routers=routers,
+            left={slot: loaded.weight(slot) for slot in place.slots if slot not in (*chosen, *routers)},
             read_back=loaded.read_back,
         )
-        return (site,)
 
     def _quantize(self, sites: list[Site], loaded: LayerWeights, found: _Found) -> SiteResult:
         """Lets the method work on sites, and forgets them."""
@@ -252,7 +264,7 @@ class _Walk:
         try:
             result = self.method.quantize(sites, loaded.plain())
         except (InputError, LayoutError) as error:
-            names = ", ".join(shown(name) for site in sites for name in site.names.values())
+            names = _few([shown(name) for site in sites for name in site.names.values()])
             raise type(error)(f"{self.name}: layer {sites[0].layer}: {names}: {error}") from error
         found.add(result)
         found.seconds += time.perf_counter() - started
@@ -271,5 +283,10 @@ class _Walk:
                 "hessian": seconds.get("hessian", 0.0),
                 "quantize": found.seconds,
             },
-            powers=found.powers,
+            powers=found.powers.sums,
+            counts=found.powers.counts,
         )
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")

@@ -18,12 +18,12 @@ from quantpress.convert.checkpoint import Array, LazyTensor
 from quantpress.convert.gguf.codes import CodeRows
 from quantpress.convert.gguf.container import MetadataValue
 from quantpress.convert.gguf.encode import Encoded, encode_rows, relative_error, sampled_error
-from quantpress.convert.gguf.plan import PlannedTensor, TensorPlan
-from quantpress.convert.gguf.rows import ReadRows
+from quantpress.convert.gguf.planned import PlannedTensor, TensorPlan
 from quantpress.convert.gguf.split import SplitOptions, part_paths, split_files
 from quantpress.convert.gguf.stream import in_order
 from quantpress.convert.gguf.writer import write_parts
 from quantpress.convert.hashed_output import Written
+from quantpress.convert.row_order import ReadRows
 from quantpress.quant.errors import InputError, LayoutError
 from quantpress.quant.floats import count_nonfinite
 from quantpress.quant.ggml.search import searcher
@@ -112,7 +112,7 @@ def write_gguf(
         UsageError, BusyError, OutputError: see `atomic_file`, `split_files` and `check_parts`.
     """
     errors = [[0.0, 0.0] for _ in plan.tensors]
-    kept = [tensor.codes is not None for tensor in plan.tensors]
+    kept = [tensor.keeps_codes for tensor in plan.tensors]
     encode = partial(_encode, allow_nonfinite=allow_nonfinite, device=device)
     total = sum(tensor.nbytes for tensor in plan.tensors)
     if device == "cpu":
@@ -151,7 +151,8 @@ def _load_searches(plan: TensorPlan) -> None:
 def _tasks(
     plan: TensorPlan, encode: Callable[..., Encoded], measure_error: bool
 ) -> Iterator[Callable[[], tuple[int, Encoded]]]:
-    for number, tensor in enumerate(plan.tensors):
+    parts = ((number, part) for number, tensor in enumerate(plan.tensors) for part in tensor.parts())
+    for number, tensor in parts:
         read, codes = tensor.reader(), tensor.code_rows()
         for chunk, (start, stop) in enumerate(tensor.row_ranges()):
             sample = measure_error and chunk % _SAMPLED_CHUNKS == 0

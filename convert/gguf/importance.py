@@ -64,13 +64,21 @@ class ImportanceMatrix:
 
     @classmethod
     def measured(
-        cls, sums: Mapping[str, NDArray[np.float64]], *, tokens: int, length: int, dataset: str, name: str = ""
+        cls,
+        sums: Mapping[str, NDArray[np.float64]],
+        counts: Mapping[str, NDArray[np.int64]],
+        *,
+        tokens: int,
+        length: int,
+        dataset: str,
+        name: str = "",
     ) -> ImportanceMatrix:
         """Makes it of sums that were measured in one run, see `calibration.powers`.
 
         Args:
-            sums: name of a weight in GGUF -> (K,) float64 sum of squares of its inputs.
-            tokens: that were seen.
+            sums: name of a weight in GGUF -> (E, K) float64 sums of squares of its inputs.
+            counts: the same names -> (E,) tokens that each of them saw.
+            tokens: of the text.
             length: tokens of a window.
             dataset: name of the text.
             name: of the file.
@@ -78,14 +86,13 @@ class ImportanceMatrix:
         Raises:
             InputError: a sum is beyond float32.
         """
-        counts = np.array([tokens], np.float32)
         entries = {}
         for weight, total in sums.items():
             if not total.max(initial=0) < np.finfo(np.float32).max:  # NaN too
                 raise InputError(
                     f"{shown(weight)}: the squares of its inputs sum up to {total.max():g}, beyond float32"
                 )
-            entries[weight] = Importance(total[None].astype(np.float32), counts)
+            entries[weight] = Importance(total.astype(np.float32), counts[weight].astype(np.float32))
         return cls(entries, (dataset,), tokens // length, length, name)
 
     def of(self, name: str, shape: Sequence[int]) -> NDArray[np.float32] | None:

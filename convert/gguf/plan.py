@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -13,13 +12,15 @@ import numpy as np
 
 from quantpress.convert.arch.spec import ArchSpec, Hyperparameters, Layout, Role
 from quantpress.convert.checkpoint import Array, LazyTensor
-from quantpress.convert.gguf.codes import CodeRows, codes_note
-from quantpress.convert.gguf.container import MetadataValue
-from quantpress.convert.gguf.file_types import FILE_TYPES
+from quantpress.convert.gguf.codes import codes_note
+from quantpress.convert.gguf.heads import by_heads
 from quantpress.convert.gguf.mixture import Choice, Matrix, Mixture, TypeOptions, resolve_outtype
-from quantpress.convert.gguf.mixture_rules import MODEL_RULES, ModelFacts
-from quantpress.convert.gguf.rows import IN_PLACE, ReadRows, RowOrder, Transposed, row_order
-from quantpress.convert.gguf.writer import FilePlan, Slot
+from quantpress.convert.gguf.mixture_rules import ModelFacts
+from quantpress.convert.gguf.planned import OfExperts, PlannedTensor, TensorPlan
+from quantpress.convert.gguf.positions import from_first
+from quantpress.convert.gguf.rows import row_order
+from quantpress.convert.gguf.scaled import scaled
+from quantpress.convert.gguf.stacks import is_stack, router_vector, stack_experts
 from quantpress.convert.preflight import Binding
 from quantpress.quant.errors import InputError, UsageError
 from quantpress.quant.ggml.from_codes import FROM_CODES
@@ -31,88 +32,8 @@ if TYPE_CHECKING:
 
 __all__ = ["PlannedTensor", "TensorPlan", "plan_tensors"]
 
-_CHUNK_VALUES = 1 << 20  # values that one task reads and encodes: 2 MB of bf16, and a few MB beside it
 _NO_CODES: Mapping[str, LazyQuantized] = MappingProxyType({})
 _NO_BLOCKS: Mapping[str, LazyTensor] = MappingProxyType({})
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedTensor:
-    """A tensor of the file to be written.
-
-    Attributes:
-        name: in GGUF.
-        shape: in the file, outermost dimension first.
-        type: name of the type it will have.
-        nbytes: bytes of its data.
-        note: why the type is not the one that was asked for, or empty.
-        source: where the values come from.
-        order: how the rows are reordered.
-        transposed: the source is (K, N) and the file holds (N, K).
-        offset: added to every value.
-        codes: what the source has them as, where it is quantized and the type may hold the codes as they are.
-        importance: (E, K) float32, what an error of a column costs, for each expert; None where nothing is known.
-        blocks: (N, row bytes) uint8, rows in the order of the source: found before by a method, to be written as they
-            are; None where the values are to be encoded.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    type: str
-    nbytes: int
-    note: str
-    source: LazyTensor = field(repr=False)
-    order: RowOrder = field(default=IN_PLACE, repr=False)
-    transposed: bool = False
-    offset: float = 0.0
-    codes: LazyQuantized | None = field(default=None, repr=False)
-    importance: Array | None = field(default=None, repr=False)
-    blocks: LazyTensor | None = field(default=None, repr=False)
-
-    def code_rows(self) -> CodeRows | None:
-        """Gives what reads rows as blocks with the source's codes, or None; it holds the codes while it lives."""
-        return None if self.codes is None else CodeRows(self.codes, self.order, self.type)
-
-    def reader(self) -> ReadRows:
-        """Gives a function that reads rows as the file holds them; a transposed tensor stays in memory with it."""
-        read = Transposed(self.source).read_rows if self.transposed else self.source.exact_rows
-        return partial(self.order.read, read)
-
-    def row_ranges(self) -> Iterator[tuple[int, int]]:
-        """Gives the rows to be read together; independent of the number of threads."""
-        rows = self.shape[0] if self.shape else 1
-        step = max(1, _CHUNK_VALUES // max(1, math.prod(self.shape[1:])))
-        step = max(1, step // self.order.block) * self.order.block
-        return ((start, min(start + step, rows)) for start in range(0, rows, step))
-
-
-@dataclass(frozen=True, slots=True)
-class TensorPlan:
-    """Every tensor of a file, in its order, the type that the file is named after, and whose rules chose the types."""
-
-    outtype: str
-    tensors: tuple[PlannedTensor, ...]
-    rules: str = MODEL_RULES
-
-    @property
-    def file_type(self) -> int:
-        """llama.cpp's number of the file type."""
-        return FILE_TYPES[self.outtype]
-
-    @property
-    def parameters(self) -> int:
-        """Number of values in the file."""
-        return sum(math.prod(tensor.shape) for tensor in self.tensors)
-
-    @property
-    def quantized(self) -> bool:
-        """Whether any tensor is stored in blocks."""
-        return any(ggml_type(tensor.type).block_size > 1 for tensor in self.tensors)
-
-    def file(self, metadata: Mapping[str, MetadataValue]) -> FilePlan:
-        """Gives header and table of the file, for its size and for writing it."""
-        slots = [Slot(each.name, each.shape, ggml_type(each.type).type_id, each.nbytes) for each in self.tensors]
-        return FilePlan(metadata, slots)
 
 
 def plan_tensors(
@@ -129,7 +50,8 @@ def plan_tensors(
     """Plans the tensors of a GGUF file without reading a weight.
 
     Args:
-        bindings: the table bound to a checkpoint, in the order of the file.
+        bindings: the table bound to a checkpoint, in the order of the file; experts one by one or as `stack_experts`
+            gives them.
         arch: the family.
         hyper: its sizes.
         options: which types are asked for.
@@ -144,7 +66,8 @@ def plan_tensors(
         UsageError: an option names an unknown type, a pattern meets no tensor, or a type needs an importance.
         InputError: the head is missing and not tied.
     """
-    rows = _with_head(list(bindings), arch, hyper)
+    found = _with_head(list(map(router_vector, stack_experts(bindings))), arch, hyper)
+    rows = [scaled(from_first(by_heads(binding, hyper), hyper), hyper) for binding in found]
     outtype = resolve_outtype(options.outtype, (tensor for _, _, tensor in rows))
     expected = importance is not None if has_importance is None else has_importance
     mixture = Mixture(options, outtype, _facts(arch, hyper), importance=expected)
@@ -162,19 +85,20 @@ def plan_tensors(
 
 
 def _facts(arch: ArchSpec, hyper: Hyperparameters) -> ModelFacts:
-    """Gives what the rules ask of a model; none of the families here has experts."""
-    return ModelFacts(arch.gguf, hyper.layers, hyper.heads, hyper.kv_heads)
+    """Gives what the rules ask of a model."""
+    experts = 0 if hyper.experts is None else hyper.experts.count
+    return ModelFacts(arch.gguf, hyper.layers, hyper.heads, hyper.kv_heads, experts)
 
 
 def _matrix(binding: Binding) -> Matrix:
     row, layer, tensor = binding
-    shape = tensor.shape[::-1] if _transposed(binding) else tensor.shape
+    shape = (*tensor.shape[:-2], *tensor.shape[:-3:-1]) if _transposed(binding) else tensor.shape
     return Matrix(row.gguf.format(layer=layer), row.role, shape, tensor.dtype)
 
 
 def _transposed(binding: Binding) -> bool:
     row, _, tensor = binding
-    return row.layout is Layout.TRANSPOSED and len(tensor.shape) == 2
+    return row.layout is Layout.TRANSPOSED and len(tensor.shape) == 2 + is_stack(binding)
 
 
 def _without_importance(outtype: str, name: str, kind: str) -> UsageError:
@@ -216,11 +140,15 @@ def _plan_row(
     row, _, tensor = binding
     shape = matrix.shape
     nbytes = math.prod(shape[:-1]) * row_bytes(ggml_type(choice.type), shape[-1] if shape else 1)
-    codes = None if row.offset else quantized.get(tensor.name)
+    known = {} if row.offset or row.gguf_heads else quantized
+    codes = known.get(tensor.name)  # of the first expert: all are quantized alike
     note = choice.note or ("" if codes is None else codes_note(codes.form, choice.type))
     if choice.type not in FROM_CODES:
-        codes = None
-    return PlannedTensor(
+        known = {}
+    planned = PlannedTensor(
         matrix.name, shape, choice.type, nbytes, note, tensor, row_order(arch, row, hyper), _transposed(binding),
-        row.offset, codes, weights, blocks.get(tensor.name),
+        row.offset, importance=weights,
     )  # fmt: skip
+    if is_stack(binding):
+        return replace(planned, experts=OfExperts(known, blocks))
+    return replace(planned, codes=known.get(tensor.name), blocks=blocks.get(tensor.name))

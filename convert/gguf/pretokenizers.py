@@ -23,6 +23,7 @@ __all__ = [
     "GPT2_SPLIT",
     "Pretokenizer",
     "detect",
+    "is_byte_level",
     "known",
     "name_by_hash",
     "name_by_structure",
@@ -192,6 +193,13 @@ def detect(tokenizer_json: Mapping[str, Any], probe: Callable[[str], Sequence[in
         f"{_facts()['llama_cpp']} knows; if it splits text like one of its names, say which with "
         "--override-kv tokenizer.ggml.pre=str:NAME and verify the result"
     )
+
+
+def is_byte_level(tokenizer_json: Mapping[str, Any]) -> bool:
+    """Whether tokens are written in GPT-2's alphabet of bytes, as the decoder of a tokenizer.json says."""
+    decoder = tokenizer_json.get("decoder") or {}
+    parts = decoder.get("decoders", [decoder])
+    return any(isinstance(part, dict) and part.get("type") == "ByteLevel" for part in parts)
 
 
 def _flat(pre_tokenizer: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:

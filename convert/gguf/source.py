@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from quantpress.convert.arch.registry import find_gguf_arch
-from quantpress.convert.arch.spec import GGUF_FACTORS, ArchSpec, Hyperparameters, Layout, TensorSpec
+from quantpress.convert.arch.registry import find_arch, find_gguf_arch
+from quantpress.convert.arch.spec import GGUF_FACTORS, ArchSpec, Hyperparameters, Layout, Role, TensorSpec
 from quantpress.convert.checkpoint import DTYPES, Array, Checkpoint, LazyTensor, SourceFile
 from quantpress.convert.files import shown
 from quantpress.convert.gguf.container import plain_metadata
@@ -17,7 +18,11 @@ from quantpress.convert.gguf.general import SAMPLING
 from quantpress.convert.gguf.reader import GgufFile, open_gguf_file
 from quantpress.convert.gguf.rows import ReadRows, Transposed, row_order
 from quantpress.convert.gguf.table import TensorInfo
+from quantpress.convert.gguf.unstack import Placed, joined, of_expert
 from quantpress.convert.gguf.vocab_rebuild import tokenizer_files_from_gguf
+from quantpress.convert.head_rows import heads_apart
+from quantpress.convert.pieces import is_piece, piece_row
+from quantpress.convert.recent import Recent
 from quantpress.quant.errors import InputError
 from quantpress.quant.floats import to_float32
 from quantpress.quant.ggml.codec import DECODERS, dequantize
@@ -39,8 +44,9 @@ def open_gguf(path: Path | str) -> Checkpoint:
     file = open_gguf_file(path)
     metadata = plain_metadata(file.metadata)
     try:
-        arch = find_gguf_arch(_architecture(metadata), metadata)
-        config = arch.config_from_gguf(metadata, frozenset(file.tensors), _factors(file))
+        first = find_gguf_arch(_architecture(metadata), metadata)
+        config = first.config_from_gguf(metadata, frozenset(file.tensors), _factors(file))
+        arch = find_arch(config)  # several families may share an architecture, and the config says which it is
         hyper = arch.read_config(config)
         tensors = {tensor.name: tensor for tensor in _tensors(file, arch, hyper)}
     except InputError as error:
@@ -59,7 +65,8 @@ def open_gguf(path: Path | str) -> Checkpoint:
 
 
 def _storage_types(file: GgufFile, arch: ArchSpec, hyper: Hyperparameters) -> dict[str, str]:
-    found = ((row.hf.format(layer=layer), row.gguf.format(layer=layer)) for row, layer in arch.rows(hyper))
+    rows = ((one, layer) for row, layer in arch.rows(hyper) for one in arch.heads_of(row, hyper))
+    found = ((row.hf.format(layer=layer), row.gguf.format(layer=layer)) for row, layer in rows)
     return {name: file.tensors[gguf].type.name for name, gguf in found if gguf in file.tensors}
 
 
@@ -117,16 +124,34 @@ def _tensors(file: GgufFile, arch: ArchSpec, hyper: Hyperparameters) -> Iterator
     if hyper.layers > len(file.tensors):
         raise InputError(f"{hyper.layers} layers are promised, the file holds {len(file.tensors)} tensors")
     unused = set(file.tensors) - set(arch.gguf_tensors(hyper)) - set(GGUF_FACTORS)
+    pieces: dict[str, list[Placed]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for row, layer in arch.rows(hyper):
         name = row.gguf.format(layer=layer)
         info = file.tensors.get(name)
-        if info is not None:
-            unused.discard(name)
-            yield _restored(file, info, arch, hyper, row, layer)
-        elif not row.tied_to:
+        if info is None:
+            if row.tied_to:
+                continue
             raise InputError(f"tensor {name!r} is missing, {arch.family} needs it")
+        unused.discard(name)
+        if row.expert >= 0 and hyper.experts is not None:
+            info = of_expert(info, row.expert, hyper.experts.count)
+        plain, order = piece_row(row, hyper)
+        whole = _restored(file, info, arch, hyper, plain, layer)
+        if row.per_head:
+            yield from heads_apart(arch, row, layer, hyper, whole)
+        elif is_piece(row):
+            stored = row.layout in (Layout.STACKED, Layout.STACKED_TRANSPOSED)
+            placed = Placed(whole, order, row.expert if stored else -1, plain.layout is Layout.TRANSPOSED)
+            pieces.setdefault(whole.name, []).append(placed)
+            shapes[whole.name] = tuple(hyper.dims[dim] for dim in row.shape)
+        else:
+            yield whole
     if unused:
         raise InputError(f"tensor {shown(min(unused))} is not one of {arch.family}'s")
+    recent: Recent[Array] = Recent(2)
+    for name, found in pieces.items():
+        yield joined(name, shapes[name], found, recent)
 
 
 def _restored(
@@ -136,17 +161,20 @@ def _restored(
     shape = tuple(hyper.dims[dim] for dim in row.shape)
     transposed = row.layout is Layout.TRANSPOSED and len(shape) == 2
     wanted = shape[::-1] if transposed else shape
-    if info.shape != wanted:
+    flat = row.role is Role.ROUTER and shape[:1] == (1,) and info.shape == shape[1:]  # as llama.cpp's converter has it
+    if info.shape != wanted and not flat:
         raise InputError(f"tensor {info.name!r} has shape {info.shape}, wanted {wanted}")
     if info.type.name not in (*_STORED, *DECODERS):
         raise InputError(f"tensor {info.name!r} is {info.type.name}, which cannot be decoded")
     dtype = info.type.name if info.type.name in _STORED and not row.offset else "F32"
     source = str(file.paths[info.part])
-    read = _decoder(file, info)
+    read = _decoder(file, replace(info, shape=shape) if flat else info)
     if transposed:
         read = _transposed(LazyTensor(info.name, info.shape, dtype, source, read))
     order = row_order(arch, row, hyper).inverse()
-    return LazyTensor(row.hf.format(layer=layer), shape, dtype, source, _reordered(order.read, read, row.offset))
+    return LazyTensor(
+        row.hf.format(layer=layer, head=0), shape, dtype, source, _reordered(order.read, read, row.offset)
+    )
 
 
 def _decoder(file: GgufFile, info: TensorInfo) -> ReadRows:

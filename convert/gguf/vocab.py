@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from quantpress.convert.files import shown
 from quantpress.convert.gguf.container import MetadataValue
-from quantpress.convert.gguf.pretokenizers import detect, named, split_steps
-from quantpress.convert.gguf.vocab_merges import Merge, reaches_all_tokens
+from quantpress.convert.gguf.pretokenizers import detect, is_byte_level, named, split_steps
+from quantpress.convert.gguf.vocab_merges import Merge, reaches_all_tokens, read_merges
 from quantpress.convert.gguf.vocab_sentencepiece import BPE, SentencePieceModel, read_sentencepiece
 from quantpress.convert.gguf.vocab_spaces import plan_spaces, read_spaces
 from quantpress.convert.gguf.vocab_special import special_metadata, template_metadata
 from quantpress.convert.gguf.vocab_tokens import TokenTable, TokenType
+from quantpress.convert.gguf.vocab_unigram import (
+    UNIGRAM_KEEPS,
+    is_unigram,
+    place_pieces,
+    read_unigram,
+    unigram_metadata,
+)
+from quantpress.convert.gguf.vocab_wordpiece import is_wordpiece, plan_wordpiece
 from quantpress.convert.tokenizer import Tokenizer
 from quantpress.convert.tokenizer_files import TokenizerFiles
 from quantpress.quant.errors import InputError
@@ -31,10 +39,12 @@ class VocabPlan:
         metadata: `tokenizer.*` keys and their values as `(GGUF type, value)` pairs.
         notes: sentences about texts that llama.cpp cuts differently from the checkpoint's tokenizer, and about what
             could not be written.
+        apart: expression for characters -> a sentence: only texts with these are cut differently.
     """
 
     metadata: dict[str, MetadataValue]
     notes: tuple[str, ...]
+    apart: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -47,6 +57,7 @@ class _Draft:
     tokenizer: Tokenizer | None = None
     metadata: dict[str, MetadataValue] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    apart: Mapping[str, str] = field(default_factory=dict)
 
     def note(self, sentence: str) -> None:
         self.notes.append(sentence)
@@ -77,7 +88,11 @@ def plan_vocab(files: TokenizerFiles, *, vocab_size: int, model_type: str, pre: 
     if files.tokenizer_json is not None:
         draft.tokenizer = Tokenizer(files)  # the library checks the whole file against its schema
         _check_model(draft, files.tokenizer_json, model_type)
-        if split_steps(files.tokenizer_json.get("pre_tokenizer")) is not None or _is_byte_level(files):
+        if is_unigram(files.tokenizer_json):
+            _plan_unigram(draft, files.tokenizer_json)
+        elif is_wordpiece(files.tokenizer_json):
+            _plan_wordpiece(draft, files.tokenizer_json)
+        elif split_steps(files.tokenizer_json.get("pre_tokenizer")) is not None or is_byte_level(files.tokenizer_json):
             _plan_byte_level(draft, files.tokenizer_json)
         else:
             _plan_spaces(draft, files.tokenizer_json)
@@ -88,19 +103,20 @@ def plan_vocab(files: TokenizerFiles, *, vocab_size: int, model_type: str, pre: 
         raise InputError(
             f"{files.name}: no tokenizer: tokenizer.json, tokenizer.model, or vocab.json with merges.txt is needed"
         )
-    draft.metadata |= special_metadata(files, draft.table, draft.note)
-    draft.metadata |= template_metadata(files)
+    draft.metadata |= special_metadata(files, draft.table, draft.note) | template_metadata(files)
     _note_tokens(draft)
-    return VocabPlan(draft.metadata, tuple(draft.notes))
+    return VocabPlan(draft.metadata, tuple(draft.notes), draft.apart)
 
 
 def _check_model(draft: _Draft, tokenizer_json: dict[str, Any], model_type: str) -> None:
     model, where = tokenizer_json["model"], draft.table.where
     kind = model.get("type", "BPE" if "merges" in model else None)
+    if is_unigram(tokenizer_json) or is_wordpiece(tokenizer_json):
+        return
     if kind != "BPE":
         raise InputError(
-            f"{where}: tokenizer model {shown(kind)} of a {model_type!r} checkpoint is not supported; only BPE is "
-            "(byte-level or SentencePiece style)"
+            f"{where}: tokenizer model {shown(kind)} of a {model_type!r} checkpoint is not supported; BPE "
+            "(byte-level or SentencePiece style), Unigram and WordPiece are"
         )
     if not isinstance(model.get("vocab"), dict) or not isinstance(model.get("merges"), list):
         raise InputError(f"{where}: the BPE model has no 'vocab' object or no 'merges' list")
@@ -109,10 +125,18 @@ def _check_model(draft: _Draft, tokenizer_json: dict[str, Any], model_type: str)
             raise InputError(f"{where}: BPE with {key}={shown(model[key])} cannot be written to GGUF")
 
 
-def _is_byte_level(files: TokenizerFiles) -> bool:
-    decoder = (files.tokenizer_json or {}).get("decoder") or {}
-    parts = decoder.get("decoders", [decoder])
-    return any(isinstance(part, dict) and part.get("type") == "ByteLevel" for part in parts)
+def _plan_unigram(draft: _Draft, tokenizer_json: dict[str, Any]) -> None:
+    style = read_unigram(tokenizer_json, where=draft.table.where)
+    draft.notes += (*style.notes, *place_pieces(draft.table, tokenizer_json["model"], style))
+    draft.table.place_added(draft.files.added_tokens, keep=UNIGRAM_KEEPS)
+    _refuse_pre(draft)
+    draft.metadata |= unigram_metadata(draft.table, style)
+
+
+def _plan_wordpiece(draft: _Draft, tokenizer_json: dict[str, Any]) -> None:
+    _refuse_pre(draft)
+    draft.metadata, notes, draft.apart = plan_wordpiece(draft.table, tokenizer_json, draft.files.added_tokens)
+    draft.notes += notes
 
 
 def _plan_byte_level(draft: _Draft, tokenizer_json: dict[str, Any]) -> None:
@@ -187,8 +211,7 @@ def _plan_spaces(draft: _Draft, tokenizer_json: dict[str, Any]) -> None:
     """SentencePiece style in tokenizer.json: "llama" (scores) where that merges the same way, else "gpt2" (merges)."""
     where = draft.table.where
     style = read_spaces(tokenizer_json, where=where)
-    for sentence in style.notes:
-        draft.note(sentence)
+    draft.notes += style.notes
     if "tokenizer.model" in draft.files and draft.pre is None:
         model = read_sentencepiece(draft.files.files["tokenizer.model"], where=draft.files.where("tokenizer.model"))
         if model.model_type == BPE and _same_pieces(draft, model, tokenizer_json["model"]["vocab"]):
@@ -196,8 +219,7 @@ def _plan_spaces(draft: _Draft, tokenizer_json: dict[str, Any]) -> None:
             return
     merges = read_merges(tokenizer_json["model"]["merges"], where)
     plan = plan_spaces(tokenizer_json["model"], merges, style, pre=draft.pre, where=where)
-    for sentence in plan.notes:
-        draft.note(sentence)
+    draft.notes += plan.notes
     for token_id, (text, kind, score) in plan.tokens.items():
         draft.table.place(token_id, text, kind, score)
     draft.table.place_added(draft.files.added_tokens, keep=_SPM_KEEPS)
@@ -233,7 +255,10 @@ def _plan_sentencepiece(draft: _Draft, model: SentencePieceModel, prefix: bool |
     if prefix is None and model.remove_extra_whitespaces:
         draft.note("the tokenizer drops outer and doubled spaces; llama.cpp keeps them")
     for token_id, (text, score, kind) in enumerate(model.pieces):
-        draft.table.place(token_id, text, TokenType(kind), score)
+        if "\0" in text:  # llama.cpp reads texts up to it, and would take an empty token (InternLM2 has one)
+            draft.note(f"token {token_id} is {shown(text)}, which llama.cpp cannot hold; its row is left unused")
+        else:
+            draft.table.place(token_id, text, TokenType(kind), score)
     draft.table.place_added(draft.files.added_tokens, keep=_SPM_KEEPS)
     _write_spm(
         draft,
@@ -243,11 +268,7 @@ def _plan_sentencepiece(draft: _Draft, model: SentencePieceModel, prefix: bool |
 
 
 def _write_spm(draft: _Draft, *, prefix: bool, squeezes: bool) -> None:
-    if draft.pre not in (None, "default"):
-        raise InputError(
-            f"{draft.table.where}: a SentencePiece vocabulary has no pre-tokenizer in llama.cpp; "
-            f"leave out tokenizer.ggml.pre={shown(draft.pre)}"
-        )
+    _refuse_pre(draft)
     texts, types, scores = draft.table.finish(unescape=True)
     draft.metadata |= {
         "tokenizer.ggml.model": ("string", "llama"),
@@ -260,19 +281,12 @@ def _write_spm(draft: _Draft, *, prefix: bool, squeezes: bool) -> None:
     }
 
 
-def read_merges(merges: Sequence[Any], where: str) -> list[Merge]:
-    """Reads a merge list in both spellings of tokenizer.json: "a b" and ["a", "b"].
-
-    Raises:
-        InputError: an entry is neither.
-    """
-    result: list[Merge] = []
-    for entry in merges:
-        pair = entry.split(" ") if isinstance(entry, str) else entry
-        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
-            raise InputError(f"{where}: merge {len(result)} is {shown(entry)}; two texts expected")
-        result.append((pair[0], pair[1]))
-    return result
+def _refuse_pre(draft: _Draft) -> None:
+    if draft.pre not in (None, "default"):
+        raise InputError(
+            f"{draft.table.where}: a vocabulary of this kind has no pre-tokenizer in llama.cpp; "
+            f"leave out tokenizer.ggml.pre={shown(draft.pre)}"
+        )
 
 
 def _note_tokens(draft: _Draft) -> None:

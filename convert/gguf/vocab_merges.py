@@ -14,7 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Merge", "divergence", "merges_from_scores", "reaches_all_tokens", "scores_from_merges"]
+from quantpress.convert.files import shown
+from quantpress.quant.errors import InputError
+
+__all__ = ["Merge", "divergence", "merges_from_scores", "reaches_all_tokens", "read_merges", "scores_from_merges"]
 
 Merge = tuple[str, str]
 
@@ -112,3 +115,18 @@ def _prose() -> list[str]:
 
     text = "\n\n".join(pydoc_data.topics.topics.values())[:_PROBE_CHARACTERS]
     return ["▁" + part.replace(" ", "▁") for part in text.split("\n\n") if part]
+
+
+def read_merges(merges: Sequence[Any], where: str) -> list[Merge]:
+    """Reads a merge list in both spellings of tokenizer.json: "a b" and ["a", "b"].
+
+    Raises:
+        InputError: an entry is neither.
+    """
+    result: list[Merge] = []
+    for entry in merges:
+        pair = entry.split(" ") if isinstance(entry, str) else entry
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+            raise InputError(f"{where}: merge {len(result)} is {shown(entry)}; two texts expected")
+        result.append((pair[0], pair[1]))
+    return result

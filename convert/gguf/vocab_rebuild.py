@@ -9,7 +9,9 @@ from typing import Any
 from quantpress.convert.files import shown
 from quantpress.convert.gguf.pretokenizers import GPT2_SPLIT, Pretokenizer, named
 from quantpress.convert.gguf.vocab_merges import Merge, merges_from_scores
+from quantpress.convert.gguf.vocab_rebuild_unigram import UNIGRAM_DEFAULTS, unigram_core
 from quantpress.convert.gguf.vocab_tokens import SPACE, TokenType
+from quantpress.convert.gguf.vocab_wordpiece import bert_defaults, wordpiece_core
 from quantpress.convert.tokenizer_files import TokenizerFiles
 from quantpress.quant.errors import InputError
 
@@ -23,7 +25,15 @@ _BOS_BY_DEFAULT = frozenset(
     }
 )
 _BOS_ALWAYS = frozenset({"gemma4", "granite-embed-multi-311m"})
-_KINDS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "sep": "seperator", "mask": "mask"}
+_KINDS = {
+    "bos": "bos",
+    "eos": "eos",
+    "unk": "unknown",
+    "pad": "padding",
+    "sep": "seperator",
+    "mask": "mask",
+    "cls": "cls",
+}
 _SPM_DEFAULTS = {"bos": 1, "eos": 2, "unk": 0}
 # Phi-3's special tokens take the spaces behind them with them; llama.cpp knows by the model's name
 _KEEP_SPACES = frozenset({"<unk>", "<s>", "<|endoftext|>"})
@@ -42,20 +52,27 @@ def tokenizer_files_from_gguf(metadata: Mapping[str, Any], *, name: str = "gguf"
     model = metadata.get("tokenizer.ggml.model")
     tokens = _tokens(metadata, name)
     types = _types(metadata, len(tokens), name)
-    specials = _special_texts(metadata, tokens, spm=model == "llama")
+    defaults = {"llama": _SPM_DEFAULTS, "t5": UNIGRAM_DEFAULTS, "bert": bert_defaults(metadata)}.get(str(model), {})
+    specials = _special_texts(metadata, tokens, defaults)
     if model == "llama":
         core, add_bos = _spm(metadata, tokens, types, name), True
     elif model in ("gpt2", "gemma4"):
         pre = "gemma4" if model == "gemma4" else str(metadata.get("tokenizer.ggml.pre") or "default")
         core, add_bos = _bpe(metadata, tokens, named(pre), pre, types, name), pre in _BOS_BY_DEFAULT
+    elif model == "t5":
+        core, add_bos = unigram_core(metadata, tokens, types, unknown=specials.get("unk"), name=name), False
+    elif model == "bert":
+        unknown = specials.setdefault("unk", "[UNK]")
+        core, add_bos = wordpiece_core(metadata, tokens, types, unknown=unknown, name=name), True
     else:
         raise InputError(
-            f"{name}: tokenizer.ggml.model {shown(model)} cannot be turned into tokenizer files; 'llama' and 'gpt2' can"
+            f"{name}: tokenizer.ggml.model {shown(model)} cannot be turned into tokenizer files; 'llama', 'gpt2', 't5' "
+            "and 'bert' can"
         )
     add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", add_bos))
     if metadata.get("tokenizer.ggml.pre") in _BOS_ALWAYS or model == "gemma4":
         add_bos = True
-    add_eos = bool(metadata.get("tokenizer.ggml.add_eos_token", False))
+    add_eos = bool(metadata.get("tokenizer.ggml.add_eos_token", model in ("t5", "bert")))
     around = (specials.get("bos") if add_bos else None, specials.get("eos") if add_eos else None)
     tokenizer_json = {
         "version": "1.0",
@@ -91,10 +108,10 @@ def _types(metadata: Mapping[str, Any], count: int, name: str) -> list[int]:
     return found
 
 
-def _special_texts(metadata: Mapping[str, Any], tokens: Sequence[str], *, spm: bool) -> dict[str, str]:
+def _special_texts(metadata: Mapping[str, Any], tokens: Sequence[str], defaults: Mapping[str, int]) -> dict[str, str]:
     result = {}
     for kind, key in _KINDS.items():
-        one = metadata.get(f"tokenizer.ggml.{key}_token_id", _SPM_DEFAULTS.get(kind) if spm else None)
+        one = metadata.get(f"tokenizer.ggml.{key}_token_id", defaults.get(kind))
         if one is not None and 0 <= int(one) < len(tokens):
             result[kind] = tokens[int(one)]
     return result
@@ -140,7 +157,7 @@ def _bpe(
     if not pre.byte_level:
         has_bytes = TokenType.BYTE in types
         # without bytes llama.cpp drops unknown characters; here they must at least keep their neighbours apart
-        unknown = None if has_bytes else _special_texts(metadata, tokens, spm=False).get("unk")
+        unknown = None if has_bytes else _special_texts(metadata, tokens, {}).get("unk")
         escape = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
         return {
             "normalizer": escape,
@@ -229,7 +246,10 @@ def _files(
     add_bos: bool,
     add_eos: bool,
 ) -> dict[str, bytes]:
-    vocab: dict[str, int] = tokenizer_json["model"]["vocab"]
+    stored = tokenizer_json["model"]["vocab"]
+    vocab: Mapping[str, int] = (
+        stored if isinstance(stored, dict) else {text: one for one, (text, _) in enumerate(stored)}
+    )
     texts = {f"{kind}_token": text for kind, text in specials.items()}
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -13,7 +13,7 @@ __all__ = ["BPE", "UNIGRAM", "SentencePieceModel", "read_sentencepiece"]
 # Field numbers of sentencepiece_model.proto
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3  # ModelProto
 _PIECE, _SCORE, _TYPE = 1, 2, 3  # ModelProto.SentencePiece
-_MODEL_TYPE, _SUFFIX = 3, 24  # TrainerSpec: model_type, treat_whitespace_as_suffix
+_MODEL_TYPE, _SUFFIX, _BYTES = 3, 24, 35  # TrainerSpec: model_type, treat_whitespace_as_suffix, byte_fallback
 _CHARSMAP, _DUMMY_PREFIX, _EXTRA_SPACES, _ESCAPE = 2, 3, 4, 5  # NormalizerSpec
 UNIGRAM, BPE = 1, 2  # TrainerSpec.ModelType
 
@@ -33,6 +33,8 @@ class SentencePieceModel:
         escape_whitespaces: spaces become U+2581.
         suffix_spaces: a word carries its space behind it.
         normalizes: the text is rewritten by a character map (NFKC and the like) first.
+        charsmap: that map as SentencePiece compiles it, empty where there is none.
+        byte_fallback: characters without a piece become bytes.
     """
 
     pieces: tuple[tuple[str, float, int], ...]
@@ -42,6 +44,8 @@ class SentencePieceModel:
     escape_whitespaces: bool
     suffix_spaces: bool
     normalizes: bool
+    charsmap: bytes = b""
+    byte_fallback: bool = False
 
 
 def read_sentencepiece(data: bytes, *, where: str) -> SentencePieceModel:
@@ -71,7 +75,7 @@ def read_sentencepiece(data: bytes, *, where: str) -> SentencePieceModel:
         raise InputError(f"{where}: not a SentencePiece model: {error}") from error
     if not pieces:
         raise InputError(f"{where}: not a SentencePiece model: it has no pieces")
-    model_type = trainer.get(_MODEL_TYPE, UNIGRAM)
+    model_type, charsmap = trainer.get(_MODEL_TYPE, UNIGRAM), normalizer.get(_CHARSMAP, b"")
     return SentencePieceModel(
         pieces=tuple(pieces),
         model_type=model_type if isinstance(model_type, int) else UNIGRAM,
@@ -79,7 +83,9 @@ def read_sentencepiece(data: bytes, *, where: str) -> SentencePieceModel:
         remove_extra_whitespaces=bool(normalizer.get(_EXTRA_SPACES, 1)),
         escape_whitespaces=bool(normalizer.get(_ESCAPE, 1)),
         suffix_spaces=bool(trainer.get(_SUFFIX, 0)),
-        normalizes=bool(normalizer.get(_CHARSMAP, b"")),
+        normalizes=bool(charsmap),
+        charsmap=charsmap if isinstance(charsmap, bytes) else b"",
+        byte_fallback=bool(trainer.get(_BYTES, 0)),
     )
 
 

@@ -30,6 +30,8 @@ _FIM = {
     "fim_rep": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<reponame>"),
     "fim_sep": ("<|file_sep|>",),
 }
+# BERT's tokens around a text are called otherwise; llama.cpp puts BOS before it (gguf-py, SpecialVocab does the same)
+_STAND_INS = {"bos": "cls", "eos": "sep"}
 _NAME_CHARACTERS = frozenset(ascii_letters + digits)
 
 
@@ -47,6 +49,9 @@ def special_metadata(
         notes: takes sentences about what could not be written.
     """
     ids = special_ids(files, table.ids.get)
+    for kind, other in _STAND_INS.items():
+        if kind not in ids and other in ids:
+            ids[kind] = ids[other]
     ends = list(dict.fromkeys([*([ids["eos"]] if "eos" in ids else []), *files.config_ids("eos")]))
     named = {_KEYS[kind]: one for kind, one in ids.items()}
     named |= dict(zip(("eos_token_id", "eot_token_id", "eom_token_id"), ends, strict=False))

@@ -100,7 +100,7 @@ class BaseNames:
     def is_head(self, name: str) -> bool:
         """Whether this is the head's weight, in any spelling and whether or not the checkpoint has it."""
         place = self._rows.get(name)
-        return place[0].role is Role.HEAD if place is not None else _core(name) in _HEADS
+        return place[0].slot == "output.weight" if place is not None else _core(name) in _HEADS
 
     def nearest(self, path: str) -> str:
         """Gives, for a message, tensors whose names end like a module's path."""

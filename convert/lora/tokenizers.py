@@ -13,7 +13,7 @@ __all__ = ["with_tokenizer"]
 
 log = logging.getLogger(__name__)
 
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json")
 _OF_THE_MODEL = ("config.json", "generation_config.json", "README.md")
 
 

@@ -15,13 +15,17 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from quantpress.convert.arch.fused_rows import FUSED
 from quantpress.convert.arch.spec import ArchSpec, Hyperparameters, Layout, Role, TensorSpec
 from quantpress.convert.checkpoint import Array, Checkpoint, LazyTensor
 from quantpress.convert.files import shown
 from quantpress.convert.lora.activations import Branch, Factors, Lookup, LowRank
 from quantpress.convert.lora.adapter import AdapterModule
 from quantpress.convert.lora.ledger import Applied
+from quantpress.convert.lora.targets import BaseNames
 from quantpress.convert.lora.trained import Trained, values_of
+from quantpress.convert.lora.unmerged_parameters import is_parameter, parameter_changes, parameter_rows
+from quantpress.convert.pieces import piece_row
 from quantpress.convert.preflight import check_tied_head, preflight
 from quantpress.convert.weights import CheckpointWeights, canonical
 from quantpress.quant.errors import InputError
@@ -112,19 +116,27 @@ class _Builder:
         self.beside = Beside()
         self.whole: dict[Place, LazyTensor] = {}
         self.tied = hyper.tied and any(row.tied_to for row in spec.tensors)
-        self.rows_by_name: dict[str, tuple[TensorSpec, int]] = {}
+        self.rows_by_place = {(row.slot, layer): row for row, layer in spec.rows(hyper)}
+        self.rows_by_name: dict[str, list[tuple[TensorSpec, int]]] = {}  # several are parts of one tensor
         for row, layer in spec.rows(hyper):
-            for name in spec.names(row, layer):
-                self.rows_by_name[name] = (row, layer)
+            for form in (row, *spec.others(row)):
+                names = set(spec.names(form, layer))
                 if row.role is Role.HEAD:
-                    self.rows_by_name[name.replace("embed_out", "lm_head")] = (row, layer)  # GPT-NeoX's two names
+                    names |= {name.replace("embed_out", "lm_head") for name in names}  # GPT-NeoX's two names
+                for name in names:
+                    held = self.rows_by_name.setdefault(name, [])
+                    if all(other.slot != row.slot for other, _ in held):
+                        held.append((form, layer))
 
     def add(self, applied: Applied) -> None:
         """Takes an adapter in."""
         adapter, one = applied.adapter, Trained(applied, self.tied)
-        if one.config.target_parameters:
-            raise InputError(f"{adapter.name}: adapts parameters (target_parameters), which the decoder cannot run")
-        for module in adapter.modules:
+        names = BaseNames(self.base)
+        parameters = [module for module in adapter.modules if is_parameter(applied, names, module)]
+        for edit in parameter_changes(applied, names, parameters):
+            for place, added in parameter_rows(edit, self.rows_by_name[edit.target], self.hyper):
+                self.beside.branches.setdefault(place, []).append(added)
+        for module in (module for module in adapter.modules if module not in parameters):
             if self.spec.foreign and module.path.startswith(self.spec.foreign):
                 log.warning("%s: %s is not part of the language model and is not judged", adapter.name, module.path)
             elif module.depth:
@@ -140,7 +152,12 @@ class _Builder:
             self._replace_tokens(one, module.path, parts.pop(_TOKENS))
         if not parts:
             return
-        row, layer = self._row(one, f"{module.path}.weight")
+        for row, layer in self._rows(one, f"{module.path}.weight"):
+            self._add_beside(one, module, parts, row, layer)
+
+    def _add_beside(
+        self, one: Trained, module: AdapterModule, parts: Mapping[str, LazyTensor], row: TensorSpec, layer: int
+    ) -> None:
         if "lora_embedding_A" in parts:
             if row.role not in (Role.EMBEDDING, Role.POSITION):
                 raise InputError(f"{one.name}: {shown(module.path)} is no embedding, but has lora_embedding_A")
@@ -148,10 +165,10 @@ class _Builder:
             self.beside.lookups.setdefault(row.slot, []).append(lookup)
             if one.tying and row.role is Role.EMBEDDING and "lora_magnitude_vector" not in parts:
                 self._follow(parts, lookup.scale)
-        elif row.role not in (Role.LINEAR, Role.HEAD):
+        elif row.role not in (Role.LINEAR, Role.HEAD, Role.ROUTER):
             raise InputError(f"{one.name}: {shown(module.path)} is no linear, which the decoder cannot run")
         else:
-            if one.tying and row.role is Role.HEAD:
+            if one.tying and row.slot == _HEAD[0]:
                 return  # repeats the embedding's, which the head follows
             branch = one.branch(module.path, parts, self._size(row), self._order(row))
             self.beside.branches.setdefault((row.slot, layer), []).append(branch)
@@ -165,7 +182,7 @@ class _Builder:
         self.beside.branches.setdefault(_HEAD, []).append(LowRank(Factors(read), scale))
 
     def _replace(self, one: Trained, name: str, tensor: LazyTensor) -> None:
-        row, layer = self._row(one, name)
+        row, layer = self._rows(one, name)[0]
         places = [(row.slot, layer)]
         if one.tying and places[0] in (_EMBEDDING, _HEAD):
             places = [_EMBEDDING, _HEAD]
@@ -175,7 +192,7 @@ class _Builder:
             self.whole[place] = tensor
 
     def _replace_tokens(self, one: Trained, path: str, delta: LazyTensor) -> None:
-        row, layer = self._row(one, f"{path}.weight")
+        row, layer = self._rows(one, f"{path}.weight")[0]
         ids = one.token_ids(path)
         one.wants(delta, (len(ids), self.hyper.hidden))
         place = (row.slot, layer)
@@ -187,12 +204,11 @@ class _Builder:
         """Gives the tensor of a place as it is so far; that of a tied head is the embedding's."""
         if place in self.whole:
             return self.whole[place]
-        slot = _EMBEDDING[0] if place == _HEAD and self.tied else place[0]
-        row = next(row for row in self.spec.tensors if row.slot == slot)
+        row = self.rows_by_place[_EMBEDDING if place == _HEAD and self.tied else place]
         names = self.spec.names(row, place[1])
         return self.base.tensor(next((name for name in names if name in self.base.tensors), names[0]))
 
-    def _row(self, one: Trained, name: str) -> tuple[TensorSpec, int]:
+    def _rows(self, one: Trained, name: str) -> list[tuple[TensorSpec, int]]:
         inner = name
         while inner not in self.rows_by_name and (parts := inner.partition("."))[0] in _AROUND:
             inner = parts[2]  # trained inside a larger model, or inside another class of the same one
@@ -206,7 +222,11 @@ class _Builder:
         return (second, first) if row.layout is Layout.TRANSPOSED else (first, second)
 
     def _order(self, row: TensorSpec) -> torch.Tensor | None:
-        if row.layout is not Layout.HEADS_QKV:
+        if row.part:
+            piece, order = piece_row(row, self.hyper)
+            count = self.hyper.dims[piece.shape[0]]
+            return torch.from_numpy(order.read(lambda start, stop: np.arange(start, stop), 0, count))
+        if row.layout not in FUSED:
             return None
         return canonical(torch.arange(self.hyper.dims[row.shape[0]]), row, self.hyper)
 
@@ -219,7 +239,7 @@ class _Builder:
         if _EMBEDDING in self.whole:
             hyper = dataclasses.replace(hyper, vocab=self.whole[_EMBEDDING].rows)
         for (slot, layer), tensor in self.whole.items():
-            row = next(row for row in self.spec.tensors if row.slot == slot)
+            row = self.rows_by_place[slot, layer]
             for name in self.spec.names(row, layer):
                 tensors.pop(name, None)
             tensors[self.spec.names(row, layer)[0]] = tensor

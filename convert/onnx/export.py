@@ -18,12 +18,15 @@ from quantpress.convert.folder_files import json_bytes, model_files, write_files
 from quantpress.convert.hashed_output import Written, hashed_output
 from quantpress.convert.onnx.data_file import Groups, write_data
 from quantpress.convert.onnx.decoder import build_graph, check_graph, shares_cache
-from quantpress.convert.onnx.genai import genai_config
+from quantpress.convert.onnx.genai import genai_config, has_genai
 from quantpress.convert.onnx.graph import DATA_FILE, GraphBuilder
 from quantpress.convert.onnx.kinds import Ranges
 from quantpress.convert.onnx.options import OnnxOptions
+from quantpress.convert.onnx.seq2seq import DECODER_FILE, ENCODER_FILE, build_decoder, build_encoder
+from quantpress.convert.onnx.shared_graph import SharedGraph
 from quantpress.convert.onnx.weights import ModelWeights
 from quantpress.convert.preflight import Preflight
+from quantpress.quant.errors import UsageError
 
 __all__ = ["MODEL_FILE", "OnnxPlan", "plan_onnx", "write_onnx"]
 
@@ -78,18 +81,43 @@ def plan_onnx(
 
     Raises:
         UsageError: options that the model cannot have.
+        InputError: the model has something that no graph is built of.
         LayoutError: a weight that cannot be stored as asked; names it.
     """
+    if checked.spec.kind == "encoder_decoder":
+        return _plan_seq2seq(source, checked, options, version, allow_nonfinite)
     check_graph(checked.hyper, standard=options.standard_ops, opset=options.opset)
     builder = GraphBuilder(compute=options.compute, standard=options.standard_ops, opset=options.opset)
     weights = ModelWeights(builder, source, checked, options, ranges, allow_nonfinite=allow_nonfinite)
     build_graph(builder, weights, checked.spec, checked.hyper)
+    if checked.hyper.causal:  # an encoder's head for masked tokens is no part of what it is exported for
+        weights.refuse_unused()
     model = ir.to_proto(builder.model(name=checked.spec.family, producer_version=version))
-    genai = genai_config(source, checked.hyper, filename=MODEL_FILE, share_buffer=shares_cache(checked.hyper, options))
-    files = model_files(source) | {
-        MODEL_FILE: model.SerializeToString(deterministic=True),
-        "genai_config.json": json_bytes(genai),
-    }
+    files = model_files(source) | {MODEL_FILE: model.SerializeToString(deterministic=True)}
+    if has_genai(checked.hyper):
+        share = shares_cache(checked.hyper, options)
+        files["genai_config.json"] = json_bytes(
+            genai_config(source, checked.hyper, filename=MODEL_FILE, share_buffer=share)
+        )
+    return OnnxPlan(files, builder.groups, builder.data_bytes)
+
+
+def _plan_seq2seq(
+    source: Checkpoint, checked: Preflight, options: OnnxOptions, version: str, allow_nonfinite: bool
+) -> OnnxPlan:
+    """Builds the two graphs of an encoder-decoder; see `plan_onnx`."""
+    if options.int8 == "static":
+        raise UsageError(f"--int8 static: not for {checked.spec.family}; use --int8 dynamic or weight-only")
+    builder: SharedGraph | None = None
+    files = dict(model_files(source))
+    for name, build in ((ENCODER_FILE, build_encoder), (DECODER_FILE, build_decoder)):
+        builder = SharedGraph(
+            compute=options.compute, standard=options.standard_ops, opset=options.opset, before=builder
+        )
+        build(builder, ModelWeights(builder, source, checked, options, allow_nonfinite=allow_nonfinite), checked.hyper)
+        model = ir.to_proto(builder.model(name=f"{checked.spec.family}_{name.split('_')[0]}", producer_version=version))
+        files[name] = model.SerializeToString(deterministic=True)
+    assert builder is not None, "there are two graphs"
     return OnnxPlan(files, builder.groups, builder.data_bytes)
 
 

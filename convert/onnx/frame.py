@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import onnx_ir as ir
 
 from quantpress.convert.arch.spec import Hyperparameters, Rope
+from quantpress.convert.onnx.expert_stacks import ExpertStacks
 from quantpress.convert.onnx.graph import GraphBuilder
 from quantpress.convert.onnx.norms import Norm
 from quantpress.convert.onnx.places import Places
@@ -26,23 +28,27 @@ class GraphWeights(Protocol):
     """
 
     def vector(self, slot: str, layer: int = -1) -> ir.Value | None:
-        """Gives a norm's weight (its offset added) or bias, (n,); None where the model has none."""
+        """Gives a norm's weight (its offset added) or bias, (n,) or (heads, n); None where the model has none."""
         ...
 
     def linear(self, values: ir.Value, slot: str, layer: int) -> ir.Value:
-        """Multiplies (B, S, K) with a weight and adds its bias if it has one: (B, S, N)."""
+        """Multiplies (..., K) with a weight and adds its bias if it has one: (..., N)."""
         ...
 
     def embed(self, ids: ir.Value) -> ir.Value:
-        """Gives the rows of the token embedding for (B, S) int64 ids: (B, S, hidden), not scaled."""
+        """Gives the rows of the token embedding for (B, S) int64 ids: (B, S, embedding), not scaled."""
         ...
 
-    def positions(self, index: ir.Value) -> ir.Value:
-        """Gives the rows of learned positions for (B, S) int64 positions: (B, S, hidden)."""
+    def rows(self, slot: str, index: ir.Value) -> ir.Value:
+        """Gives the rows of learned positions or of token types for (B, S) int64: (B, S, hidden)."""
+        ...
+
+    def expert_stacks(self, layer: int) -> ExpertStacks | None:
+        """Gives the experts of a layer, gate and up by turns; None where one operator cannot take them all."""
         ...
 
     def head(self, values: ir.Value) -> ir.Value:
-        """Multiplies (B, S, hidden) with the head, tied or not: (B, S, vocab), not capped."""
+        """Multiplies (B, S, embedding) with the head, tied or not: (B, S, vocab), not capped."""
         ...
 
 
@@ -66,43 +72,58 @@ class Frame:
     Attributes:
         builder: the graph.
         weights: of the model.
-        traits: kind of its layers.
+        kinds: traits of the layers with experts (True) and without.
         hyper: sizes and scales.
         places: where the tokens stand.
         turns: how q and k are turned, of layers with a window that have rotary settings of their own (True) and of the
-            others (False); None where positions are learned.
+            others (False); those that no layer needs are missing.
     """
 
     builder: GraphBuilder
     weights: GraphWeights
-    traits: Traits
+    kinds: Mapping[bool, Traits]
     hyper: Hyperparameters
     places: Places
-    turns: Mapping[bool, Turn | None]
+    turns: Mapping[bool, Turn]
 
     @property
     def shape(self) -> tuple[str, str, int]:
         """Shape of hidden states."""
         return ("batch_size", "sequence_length", self.hyper.hidden)
 
+    def traits(self, layer: int) -> Traits:
+        """Gives the kind of a layer."""
+        return self.kinds[self.hyper.has_experts(layer)]
+
     def slides(self, layer: int) -> bool:
         """Whether a layer sees a window of tokens only."""
         return bool(self.hyper.sliding_layers) and self.hyper.sliding_layers[layer]
 
     def turn(self, layer: int) -> Turn | None:
-        """Gives how a layer turns q and k; None where positions are learned."""
-        return self.turns[self.slides(layer) and self.hyper.rope_local is not None]
+        """Gives how a layer turns q and k; None where no position turns them."""
+        if self.hyper.rope_layers and not self.hyper.rope_layers[layer]:
+            return None
+        return self.turns.get(self.slides(layer) and self.hyper.rope_local is not None)
 
     def norm(self, slot: str, layer: int) -> Norm:
-        """Gives a norm by its slot without ".weight"."""
+        """Gives a norm by its slot without ".weight"; one that has no weights is of hidden states (OLMo)."""
         weight = self.weights.vector(f"{slot}.weight", layer)
-        assert weight is not None, "every table has the weights of its norms"
+        if weight is None:
+            weight = self.builder.constant(np.ones(self.hyper.hidden, self.builder.numpy_type))
         name = f"/{slot}" if layer < 0 else f"/layers.{layer}/{slot}"
         bias = self.weights.vector(f"{slot}.bias", layer)
-        return Norm(self.traits.norm, self.hyper.norm_eps, weight, bias, name)
+        kind = next(iter(self.kinds.values())).norm
+        return Norm(kind, self.hyper.norm_eps, weight, bias, name)
 
 
-def ropes_of(hyper: Hyperparameters) -> dict[bool, Rope | None]:
-    """Gives the rotary settings of layers without (False) and with (True) settings of their own for a window."""
-    ropes = {False: hyper.rope}
-    return ropes if hyper.rope_local is None else {**ropes, True: hyper.rope_local}
+def ropes_of(hyper: Hyperparameters) -> dict[bool, Rope]:
+    """Gives the rotary settings that layers without (False) and with (True) settings of their own for a window use."""
+    found: dict[bool, Rope] = {}
+    for layer in range(hyper.layers):
+        if hyper.rope_layers and not hyper.rope_layers[layer]:
+            continue
+        local = hyper.rope_local is not None and bool(hyper.sliding_layers) and hyper.sliding_layers[layer]
+        rope = hyper.rope_local if local else hyper.rope
+        if rope is not None:
+            found[local] = rope
+    return found

@@ -13,7 +13,7 @@ from quantpress.convert.arch.spec import Hyperparameters
 from quantpress.convert.checkpoint import Checkpoint
 from quantpress.convert.tokenizer_files import TokenizerFiles
 
-__all__ = ["MODEL_TYPE", "genai_config"]
+__all__ = ["MODEL_TYPE", "genai_config", "has_genai"]
 
 MODEL_TYPE = "decoder"  # genai's type of every decoder whose inputs and outputs are named in the file itself
 # search option of generation_config.json -> (default, least, greatest)
@@ -25,6 +25,11 @@ _SEARCH: Mapping[str, tuple[float, float, float]] = {
     "top_p": (1.0, 0.0, 1.0),
 }
 _TOP_K = 50  # transformers' default, GenerationConfig
+
+
+def has_genai(hyper: Hyperparameters) -> bool:
+    """Whether onnxruntime-genai runs such a model: it continues texts, and has one size for keys and values."""
+    return hyper.causal and (hyper.latent is None or hyper.latent.value == hyper.head_dim)
 
 
 def genai_config(

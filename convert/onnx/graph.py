@@ -57,6 +57,7 @@ class GraphBuilder:
         self._inputs: list[ir.Value] = []
         self._outputs: list[ir.Value] = []
         self._nodes: list[ir.Node] = []
+        self._inner: list[ir.Node] = []  # those of graphs within nodes
         self._initializers: dict[str, ir.Value] = {}
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
         self._names: dict[str, int] = {}
@@ -164,11 +165,18 @@ class GraphBuilder:
         shape = shape if shape is not None or value.shape is None else _dims(value.shape)
         return self.add("Cast", [value], dtype=dtype, shape=shape, name=name, to=int(ir.DataType[dtype]))
 
+    def shape_of(self, value: ir.Value) -> list[int | str] | None:
+        """Gives the shape of a value; None where it is not known."""
+        return None if value.shape is None else _dims(value.shape)
+
     def model(self, *, name: str, producer_version: str) -> ir.Model:
         """Gives the finished model."""
         imports = {"": self.opset} | dict.fromkeys(sorted(self._domains - {""}), 1)
+        nodes = (*self._nodes, *self._inner)
+        used = {value for node in nodes for value in node.inputs} | set(self._outputs)
+        initializers = tuple(value for value in self._initializers.values() if value in used)
         graph = ir.Graph(
-            self._inputs, self._outputs, nodes=self._nodes, initializers=tuple(self._initializers.values()),
+            self._inputs, self._outputs, nodes=self._nodes, initializers=initializers,
             opset_imports=imports, name=name,
         )  # fmt: skip
         return ir.Model(

@@ -44,11 +44,18 @@ class Kinds:
 
     def layer(self, weight: LinearWeight) -> LinearKind:
         """Gives the way of storing a weight of a layer."""
+        if weight.router:
+            return self.stored("own" if self._options.precision in _BITS else self._options.precision, weight)
         rounds_inputs = self._options.precision == "int8" and self._options.int8 != "weight-only"
         if rounds_inputs and (weight.codes is not None or not self._quantized):
             if not self._ranges or (weight.slot, weight.layer) in self._ranges:
                 return self._int8()
-            return self.stored(self.default(weight), weight, "the range of its inputs is too wide for 8 bits")
+            why = (
+                "the range of its inputs is too wide for 8 bits"
+                if weight.layer >= 0
+                else "its inputs are not looked at"
+            )
+            return self.stored(self.default(weight), weight, why)
         return self.stored(self.default(weight), weight, self._note(weight))
 
     def default(self, weight: LinearWeight) -> str:

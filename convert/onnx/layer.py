@@ -5,66 +5,73 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from quantpress.convert.onnx.attention import Cached, attention
+from quantpress.convert.onnx.experts import experts
 from quantpress.convert.onnx.frame import Frame
-from quantpress.convert.onnx.graph import MICROSOFT
-from quantpress.convert.onnx.norms import Stream, normalize, normalize_sum
+from quantpress.convert.onnx.mlp import mlp
+from quantpress.convert.onnx.norms import Stream, normalize, normalize_sum, summed
 
 __all__ = ["add_layer"]
 
 
-def add_layer(frame: Frame, layer: int, stream: Stream, past: Cached) -> tuple[Stream, Cached]:
+def add_layer(frame: Frame, layer: int, stream: Stream, past: Cached | None) -> tuple[Stream, Cached | None]:
     """Adds a layer.
 
     Args:
         frame: the model.
         layer: its number, from 0.
         stream: what the layer before left.
-        past: keys and values of earlier tokens.
+        past: keys and values of earlier tokens; None for a model that keeps none.
 
     Returns:
         What the next layer reads, and the keys and values of all tokens.
     """
-    builder, traits, hyper = frame.builder, frame.traits, frame.hyper
-    normal, hidden = normalize_sum(builder, stream, frame.norm("attn_norm", layer), frame.shape)
+    traits, name = frame.traits(layer), f"/layers.{layer}"
+    normal, hidden = _normal(frame, layer, stream, traits.attention_norm, "attn")
     attended, present = attention(frame, layer, normal, past)
     attended = frame.weights.linear(attended, "attn_output.weight", layer)
     if traits.post_norms:
-        attended = normalize(builder, attended, frame.norm("post_attention_norm", layer), frame.shape)
-    if hyper.parallel_residual:
-        normal = normalize(builder, hidden, frame.norm("ffn_norm", layer), frame.shape)
-        both = [_mlp(frame, layer, normal), attended]
-        return Stream(hidden, builder.add("Add", both, name=f"/layers.{layer}/Add", shape=frame.shape)), present
-    normal, hidden = normalize_sum(builder, Stream(hidden, attended), frame.norm("ffn_norm", layer), frame.shape)
-    passed = _mlp(frame, layer, normal)
-    if traits.post_norms:
-        passed = normalize(builder, passed, frame.norm("post_ffw_norm", layer), frame.shape)
-    return Stream(hidden, passed), present
+        attended = normalize(frame.builder, attended, frame.norm("post_attention_norm", layer), frame.shape)
+    attended = _scaled(frame, attended, name)
+    if frame.hyper.parallel_residual:
+        if traits.mlp_norm != traits.attention_norm:
+            normal, hidden = _normal(frame, layer, Stream(hidden), traits.mlp_norm, "mlp")
+        both = [_passed(frame, layer, normal), attended]
+        pending = frame.builder.add("Add", both, name=f"{name}/Add", shape=frame.shape)
+        return _joined(frame, layer, Stream(hidden, pending), "layer_output_norm"), present
+    stream = _joined(frame, layer, Stream(hidden, attended), "attn_output_norm")
+    normal, hidden = _normal(frame, layer, stream, traits.mlp_norm, "mlp")
+    return _joined(frame, layer, Stream(hidden, _passed(frame, layer, normal)), "layer_output_norm"), present
 
 
-def _mlp(frame: Frame, layer: int, values: ir.Value) -> ir.Value:
-    builder, weights = frame.builder, frame.weights
-    shape, name = ("batch_size", "sequence_length", frame.hyper.intermediate), f"/layers.{layer}/mlp"
-    up = weights.linear(values, "ffn_up.weight", layer)
-    if not frame.traits.gate:
-        return weights.linear(_activated(frame, up, name), "ffn_down.weight", layer)
-    if frame.traits.gate == "separate":
-        gate = weights.linear(values, "ffn_gate.weight", layer)
+def _normal(frame: Frame, layer: int, stream: Stream, norm: str, name: str) -> tuple[ir.Value, ir.Value]:
+    """Gives what attention or MLP reads, and the residual; both are the same where no norm is before it."""
+    if norm:
+        return normalize_sum(frame.builder, stream, frame.norm(norm, layer), frame.shape)
+    hidden = summed(frame.builder, stream, frame.shape, f"/layers.{layer}/{name}")
+    return hidden, hidden
+
+
+def _joined(frame: Frame, layer: int, stream: Stream, norm: str) -> Stream:
+    """Normalizes the sum itself where the family does so."""
+    if not frame.traits(layer).sum_norms:
+        return stream
+    return Stream(normalize_sum(frame.builder, stream, frame.norm(norm, layer), frame.shape)[0])
+
+
+def _passed(frame: Frame, layer: int, values: ir.Value) -> ir.Value:
+    """Gives what the MLP, or the layer's experts, add to the residual."""
+    traits = frame.traits(layer)
+    if traits.experts:
+        passed = experts(frame, layer, values)
     else:
-        outputs = [(builder.compute, shape)] * 2
-        gate, up = builder.add_many("Split", [up], outputs, name=f"{name}/Split", axis=-1, num_outputs=2)
-    inner = builder.add("Mul", [_activated(frame, gate, name), up], name=f"{name}/Mul", shape=shape)
-    return weights.linear(inner, "ffn_down.weight", layer)
+        passed = mlp(frame, layer, values, gate=traits.gate, size=frame.hyper.intermediate)
+    if traits.post_norms:
+        passed = normalize(frame.builder, passed, frame.norm("post_ffw_norm", layer), frame.shape)
+    return _scaled(frame, passed, f"/layers.{layer}/mlp")
 
 
-def _activated(frame: Frame, values: ir.Value, name: str) -> ir.Value:
-    builder, kind = frame.builder, frame.hyper.activation
-    shape = ("batch_size", "sequence_length", frame.hyper.intermediate)
-    if kind == "relu":
-        return builder.add("Relu", [values], name=f"{name}/Relu", shape=shape)
-    if kind in ("gelu", "gelu_tanh"):
-        approximate = "tanh" if kind == "gelu_tanh" else "none"
-        return builder.add("Gelu", [values], name=f"{name}/Gelu", shape=shape, approximate=approximate)
-    if not builder.standard:
-        return builder.add("QuickGelu", [values], domain=MICROSOFT, name=f"{name}/QuickGelu", shape=shape, alpha=1.0)
-    share = builder.add("Sigmoid", [values], name=f"{name}/Sigmoid", shape=shape)
-    return builder.add("Mul", [values, share], name=f"{name}/Mul", shape=shape)
+def _scaled(frame: Frame, values: ir.Value, name: str) -> ir.Value:
+    scale = frame.hyper.residual_scale
+    if scale == 1.0:
+        return values
+    return frame.builder.add("Mul", [values, frame.builder.constant(scale)], name=f"{name}/Scale", shape=frame.shape)

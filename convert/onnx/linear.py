@@ -31,6 +31,7 @@ class LinearWeight:
         row_ranges: gives the ranges to read together, about a million values each; the same for any thread count.
         held: bytes that `read_rows` holds between calls (a transposed weight is read whole).
         codes: its codes where the checkpoint is quantized, N x K in the same order of rows; else None.
+        router: it chooses experts, and is kept as exact as the precision allows.
     """
 
     slot: str
@@ -43,6 +44,7 @@ class LinearWeight:
     row_ranges: Callable[[], list[tuple[int, int]]] = field(repr=False)
     held: int = 0
     codes: LazyQuantized | None = field(default=None, repr=False)
+    router: bool = False
 
     @property
     def node(self) -> str:

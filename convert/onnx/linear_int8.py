@@ -93,8 +93,10 @@ class DynamicInt8:
         def add(op: str, inputs: list[ir.Value], shape: Dims | None, **attributes: Any) -> ir.Value:
             return builder.add(op, inputs, name=f"{name}/{op}", dtype="FLOAT", shape=shape, **attributes)
 
+        # an expert may get no tokens, and onnxruntime 1.31 reduces nothing to a wrong shape by an axis below 0
+        last = -1 if values.shape is None else len(values.shape) - 1
         wide = builder.cast(values, "FLOAT", name=f"{name}/Widen")  # DynamicQuantizeLinear takes nothing else
-        greatest = add("ReduceMax", [add("Abs", [wide], dims), builder.constant([-1])], one, keepdims=1)
+        greatest = add("ReduceMax", [add("Abs", [wide], dims), builder.constant([last])], one, keepdims=1)
         size = add("Max", [greatest, builder.constant(_LEAST_SIZE)], one)
         outputs = [("UINT8", dims), ("FLOAT", []), ("UINT8", [])]
         even = add("Div", [wide, size], dims)

@@ -19,9 +19,9 @@ from quantpress.convert.onnx.stored import Piece, StoredGroup, StoredTensor
 from quantpress.quant.errors import InputError, LayoutError
 from quantpress.quant.qtensor import QuantizedForm, group_count
 
-__all__ = ["MatMulNBits", "NBits"]
+__all__ = ["GREATEST_BLOCK", "MatMulNBits", "NBits"]
 
-_GREATEST_BLOCK = 128  # of codes that have longer groups: CUDA's kernels go no further
+GREATEST_BLOCK = 128  # of codes that have longer groups: CUDA's kernels go no further
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,7 @@ class MatMulNBits:
 
     @property
     def _greatest(self) -> int:
-        return max(_GREATEST_BLOCK, self.block_size)
+        return max(GREATEST_BLOCK, self.block_size)
 
     def _rounded(self, weight: LinearWeight, compute: str, size: int) -> Iterator[Callable[[], Piece]]:
         def piece(start: int, stop: int) -> Piece:

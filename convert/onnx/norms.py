@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from quantpress.convert.onnx.graph import MICROSOFT, Dims, GraphBuilder
 
-__all__ = ["Norm", "Stream", "normalize", "normalize_heads", "normalize_sum"]
+__all__ = ["Norm", "Stream", "normalize", "normalize_heads", "normalize_sum", "summed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +21,8 @@ class Norm:
     Attributes:
         kind: "rms" or "layer".
         eps: added to the variance.
-        weight: (n,), in the type of the activations.
-        bias: (n,) or None.
+        weight: (n,), in the type of the activations; (heads, n) where every head has its own.
+        bias: like the weight, or None.
         name: where it stands, "/layers.0/attn_norm".
     """
 
@@ -60,14 +60,22 @@ def normalize(builder: GraphBuilder, values: ir.Value, norm: Norm, shape: Dims) 
     return _by_root_mean_square(builder, values, norm, shape)
 
 
-def normalize_heads(builder: GraphBuilder, values: ir.Value, norm: Norm, *, heads: int, head_dim: int) -> ir.Value:
-    """Normalizes each head of (B, S, heads * head_dim) by itself."""
+def normalize_heads(
+    builder: GraphBuilder, values: ir.Value, norm: Norm, *, heads: int, head_dim: int, own: bool = False
+) -> ir.Value:
+    """Normalizes each head of (B, S, heads * head_dim) by itself; `own` with weights (heads, head_dim)."""
     split, joined = (0, 0, heads, head_dim), (0, 0, heads * head_dim)
     known = ("batch_size", "sequence_length")
-    apart = builder.add(
-        "Reshape", [values, builder.constant(split)], name=f"{norm.name}/Split", shape=(*known, heads, head_dim)
-    )
-    apart = normalize(builder, apart, norm, (*known, heads, head_dim))
+    shape = (*known, heads, head_dim)
+    apart = builder.add("Reshape", [values, builder.constant(split)], name=f"{norm.name}/Split", shape=shape)
+    if own:
+        ones = builder.constant(np.ones(head_dim, builder.numpy_type))
+        apart = normalize(builder, apart, replace(norm, weight=ones, bias=None), shape)
+        for op, other in (("Mul", norm.weight), ("Add", norm.bias)):
+            if other is not None:
+                apart = builder.add(op, [apart, other], name=f"{norm.name}/{op}", shape=shape)
+    else:
+        apart = normalize(builder, apart, norm, shape)
     return builder.add(
         "Reshape", [apart, builder.constant(joined)], name=f"{norm.name}/Join", shape=(*known, heads * head_dim)
     )
@@ -101,6 +109,13 @@ def normalize_sum(builder: GraphBuilder, stream: Stream, norm: Norm, shape: Dims
         epsilon=norm.eps,
     )
     return normal, total
+
+
+def summed(builder: GraphBuilder, stream: Stream, shape: Dims, name: str) -> ir.Value:
+    """Adds what is pending; `name` is that of the node without the operator."""
+    if stream.pending is None:
+        return stream.hidden
+    return builder.add("Add", [stream.hidden, stream.pending], name=f"{name}/Add", shape=shape)
 
 
 def _by_root_mean_square(builder: GraphBuilder, values: ir.Value, norm: Norm, shape: Dims) -> ir.Value:

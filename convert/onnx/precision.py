@@ -19,6 +19,7 @@ _TABLES = {
     (_MICROSOFT, "RotaryEmbedding"): (2, 3),
     ("", "RotaryEmbedding"): (1, 2),
 }
+_STACKS = ((2, (3, 11)), (5, (6, 12)))  # codes of QMoE's two stacks, and their scales and zeros
 _ROUNDED_INPUTS = {"MatMulInteger", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "QLinearMatMul", "QGemm"}
 _INT8_ACTIVATIONS = 4  # accuracy_level of MatMulNBits (onnxruntime, docs/ContribOperators.md)
 
@@ -106,6 +107,8 @@ def _quantized(node: OnnxNode, model: OnnxModel) -> Iterator[tuple[str, int, Onn
             bits, block = _number(node, "bits", 4), _number(node, "block_size", 128)
             per_value = 8 // max(bits, 1) if codes.dtype == "UINT8" else 1
             yield f"INT{bits} g{block}", codes.size * per_value, codes, node.inputs[2:4]
+    elif key == (_MICROSOFT, "QMoE"):
+        yield from _stacked(node, model)
     elif node.op == "DequantizeLinear" and node.inputs:
         if (codes := model.tensors.get(node.inputs[0])) is not None and codes.dtype in _INTEGERS:
             block = _number(node, "block_size", 0)
@@ -116,6 +119,16 @@ def _quantized(node: OnnxNode, model: OnnxModel) -> Iterator[tuple[str, int, Onn
         for name in node.inputs:
             if (codes := model.tensors.get(name)) is not None and _is_codes(codes):
                 yield f"INT{_INTEGERS[codes.dtype]}", codes.size, codes, ()
+
+
+def _stacked(node: OnnxNode, model: OnnxModel) -> Iterator[tuple[str, int, OnnxTensor, tuple[str, ...]]]:
+    """The same as `_quantized`, of the experts of a layer."""
+    bits, block = _number(node, "expert_weight_bits", 4), _number(node, "block_size", 0)
+    for place, others in _STACKS:
+        codes = model.tensors.get(node.inputs[place]) if place < len(node.inputs) else None
+        if codes is not None:
+            names = tuple(node.inputs[each] for each in others if each < len(node.inputs))
+            yield f"INT{bits}" + (f" g{block}" if block else ""), codes.size * 8 // max(bits, 1), codes, names
 
 
 def _number(node: OnnxNode, name: str, default: int) -> int:
@@ -129,5 +142,5 @@ def _rounding(model: OnnxModel) -> str:
         return "dynamic"
     if "QuantizeLinear" in ops or ops & {"QLinearMatMul", "QGemm"}:
         return "static"
-    levels = (_number(node, "accuracy_level", 0) for node in model.graph.nodes if node.op == "MatMulNBits")
+    levels = (_number(node, "accuracy_level", 0) for node in model.graph.nodes if node.op in ("MatMulNBits", "QMoE"))
     return "accuracy level 4" if _INT8_ACTIVATIONS in levels else ""

@@ -15,7 +15,8 @@ __all__ = ["OnnxFolder", "find_onnx", "is_onnx"]
 
 SUFFIX = ".onnx"
 GENAI_CONFIG = "genai_config.json"
-_USUAL = ("model.onnx", "onnx/model.onnx", "decoder_model.onnx", "onnx/decoder_model.onnx")
+_NAMES = ("model.onnx", "decoder_model_merged.onnx", "decoder_model.onnx")
+_USUAL = tuple(folder + name for name in _NAMES for folder in ("", "onnx/"))
 # folders with such files are checkpoints, whatever else lies in them
 _CHECKPOINT = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _MAX_CONFIG = 4 << 20  # bytes

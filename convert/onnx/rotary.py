@@ -36,12 +36,14 @@ class RotaryTable:
         dim: values per head that are turned.
         switch: longest text of the table's first part, where texts beyond it turn otherwise (longrope): row
             `switch + p` then belongs to position p. None where the table has one part.
+        interleaved: as `Rope.interleaved`.
     """
 
     cosine: ir.Value
     sine: ir.Value
     dim: int
     switch: int | None
+    interleaved: bool = False
 
 
 def switch_of(rope: Rope, context: int) -> int | None:
@@ -73,7 +75,7 @@ def store_rotary(builder: GraphBuilder, rope: Rope, context: int, *, name: str) 
 
     label = "F16" if builder.compute == "FLOAT16" else "F32"
     cosine, sine = builder.store(StoredGroup(tensors, tasks, label))
-    return RotaryTable(cosine, sine, rope.dim, switch)
+    return RotaryTable(cosine, sine, rope.dim, switch, rope.interleaved)
 
 
 def table_rows(rope: Rope, context: int, start: int, stop: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -129,7 +131,7 @@ def frequencies(rope: Rope, context: int, *, long: bool = False) -> NDArray[np.f
 def turn(
     builder: GraphBuilder, values: ir.Value, table: RotaryTable, rows: ir.Value, *, heads: int, head_dim: int, name: str
 ) -> ir.Value:
-    """Turns the first values of each head; pairs lie half of them apart.
+    """Turns the first values of each head.
 
     Args:
         builder: the graph.
@@ -145,13 +147,14 @@ def turn(
     """
     shape, node = ("batch_size", "sequence_length", heads * head_dim), f"{name}/RotaryEmbedding"
     partly: dict[str, Any] = {"rotary_embedding_dim": table.dim} if table.dim < head_dim else {}
+    order: dict[str, Any] = {"interleaved": 1} if table.interleaved else {}
     if builder.standard:
         inputs = [values, table.cosine, table.sine, rows]
-        return builder.add("RotaryEmbedding", inputs, name=node, shape=shape, num_heads=heads, **partly)
+        return builder.add("RotaryEmbedding", inputs, name=node, shape=shape, num_heads=heads, **partly, **order)
     if partly:  # onnxruntime wants both or neither
         partly["num_heads"] = heads
     inputs = [values, rows, table.cosine, table.sine]
-    return builder.add("RotaryEmbedding", inputs, domain=MICROSOFT, name=node, shape=shape, **partly)
+    return builder.add("RotaryEmbedding", inputs, domain=MICROSOFT, name=node, shape=shape, **partly, **order)
 
 
 def _piece(rope: Rope, context: int, start: int, stop: int, kind: np.dtype[np.floating]) -> Piece:

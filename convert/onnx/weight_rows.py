@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from quantpress.convert.arch.spec import ArchSpec, Hyperparameters, Layout, TensorSpec
+from quantpress.convert.arch.spec import ArchSpec, Hyperparameters, Layout, Role, TensorSpec
 from quantpress.convert.checkpoint import Array, Checkpoint, LazyTensor
 from quantpress.convert.files import shown
 from quantpress.convert.gguf.rows import RowOrder, row_order
@@ -34,11 +34,13 @@ class WeightRows:
         source: where from.
         checked: its table bound to its tensors.
         allow_nonfinite: NaN and infinities are not refused.
+        asked: slots and layers that were asked for.
     """
 
     source: Checkpoint
     checked: Preflight
     allow_nonfinite: bool = False
+    asked: set[tuple[str, int]] = field(default_factory=set, repr=False)
     _bound: dict[tuple[str, int], Binding] = field(init=False, repr=False)
     _whole: Recent[Array] = field(init=False, repr=False)
 
@@ -53,6 +55,7 @@ class WeightRows:
 
     def vector(self, slot: str, layer: int = -1) -> tuple[LazyTensor, Callable[[], Array]]:
         """Gives a norm's weight or a bias, and what reads it as the decoder has it: (N,), float32 with an offset."""
+        self.asked.add((slot, layer))
         row, _, tensor = self._bound[slot, layer]
         read = self._checking(tensor, self._reader(row, tensor), lambda: [(0, tensor.rows)])
         return tensor, partial(read, 0, tensor.rows)
@@ -66,6 +69,7 @@ class WeightRows:
             role_slot: slot that it is used as, where another: "output.weight" of a head that is tied.
             name: what its initializers are called after; the checkpoint's name by default.
         """
+        self.asked.add((slot, layer))
         row, _, tensor = self._bound[slot, layer]
         turned = row.layout is Layout.TRANSPOSED
         rows, columns = tensor.shape[::-1] if turned else tensor.shape
@@ -83,6 +87,7 @@ class WeightRows:
             row_ranges=ranges,
             held=tensor.nbytes if turned else 0 if codes is None else rows * columns,
             codes=codes if codes is None or not order.moves else _reordered(codes, order),
+            router=row.role is Role.ROUTER,
         )
 
     def _reader(self, row: TensorSpec, tensor: LazyTensor) -> Callable[[int, int], Array]:
@@ -123,7 +128,7 @@ class WeightRows:
 
 def _order(spec: ArchSpec, row: TensorSpec, hyper: Hyperparameters) -> RowOrder:
     """Gives the order of rows; that of llama.cpp where rows are not interleaved for its NORM rope."""
-    return row_order(replace(spec, gguf_rope="neox"), row, hyper)
+    return row_order(spec, replace(row, rotary=""), hyper)
 
 
 def _row_ranges(rows: int, columns: int, block: int) -> list[tuple[int, int]]:

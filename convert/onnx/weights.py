@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import onnx_ir as ir
 
 from quantpress.convert.checkpoint import Array, Checkpoint, LazyTensor
 from quantpress.convert.files import shown
 from quantpress.convert.onnx.embedding import look_up_blocks, look_up_floats
+from quantpress.convert.onnx.expert_stacks import ExpertStacks, Half, half_rows, stack_biases, stack_experts
 from quantpress.convert.onnx.float_rows import LABELS, as_stored
 from quantpress.convert.onnx.graph import GraphBuilder
 from quantpress.convert.onnx.kinds import Kinds, Ranges, RowKind
@@ -23,7 +25,7 @@ from quantpress.quant.errors import InputError
 
 __all__ = ["ModelWeights"]
 
-_EMBEDDING, _HEAD, _POSITIONS = "token_embd.weight", "output.weight", "position_embd.weight"
+_EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 
 
 class ModelWeights:
@@ -57,8 +59,21 @@ class ModelWeights:
         self._kinds = Kinds(options, quantized=bool(source.quantized), ranges=ranges)
         self._vectors: dict[tuple[str, int], ir.Value] = {}
 
+    def refuse_unused(self) -> None:
+        """Refuses a graph that has left a tensor out.
+
+        Raises:
+            InputError: naming the first tensor that nothing has asked for.
+        """
+        for row, layer, tensor in self._checked.bindings:
+            if (row.slot, layer) not in self._rows.asked:
+                raise InputError(
+                    f"{tensor.source}: {shown(tensor.name)}: ONNX models of {self._checked.spec.family} are written"
+                    " without it, and would be another model"
+                )
+
     def vector(self, slot: str, layer: int = -1) -> ir.Value | None:
-        """Gives a norm's weight (its offset added) or a bias, (n,); None where the model has none."""
+        """Gives a norm's weight (its offset added) or a bias, (n,) or (heads, n); None where there is none."""
         if not self._rows.has(slot, layer):
             return None
         if (slot, layer) not in self._vectors:
@@ -71,12 +86,12 @@ class ModelWeights:
         """Multiplies with a weight and adds its bias if it has one.
 
         Args:
-            values: (B, S, K).
+            values: (..., K).
             slot: of the weight.
             layer: of the weight.
 
         Returns:
-            (B, S, N).
+            (..., N).
 
         Raises:
             LayoutError: the weight cannot be stored as it is asked for.
@@ -91,25 +106,60 @@ class ModelWeights:
             ids: (B, S) int64.
 
         Returns:
-            (B, S, hidden).
+            (B, S, embedding).
 
         Raises:
             UsageError: options that exclude each other for this model.
             LayoutError: the embedding cannot be stored as it is asked for.
         """
         weight = self._rows.matrix(_EMBEDDING)
-        head = self._kinds.head(weight) if self._tied else None
+        head = self._kinds.head(weight) if self._tied and self._checked.hyper.causal else None
         kind = self._kinds.embedding(weight, head)
         return self._look_up(self._kinds.stored(kind, weight), weight, ids)
 
-    def positions(self, index: ir.Value) -> ir.Value:
-        """Gives the rows of learned positions for (B, S) int64 positions: (B, S, hidden)."""
-        weight = self._rows.matrix(_POSITIONS)
+    def rows(self, slot: str, index: ir.Value) -> ir.Value:
+        """Gives the rows of learned positions or of token types for (B, S) int64: (B, S, hidden)."""
+        weight = self._rows.matrix(slot)
         kind = self._kinds.rows(weight)
         return self._look_up(self._kinds.stored(kind, weight), weight, index)
 
+    def expert_stacks(self, layer: int) -> ExpertStacks | None:
+        """Gives the experts of a layer, gate and up by turns; None where one operator cannot take them all."""
+        experts = self._checked.hyper.experts
+        if experts is None:
+            raise TypeError("the model has no experts")
+        ups, downs = list[tuple[Half, ...]](), list[tuple[Half, ...]]()
+        for number in range(experts.count):
+            up = self._rows.matrix(f"ffn_up_exps.{number}.weight", layer)
+            gate = f"ffn_gate_exps.{number}.weight"
+            separate = self._rows.has(gate, layer)
+            ups.append(
+                ((self._rows.matrix(gate, layer), 0), (up, 0)) if separate else ((up, 0), (up, up.shape[0] // 2))
+            )
+            downs.append(((self._rows.matrix(f"ffn_down_exps.{number}.weight", layer), 0),))
+        name = f"layers.{layer}.experts"
+        found = stack_experts(self._builder, self._kinds.layer, ups, downs, name)
+        if found is None or not self._rows.has("ffn_up_exps.0.bias", layer):
+            return found
+        return replace(
+            found,
+            up_bias=self._stacked_biases(layer, ups, f"{name}.gate_up_proj.bias"),
+            down_bias=self._stacked_biases(layer, downs, f"{name}.down_proj.bias"),
+        )
+
+    def _stacked_biases(self, layer: int, experts: Sequence[tuple[Half, ...]], name: str) -> ir.Value:
+        rows = half_rows(experts[0])
+
+        def reader(half: Half) -> Callable[[], Array]:
+            weight, first = half
+            _, read = self._rows.vector(f"{weight.slot.removesuffix('.weight')}.bias", layer)
+            return lambda: read()[first : first + rows]
+
+        readers = [[reader(half) for half in expert] for expert in experts]
+        return stack_biases(self._builder, readers, rows * len(experts[0]), name)
+
     def head(self, values: ir.Value) -> ir.Value:
-        """Multiplies (B, S, hidden) with the head, tied or not, and adds its bias: (B, S, vocab), not capped.
+        """Multiplies (B, S, embedding) with the head, tied or not, and adds its bias: (B, S, vocab), not capped.
 
         Raises:
             InputError: there is no head, and config.json does not say that it is tied.
