@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from quantpress.convert.arch.registry import find_gguf_arch
 from quantpress.convert.checkpoint import Checkpoint
 from quantpress.convert.files import shown
+from quantpress.convert.gguf.container import plain_metadata
 from quantpress.convert.gguf.reader import open_gguf_file
 from quantpress.convert.gguf.split import PartName
 from quantpress.convert.onnx.read_folder import is_onnx
@@ -20,7 +22,7 @@ from quantpress.pipelines.runtime import Runtime
 from quantpress.pipelines.torch_runtime import TorchRuntime
 from quantpress.quant.errors import OutputError, UsageError
 
-__all__ = ["check_runtime", "ftype_of", "open_runtime"]
+__all__ = ["check_runtime", "first_part", "ftype_of", "open_runtime"]
 
 log = logging.getLogger(__name__)
 
@@ -59,24 +61,36 @@ def open_runtime(model: Checkpoint | Path, options: JudgeOptions, *, context: in
     check_runtime(model, options.runtime)
     device, memory = options.device, options.max_memory
     if isinstance(model, Path) and is_onnx(model):
-        from quantpress.pipelines.onnx_runtime import OnnxRuntime
+        from quantpress.pipelines.onnx_seq2seq import open_onnx_runtime
 
-        return OnnxRuntime(model, threads=options.threads, device=device)
+        return open_onnx_runtime(model, threads=options.threads, device=device)
     if isinstance(model, Path) and model.suffix.lower() != ".gguf":
         model = open_checkpoint(model)
     if isinstance(model, Checkpoint):
         return TorchRuntime.of_checkpoint(model, device=device, max_memory=memory, as_served=True)
-    model = _first_part(model)
+    model = first_part(model)
     if options.runtime != "torch":
         if find_llama_cpp() is not None:
-            return LlamaCppRuntime(model, context=context, threads=options.threads or available_threads())
+            return _in_llama_cpp(model, context=context, threads=options.threads or available_threads())
         if options.runtime == "llama.cpp":
             raise OutputError(f"--runtime llama.cpp: not found; {HOW_TO_INSTALL}")
         log.warning("llama.cpp is not installed: reading %s back with the gguf package instead", model.name)
     return TorchRuntime.of_gguf(model, device=device, max_memory=memory)
 
 
-def _first_part(path: Path) -> Path:
+def _in_llama_cpp(path: Path, *, context: int, threads: int) -> Runtime:
+    """Loads a GGUF file into what runs models of its kind."""
+    metadata = plain_metadata(dict(open_gguf_file(path).metadata))
+    arch = str(metadata.get("general.architecture"))
+    if find_gguf_arch(arch, metadata).kind != "encoder_decoder":
+        return LlamaCppRuntime(path, context=context, threads=threads)
+    from quantpress.pipelines.seq2seq_runtime import LlamaCppSeq2Seq
+
+    start = int(metadata.get(f"{arch}.decoder_start_token_id", 0))
+    return LlamaCppSeq2Seq(path, context=context, threads=threads, start=start)
+
+
+def first_part(path: Path) -> Path:
     """Gives the file that runtimes open a split model by, for any part of it."""
     name = PartName.of(path)
     return path if name is None or name.number == 1 else open_gguf_file(path).paths[0]

@@ -48,6 +48,7 @@ log = logging.getLogger(__name__)
 _WAIT = 1.0  # seconds for another run on the same output; it may take hours
 _PLACES = ("output", "calibration", "imatrix", "metadata")  # options that say where something lies, not what it is
 _POWER = "power of "  # before a weight's name in GGUF: sums of squares of its inputs
+_COUNT = "tokens of "  # before the same: how many tokens each of its experts saw
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,7 @@ class GgufBlocks:
         linear = {tensor.name for row, layer, tensor in checked.bindings if row.role is Role.LINEAR and layer >= 0}
         chosen = [tensor for tensor in plan.tensors if tensor.source.name in linear]
         blocks = [tensor for tensor in chosen if ggml_type(tensor.type).block_size > 1]
-        self._types = {tensor.source.name: tensor.type for tensor in blocks}
+        self._types = {source.name: tensor.type for tensor in blocks for source in tensor.sources}
         self._embedding = EmbeddingWork.of(source, plan, stage.seed)
         self._nbytes = sum(tensor.nbytes for tensor in (*blocks, *self._embedded))
         if not any(kind in BLOCK_GRIDS for kind in self._types.values()):
@@ -189,9 +190,10 @@ class GgufBlocks:
     def _made(self, spool: Spool, force: bool, calibration: Calibration) -> MadeBlocks:
         tensors = spool.tensors()
         blocks = {name: tensors[name] for name in (*(tensor.source.name for tensor in self._embedded), *self._types)}
-        tokens = np.array([len(calibration.windows) * len(calibration.windows[0])], np.float32)
         seen = {
-            name.removeprefix(_POWER): Importance(tensor.read()[None].astype(np.float32), tokens)
+            name.removeprefix(_POWER): Importance(
+                tensor.read().astype(np.float32), tensors[name.replace(_POWER, _COUNT, 1)].read().astype(np.float32)
+            )
             for name, tensor in tensors.items()
             if name.startswith(_POWER)
         }
@@ -234,4 +236,5 @@ def _stored(result: LayerResult) -> dict[str, Array]:
     for name, quantized in result.quantized.items():
         assert isinstance(quantized, BlockTensor), "the method gives nothing else"
         tensors[name] = quantized.data
-    return tensors | {f"{_POWER}{name}": power for name, power in result.powers.items()}
+    counts = {f"{_COUNT}{name}": count for name, count in result.counts.items()}
+    return tensors | {f"{_POWER}{name}": power for name, power in result.powers.items()} | counts

@@ -61,7 +61,7 @@ def plan_content(
     spec, hyper = checked.spec, checked.hyper
     spec.gguf_check(hyper, source.config)
     tensors = plan_tensors(
-        checked.bindings, spec, hyper, stage.types(), quantized=source.quantized, importance=importance,
+        checked.bindings, spec, hyper, stage.types(), quantized=checked.codes(source), importance=importance,
         has_importance=importance is not None or stage.runs_model,
     )  # fmt: skip
     if stage.vocab_only:
@@ -76,7 +76,7 @@ def plan_content(
         name=stage.model_name or "",
     )
     for key, value in spec.gguf_metadata(hyper, source.config).items():
-        metadata[f"{spec.gguf}.{key}"] = value
+        metadata[key if key.startswith("tokenizer.") else f"{spec.gguf}.{key}"] = value
     metadata |= vocab
     if importance is not None and not stage.vocab_only:
         metadata |= importance.metadata()
@@ -108,4 +108,4 @@ def _vocabulary(source: Checkpoint, rows: int, overridden: tuple[str, ...]) -> t
     files = TokenizerFiles(source.tokenizer_files, name=source.name)
     pre = next((text.removeprefix(_PRE) for text in overridden if text.startswith(_PRE)), None)
     plan = plan_vocab(files, vocab_size=rows, model_type=str(source.config.get("model_type")), pre=pre)
-    return plan.metadata, plan.notes
+    return plan.metadata, (*plan.notes, *plan.apart.values())

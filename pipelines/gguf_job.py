@@ -60,12 +60,14 @@ class GgufJob:
         """What would be written."""
         content, finder = self._content, self._finder
         merged = merged_names(self.source)
-        held = max((t.source.nbytes for t in content.tensors.tensors if t.transposed), default=0)
+        held = max((t.held_bytes for t in content.tensors.tensors), default=0)
         memory = peak_memory(held)
         return Plan(
             output=self.output,
             tensors=tuple(
-                PlannedTensor(t.name, t.shape, t.type, t.nbytes, t.note, merged=t.source.name in merged)
+                PlannedTensor(
+                    t.name, t.shape, t.type, t.nbytes, t.note, merged=any(each.name in merged for each in t.sources)
+                )
                 for t in content.tensors.tensors
             ),
             output_bytes=sum(part.nbytes() for part in self._parts),
@@ -210,11 +212,10 @@ def _with_found(plan: TensorPlan, made: MadeBlocks) -> TensorPlan:
     """Gives a plan that writes the blocks that were found, and the others by what was measured."""
 
     def filled(tensor: GgufTensor) -> GgufTensor:
-        blocks = made.blocks.get(tensor.source.name)
-        if blocks is not None:
-            return dataclasses.replace(tensor, blocks=blocks)
-        if tensor.importance is not None:
-            return tensor  # the user's own file says it
+        found = [source.name in made.blocks for source in tensor.sources]
+        tensor = tensor.with_blocks(made.blocks) if any(found) else tensor
+        if all(found) or tensor.importance is not None:
+            return tensor  # nothing is left to encode, or the user's own file says what errors cost
         return dataclasses.replace(tensor, importance=made.importance.of(tensor.name, tensor.shape))
 
     return dataclasses.replace(plan, tensors=tuple(map(filled, plan.tensors)))
@@ -228,9 +229,7 @@ def _result(tensor: TensorOutcome, planned: GgufTensor, report: Mapping[str, Any
 
 def _kept_codes(plan: TensorPlan, written: WriteResult) -> tuple[str, ...]:
     """Says how many weights of a quantized source have the codes in the file that they have there."""
-    if not any(tensor.codes for tensor in plan.tensors):
+    if not any(tensor.keeps_codes for tensor in plan.tensors):
         return ()
-    kept, able = (
-        sum(map(bool, found)) for found in ((t.kept for t in written.tensors), (t.codes for t in plan.tensors))
-    )
+    kept, able = sum(t.kept for t in written.tensors), sum(t.keeps_codes for t in plan.tensors)
     return (f"{kept} of {able} quantized weights keep the source's codes and scales bit for bit",)

@@ -8,6 +8,7 @@ rounds them, so that the figures are those llama.cpp would give.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,13 @@ import numpy as np
 import torch
 from gguf.gguf_writer import SHARD_NAME_FORMAT
 
-from quantpress.convert.arch.registry import find_gguf_arch
-from quantpress.convert.arch.spec import GGUF_FACTORS, ArchSpec, Hyperparameters
+from quantpress.convert.arch.registry import find_arch, find_gguf_arch
+from quantpress.convert.arch.spec import GGUF_FACTORS, ArchSpec, Hyperparameters, Role
 from quantpress.convert.files import inside
 from quantpress.convert.weights import Weight, as_torch
 from quantpress.quant.errors import InputError
 
+_EXPERT = re.compile(r"(\w+)\.(\d+)(\.\w+)")
 _K_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ1", "IQ2", "IQ3", "IQ4_XS", "TQ")  # in blocks of 256
 
 
@@ -53,8 +55,15 @@ class ReadBack:
             slot: of the weight.
             values: (..., K) float32.
         """
-        name = slot if layer < 0 else f"blk.{layer}.{slot}"
+        stack = _stack(slot)[0]
+        name = stack if layer < 0 else f"blk.{layer}.{stack}"
         return round_activations(values, self.types.get(name) or self.types["token_embd.weight"])
+
+
+def _stack(slot: str) -> tuple[str, int]:
+    """Gives the tensor that holds a slot of one expert, and its place there; -1 for all others."""
+    found = _EXPERT.fullmatch(slot)
+    return (slot, -1) if found is None else (found[1] + found[3], int(found[2]))
 
 
 def round_activations(values: torch.Tensor, weight_type: str) -> torch.Tensor:
@@ -102,24 +111,34 @@ def read_back(path: Path) -> ReadBack:
     metadata = {name: field.contents() for name, field in readers[0].fields.items() if not name.startswith("GGUF.")}
     tensors = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
 
-    def values(name: str) -> np.ndarray[Any, Any]:
+    def values(name: str, expert: int = -1) -> np.ndarray[Any, Any]:
         tensor = tensors[name]
-        unpacked = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        return np.asarray(unpacked, dtype=np.float32).reshape(tuple(int(size) for size in reversed(tensor.shape)))
+        shape = tuple(int(size) for size in reversed(tensor.shape))
+        data, shape = (tensor.data, shape) if expert < 0 else (tensor.data[expert], shape[1:])
+        unpacked = gguf.quants.dequantize(data, tensor.tensor_type)
+        return np.asarray(unpacked, dtype=np.float32).reshape(shape)
 
-    spec = find_gguf_arch(str(metadata["general.architecture"]), metadata)
+    first = find_gguf_arch(str(metadata["general.architecture"]), metadata)
     factors = {name: tuple(float(value) for value in values(name)) for name in GGUF_FACTORS if name in tensors}
-    hyper = spec.read_config(spec.config_from_gguf(metadata, frozenset(tensors), factors))
+    config = first.config_from_gguf(metadata, frozenset(tensors), factors)
+    spec = find_arch(config)
+    hyper = spec.read_config(config)
     rotary = {row.slot: row.rotary for row in spec.tensors if row.rotary and spec.gguf_rope == "norm"}
+    vectors = {row.slot for row in spec.tensors if row.role is Role.ROUTER and row.shape[0] == "one"}
     heads = {"heads": hyper.heads, "kv_heads": hyper.kv_heads}
+    called = {row.slot: row.gguf for row in spec.present(hyper) if row.place}
 
     def weight(slot: str, layer: int) -> torch.Tensor | None:
+        slot, expert = _stack(slot)
         name = slot if layer < 0 else f"blk.{layer}.{slot}"
+        name = called[slot].format(layer=layer) if slot in called else name
         if name not in tensors and slot == "output.weight":
             name = "token_embd.weight"
         if name not in tensors:
             return None
-        found = values(name)
+        found = values(name, expert)
+        if slot in vectors:
+            found = found.reshape(1, -1)
         if slot in rotary:
             found = half_split_rows(found, heads[rotary[slot]])
         return as_torch(np.ascontiguousarray(found))

@@ -11,7 +11,6 @@ it, so the diagonal of the Fisher information of the predictions about its rows 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,12 +23,12 @@ from quantpress.convert.arch.registry import find_arch
 from quantpress.convert.calibration.windows import windows_sha256
 from quantpress.convert.checkpoint import Checkpoint
 from quantpress.convert.gguf.importance import Importance, ImportanceMatrix
-from quantpress.convert.gguf.importance_names import EMBEDDING, measured_widths
+from quantpress.convert.gguf.importance_names import EMBEDDING, measured_sizes
 from quantpress.convert.preflight import check_tied_head, preflight
 from quantpress.convert.tokenizer import Tokenizer, TokenizerFiles
 from quantpress.pipelines.default_text import calibration_text
 from quantpress.pipelines.machine import save_memory
-from quantpress.pipelines.quantize_calibration import activation_budget, chosen_precision
+from quantpress.pipelines.quantize_calibration import activation_budget, chosen_precision, layer_bytes
 from quantpress.pipelines.stage import RunContext
 from quantpress.pipelines.windows import DEFAULT_CONTEXT, read_text, text_windows
 from quantpress.quant.errors import UsageError
@@ -175,10 +174,11 @@ def measure(
         precision=stage.calibration_dtype or "f32",
         progress=partial(context.progress, "measuring"),
     )
-    sums = dict(found.sums)
-    if EMBEDDING not in sums:
-        sums[EMBEDDING] = found.tokens * _embedding_costs(checked, text, folder, context)
-    return ImportanceMatrix.measured(sums, tokens=found.tokens, length=text.length, dataset=text.name)
+    sums, counts = dict(found.sums), dict(found.counts)
+    if EMBEDDING in empty_matrix(source, stage).entries and EMBEDDING not in sums:
+        sums[EMBEDDING] = found.tokens * _embedding_costs(checked, text, folder, context)[None]
+        counts[EMBEDDING] = np.array([found.tokens])
+    return ImportanceMatrix.measured(sums, counts, tokens=found.tokens, length=text.length, dataset=text.name)
 
 
 def _embedding_costs(source: Checkpoint, text: ImatrixText, folder: Path, context: RunContext) -> NDArray[np.float64]:
@@ -186,7 +186,7 @@ def _embedding_costs(source: Checkpoint, text: ImatrixText, folder: Path, contex
     from quantpress.convert.calibration.sensitivity import embedding_sensitivity
     from quantpress.convert.calibration.windows import enough_windows
 
-    columns = find_arch(source.config).read_config(source.config).hidden
+    columns = find_arch(source.config).read_config(source.config).dims["embedding"]
     found = embedding_sensitivity(
         source,
         enough_windows(text.windows, columns),
@@ -208,7 +208,8 @@ def empty_matrix(source: Checkpoint, stage: MeasureOptions) -> ImportanceMatrix:
     hyper = spec.read_config(source.config)
     one = np.ones(1, np.float32)
     entries = {
-        name: Importance(np.broadcast_to(one, (1, width)), one) for name, width in measured_widths(spec, hyper).items()
+        name: Importance(np.broadcast_to(one, size), np.broadcast_to(one, size[:1]))
+        for name, size in measured_sizes(spec, hyper).items()
     }
     name = calibration_text().name if stage.text is None else stage.text.name
     return ImportanceMatrix(entries, (name,), stage.chunks or 1, _context(source, stage.context), MATRIX_NAME)
@@ -227,8 +228,8 @@ def text_tokens(source: Checkpoint, stage: MeasureOptions) -> int:
 
 def needs(source: Checkpoint, stage: MeasureOptions) -> tuple[int, int]:
     """Estimates bytes of memory and of temporary files that measuring takes."""
-    hyper = find_arch(source.config).read_config(source.config)
+    spec = find_arch(source.config)
+    hyper = spec.read_config(source.config)
     hidden = text_tokens(source, stage) * hyper.hidden * _FLOAT
     budget = activation_budget(None)
-    layer = sum(math.prod(tensor.shape) for name, tensor in source.tensors.items() if ".0." in name) * _FLOAT
-    return _BASE_BYTES + layer + min(hidden, budget), max(0, hidden - budget)
+    return _BASE_BYTES + layer_bytes(spec, hyper) + min(hidden, budget), max(0, hidden - budget)

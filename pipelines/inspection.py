@@ -14,6 +14,7 @@ from quantpress.convert.gguf.file_types import FILE_TYPES
 from quantpress.convert.gguf.mixture import TypeOptions
 from quantpress.convert.gguf.mixture_rules import NEEDS_IMPORTANCE
 from quantpress.convert.gguf.plan import plan_tensors
+from quantpress.convert.gguf.stacks import stack_experts
 from quantpress.convert.hub import download, is_hub_id
 from quantpress.convert.onnx.read_folder import is_onnx
 from quantpress.convert.open import open_checkpoint
@@ -118,15 +119,17 @@ def _quantization(source: Checkpoint) -> Any:
 
 def _sizes(checked: Preflight) -> dict[str, Any]:
     hyper = checked.hyper
+    encoder = {"kind": checked.spec.kind, "pooling": hyper.pooling or None} if checked.spec.kind == "encoder" else {}
     return {
         "family": checked.spec.family,
+        **encoder,
         "layers": hyper.layers,
         "hidden_size": hyper.hidden,
         "heads": hyper.heads,
         "kv_heads": hyper.kv_heads,
         "vocabulary": hyper.vocab,
         "context": hyper.context,
-        "kv_cache_bytes_per_token": kv_cache_bytes(hyper),
+        "kv_cache_bytes_per_token": kv_cache_bytes(hyper) if hyper.causal else 0,
         "estimated_bytes": estimated_bytes(checked),
     }
 
@@ -138,11 +141,11 @@ def kv_cache_bytes(hyper: Hyperparameters) -> int:
 
 def estimated_bytes(checked: Preflight) -> dict[str, int]:
     """Gives the bytes of all tensors in a GGUF file of each type."""
-    sizes = {}
+    sizes, bindings = {}, stack_experts(checked.bindings)
     for ftype in FILE_TYPES:
         try:
             plan = plan_tensors(
-                checked.bindings,
+                bindings,
                 checked.spec,
                 checked.hyper,
                 TypeOptions(outtype=ftype),

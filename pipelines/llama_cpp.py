@@ -43,6 +43,7 @@ class ModelInfo:
         file_type: ``general.file_type`` as text, None when the file has none.
         n_params: number of weights, 0 with ``vocab_only``.
         n_ctx_train: positions the model was made for, 0 with ``vocab_only``.
+        n_embd: values of a hidden state.
         n_vocab: tokens of the vocabulary.
         bos, eos: token ids, -1 when there is none.
         add_bos, add_eos: whether tokenising adds them by itself.
@@ -52,6 +53,7 @@ class ModelInfo:
     file_type: str | None
     n_params: int
     n_ctx_train: int
+    n_embd: int
     n_vocab: int
     bos: int
     eos: int
@@ -113,6 +115,8 @@ class LlamaCppModel:
         context: int = 512,
         threads: int | None = None,
         vocab_only: bool = False,
+        at_once: bool = False,
+        pooling: int | None = None,
         library: LlamaCpp | None = None,
     ) -> None:
         """Load the file (memory-mapped), on the CPU only, with an F32 cache and without flash attention.
@@ -122,6 +126,8 @@ class LlamaCppModel:
             context: longest window in tokens.
             threads: CPU threads, default all this process may use.
             vocab_only: tokeniser only, no weights; ``logits`` and ``generate`` are then errors.
+            at_once: a text is read in one step, whatever its length, as encoders must; takes more memory.
+            pooling: llama.cpp's number of a pooling in place of the file's; 0 for none.
             library: which llama.cpp; default ``find_llama_cpp()``.
 
         Raises:
@@ -137,7 +143,8 @@ class LlamaCppModel:
             self.version, model_blob, context_blob = _open(self._worker, library)
             self.info = self._load(model_blob, vocab_only, _STEP_SECONDS + nbytes / _LOAD_NBYTES_PER_SECOND)
             if not vocab_only:
-                self._make_context(context_blob, context, threads or default_threads())
+                batch = context if at_once else min(_BATCH, context)
+                self._make_context(context_blob, context, batch, threads or default_threads(), pooling)
         except BaseException:
             self._worker.close()
             raise
@@ -153,9 +160,8 @@ class LlamaCppModel:
         answer = self._ask(header, params, InputError, seconds=seconds)[0]
         return ModelInfo(**{name: answer[name] for name in ModelInfo.__dataclass_fields__})
 
-    def _make_context(self, blob: bytes, context: int, threads: int) -> None:
-        batch = min(_BATCH, context)
-        params = layouts.context_params(blob, context=context, batch=batch, threads=threads)
+    def _make_context(self, blob: bytes, context: int, batch: int, threads: int, pooling: int | None) -> None:
+        params = layouts.context_params(blob, context=context, batch=batch, threads=threads, pooling=pooling)
         took = self._ask({"op": "context"}, params, InputError)[0]
         wanted = {"n_batch": batch, "n_ubatch": batch, "n_threads": threads, "n_threads_batch": threads}
         differing = {name: took[name] for name, value in wanted.items() if took[name] != value}
@@ -192,6 +198,17 @@ class LlamaCppModel:
         header = {"op": "detokenize", "special": special}
         return self._ask(header, self._checked(tokens), InputError)[1].decode("utf-8", "replace")
 
+    def encode(self, tokens: NDArray[np.int32]) -> None:
+        """Let the encoder of an encoder-decoder read (n,) int32 tokens; ``logits`` then look at them.
+
+        Raises:
+            ParityError: llama.cpp refused, crashed or hung.
+            OutputError: the system killed it.
+        """
+        if not 0 < len(tokens) <= self.context:
+            raise ValueError(f"{len(tokens)} tokens do not fit a context of {self.context}")
+        self._ask({"op": "encode"}, self._checked(tokens), ParityError)
+
     def logits(self, tokens: NDArray[np.int32], first: int) -> NDArray[np.float32]:
         """Scores of positions first .. n-1 of one window; see ``Runtime.logits``.
 
@@ -204,6 +221,20 @@ class LlamaCppModel:
         rows = np.empty((len(tokens) - first, self.info.n_vocab), np.float32)
         view = rows.data.cast("B")
         self._ask({"op": "logits", "first": first}, self._checked(tokens), ParityError, rows=view)
+        return rows
+
+    def embed(self, tokens: NDArray[np.int32], *, pooled: bool) -> NDArray[np.float32]:
+        """Gives the last hidden states of (n,) int32 tokens, (n, hidden), or ``pooled`` their one vector, (1, hidden).
+
+        Raises:
+            ParityError: llama.cpp refused, crashed or hung, or the file names no pooling.
+            OutputError: the system killed it.
+        """
+        if not 0 < len(tokens) <= self.context:
+            raise ValueError(f"{len(tokens)} tokens do not fit a context of {self.context}")
+        rows = np.empty((1 if pooled else len(tokens), self.info.n_embd), np.float32)
+        view = rows.data.cast("B")
+        self._ask({"op": "embed", "pooled": pooled}, self._checked(tokens), ParityError, rows=view)
         return rows
 
     def generate(self, tokens: NDArray[np.int32], count: int) -> NDArray[np.int32]:

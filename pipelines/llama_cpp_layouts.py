@@ -96,7 +96,7 @@ def _context_layouts(blob: bytes) -> Iterator[dict[str, int]]:
             yield offsets | cache
 
 
-def context_params(defaults: bytes, *, context: int, batch: int, threads: int) -> bytes:
+def context_params(defaults: bytes, *, context: int, batch: int, threads: int, pooling: int | None = None) -> bytes:
     """Set what a reproducible, float32-exact run needs in the library's own default context parameters.
 
     Both caches are F32 and flash attention is off, for an F16 cache rounds keys and values and flash attention
@@ -108,6 +108,7 @@ def context_params(defaults: bytes, *, context: int, batch: int, threads: int) -
         context: positions the cache holds.
         batch: tokens per ``llama_decode``; also the micro-batch.
         threads: CPU threads.
+        pooling: llama.cpp's number of a pooling in place of the file's; 0 for none.
 
     Returns:
         the same number of bytes, ready to be passed by value.
@@ -118,6 +119,8 @@ def context_params(defaults: bytes, *, context: int, batch: int, threads: int) -
     offsets = _only(list(_context_layouts(defaults)), "llama_context_params", defaults)
     values = {"n_ctx": context, "n_batch": batch, "n_ubatch": batch, "n_threads": threads}
     values |= {"n_threads_batch": threads, "type_k": _GGML_TYPE_F32, "type_v": _GGML_TYPE_F32}
+    if pooling is not None:
+        values["pooling_type"] = pooling
     if "flash_attn_type" in offsets:
         values["flash_attn_type"] = _FLASH_ATTENTION_OFF
     return _patch(defaults, {offsets[name]: value for name, value in values.items()})

@@ -55,13 +55,15 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_vocab_is_eog": (_BOOL, [_POINTER, _INT]),
     "llama_tokenize": (_INT, [_POINTER, _TEXT, _INT, _POINTER, _INT, _BOOL, _BOOL]),
     "llama_detokenize": (_INT, [_POINTER, _POINTER, _INT, _POINTER, _INT, _BOOL, _BOOL]),
-    "llama_decode": (_INT, [_POINTER, _Batch]),
-    **dict.fromkeys(("llama_get_logits", "llama_model_get_vocab"), (_POINTER, [_POINTER])),
+    **dict.fromkeys(("llama_decode", "llama_encode"), (_INT, [_POINTER, _Batch])),
+    "llama_set_embeddings": (None, [_POINTER, _BOOL]),
+    "llama_get_embeddings_seq": (_POINTER, [_POINTER, _INT]),
+    **dict.fromkeys(("llama_get_logits", "llama_get_embeddings", "llama_model_get_vocab"), (_POINTER, [_POINTER])),
     **dict.fromkeys(("llama_vocab_get_add_bos", "llama_vocab_get_add_eos"), (_BOOL, [_POINTER])),
     **{f"llama_vocab_{name}": (_INT, [_POINTER]) for name in ("n_tokens", "bos", "eos")},
-    **{f"llama_{name}": (_INT, [_POINTER]) for name in ("model_n_ctx_train", *_SETTINGS)},
+    **{f"llama_{name}": (_INT, [_POINTER]) for name in ("model_n_ctx_train", "model_n_embd", *_SETTINGS)},
 }
-_OPERATIONS = ("open", "load", "context", "tokenize", "detokenize", "logits", "generate")
+_OPERATIONS = ("open", "load", "context", "tokenize", "detokenize", "encode", "logits", "generate", "embed")
 _Reply = tuple[dict[str, Any], bytes | memoryview]
 
 
@@ -115,8 +117,7 @@ class Engine:
         vocab = self._vocab = self._call("llama_model_get_vocab", self._model)
         info: dict[str, Any] = {"ok": True, "description": self._text("llama_model_desc")}
         info["file_type"] = self._text("llama_model_meta_val_str", b"general.file_type")
-        info["n_params"] = self._call("llama_model_n_params", self._model)
-        info["n_ctx_train"] = self._call("llama_model_n_ctx_train", self._model)
+        info |= {name: self._call(f"llama_model_{name}", self._model) for name in ("n_params", "n_ctx_train", "n_embd")}
         info["n_vocab"] = self._call("llama_vocab_n_tokens", vocab)
         for name in ("bos", "eos", "get_add_bos", "get_add_eos"):
             info[name.removeprefix("get_")] = self._call(f"llama_vocab_{name}", vocab)
@@ -154,6 +155,12 @@ class Engine:
 
         yield {"ok": True}, _ask_twice(ctypes.c_char, 16 * len(tokens) + 64, fill)
 
+    def encode(self, _: dict[str, Any], raw: bytes) -> Iterator[_Reply]:
+        """Let the encoder read a text, to which the decoder looks from now on."""
+        self._clear()
+        self._decode(_int32(raw), 0, len(raw) // 4, range(0), call="llama_encode")
+        yield {"ok": True}, b""
+
     def logits(self, request: dict[str, Any], raw: bytes) -> Iterator[_Reply]:
         """Score one window; every sub-batch answers with its rows, which also says that work goes on."""
         tokens, first = _int32(raw), request["first"]
@@ -163,8 +170,7 @@ class Engine:
             stop = min(start + batch, len(tokens))
             wanted = range(max(first, start), stop)
             self._decode(tokens, start, stop, wanted)
-            rows = len(wanted)
-            yield {"rows": rows}, self._rows(rows) if rows else b""
+            yield {"rows": len(wanted)}, self._rows(len(wanted)) if wanted else b""
         yield {"ok": True}, b""
 
     def generate(self, request: dict[str, Any], raw: bytes) -> Iterator[_Reply]:
@@ -186,6 +192,19 @@ class Engine:
                 break
         yield {"ok": True}, tokens[len(raw) // 4 :].tobytes()
 
+    def embed(self, request: dict[str, Any], raw: bytes) -> Iterator[_Reply]:
+        """Give the last hidden state of each token of a text, or the one vector that the file's pooling makes of it."""
+        tokens, width = _int32(raw), self._call("llama_model_n_embd", self._model)
+        self._clear()
+        self._call("llama_set_embeddings", self._context, True)
+        self._decode(tokens, 0, len(tokens), range(len(tokens)))
+        if request["pooled"]:
+            address = self._call("llama_get_embeddings_seq", self._context, 0)
+        else:
+            address, width = self._call("llama_get_embeddings", self._context), width * len(tokens)
+        yield {"rows": 1}, _floats(address, width, "llama.cpp gives no embeddings")
+        yield {"ok": True}, b""
+
     def _clear(self) -> None:
         """Forget all positions; the function's name changed twice."""
         memory = self._function("llama_get_memory", _POINTER, [_POINTER])
@@ -198,7 +217,7 @@ class Engine:
             raise RuntimeError("llama.cpp has none of the functions that clear its memory")
         clear(self._context)
 
-    def _decode(self, tokens: Any, start: int, stop: int, wanted: range) -> None:
+    def _decode(self, tokens: Any, start: int, stop: int, wanted: range, call: str = "llama_decode") -> None:
         count = stop - start
         positions = (ctypes.c_int32 * count)(*range(start, stop))
         sequences = (ctypes.c_int32 * count)(*([1] * count))
@@ -207,16 +226,21 @@ class Engine:
         outputs = (ctypes.c_int8 * count)(*[position in wanted for position in range(start, stop)])
         arrays = [ctypes.addressof(block) for block in (positions, sequences, ids, outputs)]
         batch = _Batch(count, ctypes.addressof(tokens) + 4 * start, None, *arrays)
-        status = self._call("llama_decode", self._context, batch)
+        status = self._call(call, self._context, batch)
         if status != 0:
-            raise RuntimeError(f"llama_decode returned {status} at positions {start} to {stop - 1}")
+            raise RuntimeError(f"{call} returned {status} at positions {start} to {stop - 1}")
 
     def _rows(self, rows: int) -> memoryview:
-        address = self._call("llama_get_logits", self._context)
-        if not address:
-            raise RuntimeError("llama.cpp gives no logits; the model is no causal language model")
         count = rows * self._call("llama_vocab_n_tokens", self._vocab)
-        return memoryview((ctypes.c_float * count).from_address(address)).cast("B")
+        address = self._call("llama_get_logits", self._context)
+        return _floats(address, count, "llama.cpp gives no logits; the model is no causal language model")
+
+
+def _floats(address: int | None, count: int, problem: str) -> memoryview:
+    """The library's own memory, as bytes."""
+    if not address:
+        raise RuntimeError(problem)
+    return memoryview((ctypes.c_float * count).from_address(address)).cast("B")
 
 
 def _ask_twice(item: type[Any], room: int, fill: Callable[[Any, int], Any]) -> bytes:

@@ -21,7 +21,9 @@ from quantpress.quant.errors import InputError, OutputError, ParityError, UsageE
 if TYPE_CHECKING:
     import onnxruntime
 
-__all__ = ["HOW_TO_INSTALL", "Cache", "OnnxRuntime", "has_onnxruntime"]
+__all__ = [
+    "HOW_TO_INSTALL", "Cache", "OnnxRuntime", "check_operators", "has_onnxruntime", "load_session", "reason_of",
+]  # fmt: skip
 
 HOW_TO_INSTALL = "pip install 'quantpress[onnx]'"
 _CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
@@ -68,10 +70,10 @@ class OnnxRuntime:
             OutputError: onnxruntime is not installed, or cannot compute on that device.
         """
         self.model = model if isinstance(model, OnnxModel) else open_onnx(model)
-        _check_operators(self.model)
+        check_operators(self.model)
         self._feeds = feeds_of(self.model)
         self._session: onnxruntime.InferenceSession | None = None
-        self._session, self.provider = _load(self.model, threads or available_threads(), device)
+        self._session, self.provider = load_session(self.model, threads or available_threads(), device)
         self.context = self.model.folder.context
         self._has_cache = bool(self._feeds.past)
         self.vocab_size = self._feeds.vocab or self._probe()
@@ -130,7 +132,7 @@ class OnnxRuntime:
         try:
             found = self._session.run(None, fed)
         except Exception as error:  # its classes have no parent of their own
-            raise ParityError(f"{self.model.path}: onnxruntime failed while it ran: {_reason(error)}") from error
+            raise ParityError(f"{self.model.path}: onnxruntime failed while it ran: {reason_of(error)}") from error
         outputs = dict(zip(self._feeds.outputs, found, strict=True))
         logits = outputs[self._feeds.logits]
         if logits.ndim != 3 or logits.shape[:2] != ids.shape:
@@ -189,8 +191,12 @@ class OnnxRuntime:
         self.close()
 
 
-def _check_operators(model: OnnxModel) -> None:
-    """Refuses operators that need libraries of their own, or load files behind our back."""
+def check_operators(model: OnnxModel) -> None:
+    """Refuses operators that need libraries of their own, or load files behind our back.
+
+    Raises:
+        InputError: naming them.
+    """
     unknown = sorted({domain for domain, _ in model.ops} - set(_DOMAINS) - model.functions)
     if unknown:
         ops = sorted(op for domain, op in model.ops if domain == unknown[0])
@@ -202,7 +208,8 @@ def _check_operators(model: OnnxModel) -> None:
         raise InputError(f"{model.path}: operator EPContext: compiled for one accelerator; give the model before that")
 
 
-def _load(model: OnnxModel, threads: int, device: str) -> tuple[onnxruntime.InferenceSession, str]:
+def load_session(model: OnnxModel, threads: int, device: str) -> tuple[onnxruntime.InferenceSession, str]:
+    """Gives a session, and onnxruntime's name of what computes; see `OnnxRuntime`."""
     if not has_onnxruntime():
         raise OutputError(f"onnxruntime is not installed, and nothing else runs ONNX models; {HOW_TO_INSTALL}")
     import onnxruntime
@@ -220,11 +227,11 @@ def _load(model: OnnxModel, threads: int, device: str) -> tuple[onnxruntime.Infe
     try:
         session = onnxruntime.InferenceSession(str(model.path), options, providers=providers)
     except Exception as error:  # its classes have no parent of their own
-        raise InputError(f"{model.path}: onnxruntime refuses it: {_reason(error)}") from error
+        raise InputError(f"{model.path}: onnxruntime refuses it: {reason_of(error)}") from error
     return session, str(session.get_providers()[0])
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """Gives onnxruntime's words on one line, without places in its source; of long ones the beginning and the end."""
     text = _NOISE.sub("", " ".join(str(error).split()))
     text = "".join(sign if sign.isprintable() else "?" for sign in text)

@@ -20,6 +20,7 @@ from quantpress.pipelines.adapter_share import AdapterShare, ShareTally
 from quantpress.pipelines.parity_limits import Limits
 from quantpress.pipelines.perplexity import Progress, Score, row_blocks
 from quantpress.pipelines.runtime import Runtime
+from quantpress.pipelines.vector_figures import VectorFigures
 from quantpress.quant.errors import QuantpressError
 
 __all__ = ["Judged", "Parity", "TokenFigures", "compare", "token_figures", "unjudged"]
@@ -52,6 +53,7 @@ class Parity:
         ppl_ratio_stderr, mean_kld_stderr, top1_stderr: standard errors; paired for the ratio. Not in the report's
             ``parity`` object.
         adapter_share: what the file has of the adapters it was merged with; None where there were none.
+        vectors: of an encoder, how far the vectors of texts are from the source's; else None.
     """
 
     text_sha256: str
@@ -71,6 +73,7 @@ class Parity:
     mean_kld_stderr: float = math.nan
     top1_stderr: float = math.nan
     adapter_share: AdapterShare | None = None
+    vectors: VectorFigures | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The ``parity`` object of sidecars and of ``verify --json``; figures that are not finite become null."""
@@ -89,6 +92,7 @@ class Parity:
             "passed": self.passed,
             "reason": self.reason,
             **({} if self.adapter_share is None else {"adapter_share": self.adapter_share.to_json()}),
+            **({} if self.vectors is None else {"vectors": self.vectors.to_json()}),
         }
 
 
@@ -234,8 +238,7 @@ def unjudged(
     sides: tuple[Judged, Judged] = (Judged("none"), Judged("none")),
 ) -> Parity:
     """The verdict "not passed" for a comparison that could not be made."""
-    nan = math.nan
-    return Parity(text_sha256, 0, context, *sides, nan, nan, nan, nan, nan, limits, False, reason)
+    return Parity(text_sha256, 0, context, *sides, *(math.nan,) * 5, limits, False, reason)
 
 
 def _unfit(baseline: Runtime, candidate: Runtime, windows: Sequence[NDArray[np.int32]], rows: int) -> str | None:
@@ -255,10 +258,8 @@ def _unfit(baseline: Runtime, candidate: Runtime, windows: Sequence[NDArray[np.i
 
 def _verdict(tally: _Tally, limits: Limits, text_sha256: str, context: int, names: tuple[str, str]) -> Parity:
     """Figures and judgement from the tokens of all windows."""
-    divergence = np.concatenate([figures.divergence for figures in tally.figures])
-    losses = [
-        np.concatenate([getattr(figures, side) for figures in tally.figures]) for side in ("baseline", "candidate")
-    ]
+    kinds = "divergence", "baseline", "candidate"
+    divergence, *losses = (np.concatenate([getattr(figures, kind) for figures in tally.figures]) for kind in kinds)
     count = divergence.size
     sides = [Judged(name, *Score().add(loss).perplexity()) for name, loss in zip(names, losses, strict=True)]
     difference = losses[1] - losses[0]

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantpress.convert.arch.registry import find_arch
+from quantpress.convert.arch.spec import ArchSpec, Hyperparameters, TensorSpec
 from quantpress.convert.calibration.windows import calibration_windows, overlap_note, windows_sha256
 from quantpress.convert.checkpoint import Checkpoint
 from quantpress.convert.tokenizer import Tokenizer, TokenizerFiles
@@ -28,6 +29,7 @@ __all__ = [
     "activation_budget",
     "chosen_precision",
     "drift_share",
+    "layer_bytes",
     "needs",
     "sequence_length",
 ]
@@ -169,14 +171,32 @@ def chosen_precision(asked: str | None) -> str:
     return chosen
 
 
+def layer_bytes(spec: ArchSpec, hyper: Hyperparameters) -> int:
+    """Gives the bytes of the weights of the largest layer in float32."""
+    kinds = {hyper.has_experts(layer): layer for layer in range(hyper.layers)}
+    sizes = (
+        sum(math.prod(hyper.dims[dim] for dim in _own_dims(row)) for row in spec.layer_rows(hyper, layer))
+        for layer in kinds.values()
+    )
+    return max(sizes) * _FLOAT
+
+
+def _own_dims(row: TensorSpec) -> tuple[str, ...]:
+    """Gives the shape of a row without that of the stack it is a part of."""
+    return row.shape[1:] if row.expert >= 0 and row.shape[0] == "experts" else row.shape
+
+
 def needs(source: Checkpoint, stage: CalibratedChoice) -> tuple[int, int]:
     """Estimates bytes of memory and of temporary files that calibration takes."""
-    hyper = find_arch(source.config).read_config(source.config)
+    spec = find_arch(source.config)
+    hyper = spec.read_config(source.config)
     dims, tokens = hyper.dims, stage.samples * sequence_length(source, stage.sequence_length)
     streams = 2 if stage.method in (None, "gptq") and stage.drift else 1
-    width = streams * (2 * dims["hidden"] + max(dims["q"], dims["ffn"]))  # as convert.calibration.passes keeps them
+    inner = max(dims["attended"], dims["ffn"])
+    if hyper.experts is not None:
+        inner = max(inner, hyper.experts.used * hyper.experts.intermediate + hyper.experts.shared)
+    width = streams * (2 * dims["hidden"] + inner)  # as convert.calibration.passes keeps them
     activations, budget = tokens * width * _FLOAT, activation_budget(None)
-    sizes = (math.prod(tensor.shape) for name, tensor in source.tensors.items() if ".0." in name)
-    layer = sum(sizes) * _FLOAT
+    layer = layer_bytes(spec, hyper)
     chain = 2 * streams * tokens * dims["hidden"] * _FLOAT
     return _BASE_BYTES + 2 * layer + min(activations, budget), chain + max(0, activations - budget)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from quantpress.convert.arch.spec import Hyperparameters
 from quantpress.convert.checkpoint import Checkpoint
-from quantpress.convert.preflight import Preflight
+from quantpress.convert.experts_apart import experts_apart
+from quantpress.convert.preflight import Preflight, preflight
 from quantpress.pipelines.default_text import BUILT_IN_NOTE
 from quantpress.pipelines.machine import peak_memory
 from quantpress.pipelines.merge_stage import merge_records
@@ -18,6 +19,7 @@ from quantpress.pipelines.safetensors_stage import checked_or_unknown
 from quantpress.pipelines.sidecar import environment
 from quantpress.pipelines.spool import Spool
 from quantpress.pipelines.stage import RunContext
+from quantpress.quant.errors import UnknownFamilyError
 
 if TYPE_CHECKING:
     from quantpress.pipelines.quantize_calibration import Calibration
@@ -51,11 +53,11 @@ class WeightsJob:
         Raises:
             QuantpressError: the source cannot be quantized in this way.
         """
-        self.stage, self.source = stage, source
+        self.stage = stage
         self.recipe = stage.recipe(source)
         self.format = stage.pack_format(self.recipe)
-        self.checked = checked_or_unknown(source)
-        self.weights = plan_weights(source, self.recipe, self.format)
+        self.source, self.checked = _with_single_experts(source)
+        self.weights = plan_weights(self.source, self.recipe, self.format)
 
     @property
     def ftype(self) -> str:
@@ -162,3 +164,12 @@ class WeightsJob:
 def hashed(record: dict[str, Any]) -> str:
     """Gives the SHA-256 of plain values, in hexadecimal."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _with_single_experts(source: Checkpoint) -> tuple[Checkpoint, Preflight | UnknownFamilyError]:
+    """Gives the model with its experts one by one, as formats store them, and its table."""
+    checked = checked_or_unknown(source)
+    if isinstance(checked, UnknownFamilyError):
+        return source, checked
+    apart = experts_apart(source, checked)
+    return (source, checked) if apart is source else (apart, preflight(apart))

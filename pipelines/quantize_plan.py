@@ -19,6 +19,9 @@ from quantpress.quant.qtensor import QuantizedForm
 
 __all__ = ["PlannedWeight", "QuantizePlan", "main_type", "own_scale_type", "plan_weights"]
 
+# GPTQ, AWQ and those who read their files know the linears of layers only
+_OUTSIDE = "stands outside of the layers"
+
 _SCALE_TYPES = {"F16": "F16", "BF16": "BF16", "F8_E4M3": "BF16", "F8_E5M2": "BF16"}
 
 # transformers: integrations/awq.py, replace_with_awq_linear; compressed-tensors: quantization/lifecycle/apply.py
@@ -163,7 +166,9 @@ def _form(source: Checkpoint, recipe: Recipe, name: str, shape: tuple[int, int])
 
 
 def _nothing(source: Checkpoint, left: Mapping[str, str]) -> InputError:
-    reasons = [reason for reason in left.values() if reason not in ("head", "--skip", "not a part that is quantized")]
+    reasons = [
+        reason for reason in left.values() if reason not in ("head", "--skip", "not a part that is quantized", _OUTSIDE)
+    ]
     if reasons:
         return LayoutError(f"{source.name}: none of the weights can be stored: {reasons[0]}")
     return InputError(f"{source.name}: no linear weight to quantize was found")
@@ -179,7 +184,17 @@ def _linears(source: Checkpoint) -> tuple[dict[str, bool], dict[str, str]]:
     linear = linear_weights(source.config, source.tensors)
     left = dict.fromkeys(_heads(arch, source), "head")
     left |= {name: "not a part that is quantized" for name in linear if foreign and name.startswith(foreign)}
+    left |= dict.fromkeys(_outside(arch, linear), _OUTSIDE)
     return {name: swapped for name, swapped in linear.items() if name not in left}, left
+
+
+def _outside(arch: ArchSpec | None, names: Iterable[str]) -> list[str]:
+    """Names of linears around the layers, such as OPT-350m's projections of embeddings."""
+    if arch is None:
+        return []
+    rows = [row for row in arch.tensors if row.role is Role.LINEAR and not row.per_layer]
+    found = {name for row in rows for name in arch.names(row, -1)}
+    return [name for name in names if name in found]
 
 
 def _heads(arch: ArchSpec | None, source: Checkpoint) -> list[str]:

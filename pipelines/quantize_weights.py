@@ -25,7 +25,7 @@ from quantpress.quant.floats import count_nonfinite, to_float32
 from quantpress.quant.grid import SCALE_TYPES, Grid, round_to_nearest
 from quantpress.quant.qtensor import QuantizedTensor
 
-__all__ = ["made", "pack", "quantize_weights"]
+__all__ = ["joined_rows", "made", "pack", "quantize_weights"]
 
 _CHUNK = 16 << 20  # bytes of float32 values that are quantized at a time; rows do not depend on each other
 _LAYER = re.compile(r"(?:^|\.)(\d{1,9})\.")
@@ -112,7 +112,7 @@ def made(weight: PlannedWeight, recipe: Recipe, threads: int) -> tuple[Quantized
         error += _square_sum(difference)
         power += _square_sum(values)
     relative = math.sqrt(error / power) if power else 0.0
-    return _joined(parts), {"relative_error": relative}
+    return joined_rows(parts), {"relative_error": relative}
 
 
 def _square_sum(values: NDArray[np.float32]) -> float:
@@ -133,7 +133,8 @@ def _rows(weight: PlannedWeight) -> Iterator[NDArray[np.float32]]:
         yield to_float32(weight.tensor.exact_rows(start, stop)) if whole is None else whole[start:stop]
 
 
-def _joined(parts: list[QuantizedTensor]) -> QuantizedTensor:
+def joined_rows(parts: list[QuantizedTensor]) -> QuantizedTensor:
+    """Gives matrices of the same columns one below the other; their columns are in order."""
     if len(parts) == 1:
         return parts[0]
     codes = np.concatenate([part.codes for part in parts])

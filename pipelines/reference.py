@@ -28,6 +28,7 @@ from quantpress.pipelines.progress import Progress, no_progress
 from quantpress.pipelines.runtime import Runtime
 from quantpress.pipelines.tokenizer_proof import prove_tokenizer
 from quantpress.pipelines.torch_runtime import TorchRuntime
+from quantpress.pipelines.verdicts import failed, with_share
 from quantpress.pipelines.windows import read_text, text_windows, window_sizes
 from quantpress.quant.errors import CancelledError, QuantpressError
 
@@ -141,7 +142,7 @@ class Reference:
                     watch=tally,
                 )
                 if tally is not None:
-                    parity = _with_share(parity, tally)
+                    parity = with_share(parity, tally.result())
                 return self._with_proofs(parity, artifact, candidate)
         except CancelledError:
             raise  # no verdict was asked for any more
@@ -180,9 +181,7 @@ class Reference:
         if not proof.exact:
             log.warning("%s: %s", artifact.name, proof.difference)
             return parity
-        problem = f"{proof.difference}; is tokenizer.ggml.pre the right one?"
-        reason = problem if parity.passed else f"{parity.reason}; {problem}"
-        return dataclasses.replace(parity, passed=False, reason=reason)
+        return failed(parity, f"{proof.difference}; is tokenizer.ggml.pre the right one?")
 
 
 def source_runtime(source: Checkpoint, options: JudgeOptions, *, head_only: bool = False) -> TorchRuntime:
@@ -216,17 +215,3 @@ def base_runtime(base: Checkpoint, options: JudgeOptions, *, head_only: bool = F
 def knows(runtime: Runtime, windows: Sequence[NDArray[np.int32]]) -> bool:
     """Says whether a model has all tokens of these windows."""
     return max(int(window.max()) for window in windows) < runtime.vocab_size
-
-
-def _with_share(parity: Parity, tally: ShareTally) -> Parity:
-    """Turns a verdict into a failure where the adapters' effect is not in the file."""
-    share = tally.result()
-    if share is None or not parity.tokens:
-        return parity
-    said = share.problem or (share.doubt if parity.passed else "")
-    return dataclasses.replace(
-        parity,
-        passed=parity.passed and not share.problem,
-        reason="; ".join(filter(None, ("" if parity.passed and share.problem else parity.reason, said))),
-        adapter_share=share,
-    )

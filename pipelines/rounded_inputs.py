@@ -30,8 +30,9 @@ def rounded_inputs(source: Checkpoint, checked: Preflight) -> Round | None:
         a scale per token, those of LLM.int8() keep columns of outliers.
     """
     rounds: dict[tuple[int, str], Callable[[torch.Tensor], torch.Tensor]] = {}
+    quantized = checked.codes(source)
     for row, layer, tensor in checked.bindings:
-        if tensor.name in source.quantized and source.quantized[tensor.name].form.input_bits is not None:
+        if tensor.name in quantized and quantized[tensor.name].form.input_bits is not None:
             rounds[layer, row.slot] = round_inputs
         elif source.storage_types.get(tensor.name) == _BITSANDBYTES_INT8:
             rounds[layer, row.slot] = llm_int8_inputs

@@ -31,7 +31,7 @@ from quantpress.quant.errors import InputError, ParityError, UnknownFamilyError
 if TYPE_CHECKING:
     from quantpress.convert.lora.ledger import LedgerEntry
     from quantpress.pipelines.parity import Parity
-    from quantpress.pipelines.verification import Reference
+    from quantpress.pipelines.references import AnyReference
 
 __all__ = ["Pressed", "Upstream", "only_mergeable", "press"]
 
@@ -95,7 +95,7 @@ class _Judge:
     """What proves the output: made ready before anything is written, so that a wrong text costs nothing."""
 
     def __init__(
-        self, source: Checkpoint, options: JudgeOptions, context: RunContext, reference: Reference | None
+        self, source: Checkpoint, options: JudgeOptions, context: RunContext, reference: AnyReference | None
     ) -> None:
         """Makes the source ready.
 
@@ -105,10 +105,10 @@ class _Judge:
         self._source, self._options, self._reference = source, options, reference
         self._problem = "" if reference is not None else _no_table(source)
         if reference is None and not self._problem:
-            from quantpress.pipelines.verification import Reference  # brings torch
+            from quantpress.pipelines.references import reference_for  # brings torch
 
             try:
-                self._reference = Reference(source, options, context.progress)
+                self._reference = reference_for(source, options, context.progress)
             except InputError as error:
                 if not only_mergeable(source):
                     raise
@@ -169,7 +169,7 @@ def press(
     *,
     lazy: Sequence[Stage] = (),
     judge: JudgeOptions | None = None,
-    reference: Reference | None = None,
+    reference: AnyReference | None = None,
     hashes: BackgroundHashes | None = None,
     upstream: Upstream | None = None,
 ) -> Pressed:

@@ -53,7 +53,7 @@ class TorchRuntime:
         self.layers = hyper.layers
         self._rounded_input = rounded_input
         self._decoder = Decoder(
-            weight, spec, hyper, device=device, resident=nbytes <= _limit(device, max_memory), adapt=adapt,
+            weight, spec, hyper, device=device, resident=nbytes <= weight_limit(device, max_memory), adapt=adapt,
             linears=linears,
         )  # fmt: skip
         self._prepared: dict[tuple[bytes, int], torch.Tensor] = {}
@@ -82,10 +82,10 @@ class TorchRuntime:
         checked = preflight(source)
         check_tied_head(checked)
         weight = CheckpointWeights(source, checked.spec, checked.hyper)
-        linears, nbytes = _packed(source, checked, device, _limit(device, max_memory))
+        linears, nbytes = _packed(source, checked, device, weight_limit(device, max_memory))
         if head_only:
             nbytes = _head_bytes(checked.hyper)
-        return cls(
+        return cls._of_kind(checked.spec)(
             weight, checked.spec, checked.hyper, nbytes=nbytes, device=device, max_memory=max_memory,
             rounded_input=rounded_inputs(source, checked) if as_served else None, linears=linears,
         )  # fmt: skip
@@ -101,7 +101,7 @@ class TorchRuntime:
         """
         model = unmerged(adapted.base, adapted.applied)
         nbytes = _head_bytes(model.hyper) if head_only else model.parameters * FLOAT32_BYTES
-        return cls(
+        return cls._of_kind(model.spec)(
             model.weight, model.spec, model.hyper, nbytes=nbytes, device=device, max_memory=max_memory,
             adapt=model.adapt, name=UNMERGED,
         )  # fmt: skip
@@ -116,10 +116,19 @@ class TorchRuntime:
         from quantpress.pipelines.gguf_readback import read_back  # the package is needed for nothing else here
 
         read = read_back(path)
-        return cls(
+        return cls._of_kind(read.spec)(
             read.weight, read.spec, read.hyper, nbytes=read.parameters * FLOAT32_BYTES, device=device,
             max_memory=max_memory, rounded_input=read.rounded_input,
         )  # fmt: skip
+
+    @classmethod
+    def _of_kind(cls, spec: ArchSpec) -> type[TorchRuntime]:
+        """Gives the class that runs models of a family's kind."""
+        if spec.kind != "encoder_decoder":
+            return cls
+        from quantpress.pipelines.seq2seq_runtime import Seq2SeqRuntime  # is made of this class
+
+        return Seq2SeqRuntime
 
     def prepare(
         self, windows: Sequence[NDArray[np.int32]], first: int, progress: Callable[[int, int], None] | None = None
@@ -213,7 +222,7 @@ class TorchRuntime:
         self.close()
 
 
-def _limit(device: str, max_memory: int | None) -> int:
+def weight_limit(device: str, max_memory: int | None) -> int:
     """Gives the bytes that weights may take."""
     if max_memory is not None:
         return max_memory

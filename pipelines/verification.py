@@ -28,7 +28,9 @@ from quantpress.pipelines.perplexity import Perplexity
 from quantpress.pipelines.perplexity import perplexity as score_windows
 from quantpress.pipelines.progress import Progress, no_progress
 from quantpress.pipelines.reference import Reference
+from quantpress.pipelines.references import reference_for
 from quantpress.pipelines.windows import DEFAULT_CONTEXT, default_chunks, read_text, text_windows
+from quantpress.quant.errors import InputError
 
 __all__ = ["Reference", "default_chunks", "perplexity", "read_text", "text_windows", "verify"]
 
@@ -71,7 +73,7 @@ def verify(
         source = merge_lora(source, adapter, weight)
     check_runtime(Path(artifact), chosen.runtime)
     ftype = ftype_of(Path(artifact))
-    return Reference(source, chosen, progress).judge(Path(artifact), ftype)
+    return reference_for(source, chosen, progress).judge(Path(artifact), ftype)
 
 
 def perplexity(
@@ -115,6 +117,9 @@ def _to_score(model: Checkpoint | Path | str) -> tuple[Checkpoint | Path, str, M
         onnx = open_onnx(model)
         return Path(model), onnx.name, onnx.folder.tokenizer_files, onnx.folder.context or DEFAULT_CONTEXT
     source = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+    spec = find_arch(source.config)
+    if spec.kind == "encoder":
+        raise InputError(f"{source.name}: {spec.family} is an encoder, which predicts no next tokens; verify judges it")
     place: Checkpoint | Path = source.files[0].path if source.format == "gguf" else source
-    made_for = find_arch(source.config).read_config(source.config).context
+    made_for = spec.read_config(source.config).context
     return place, source.name, source.tokenizer_files, made_for

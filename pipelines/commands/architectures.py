@@ -7,6 +7,13 @@ from typing import Any
 
 import click
 
+_TESTED = (
+    "transformers",
+    "PEFT",
+    "llama.cpp",
+    "onnxruntime",
+)  # whose results ours are compared with, see docs/families.md
+
 
 def families() -> list[dict[str, Any]]:
     """Gives one row per family, from the tables."""
@@ -16,12 +23,13 @@ def families() -> list[dict[str, Any]]:
         {
             "family": spec.family,
             "classes": list(spec.classes),
-            "inputs": ["safetensors", "torch .bin", "gguf"],
-            "gguf": spec.gguf,
+            "kind": spec.kind,
+            "inputs": ["safetensors", "torch .bin", *(["gguf"] if spec.gguf_opens else [])],
+            "gguf": spec.gguf if spec.gguf_runs else "",
             "onnx": True,
-            "gptq": False,
+            "gptq": spec.kind != "encoder_decoder",
             "lora": True,
-            "tested": "transformers, PEFT, llama.cpp, onnxruntime",
+            "tested": ", ".join(_TESTED if spec.gguf_runs else [each for each in _TESTED if each != "llama.cpp"]),
         }
         for spec in ARCHITECTURES
     ]
@@ -38,9 +46,10 @@ def command(as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("family", "class in config.json", "GGUF architecture", "ONNX", "LoRA", "tested against")
+    table = Table("family", "class in config.json", "kind", "GGUF architecture", "ONNX", "GPTQ", "LoRA")
     for row in rows:
-        known = ("yes" if row[key] else "no" for key in ("onnx", "lora"))
-        table.add_row(row["family"], "\n".join(row["classes"]), row["gguf"], *known, row["tested"])
+        known = ("yes" if row[key] else "no" for key in ("onnx", "gptq", "lora"))
+        kind = row["kind"].replace("_", "-")
+        table.add_row(row["family"], "\n".join(row["classes"]), kind, row["gguf"] or "not in llama.cpp", *known)
     Console().print(table)
     click.echo("adapters are merged into other families too, tensor by tensor into safetensors, but not judged there")

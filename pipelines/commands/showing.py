@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -122,11 +123,18 @@ def _summaries(ledger: Sequence[LedgerEntry]) -> list[str]:
 
 
 def _verdict(parity: Parity) -> str:
-    share = parity.adapter_share
-    effect = f", {100 * share.share:.1f} % of the adapters' effect" if share is not None else ""
-    return (
-        f"{'verified' if parity.passed else 'NOT VERIFIED'} in {parity.candidate.runtime} on {parity.tokens} tokens: "
-        f"perplexity {parity.candidate.perplexity:.4f} (source {parity.baseline.perplexity:.4f}), "
-        f"KL divergence {parity.mean_kld:.2g} mean, {parity.kld_p99:.2g} p99, "
-        f"top-1 agreement {100 * parity.top1_agreement:.2f} %{effect}"
-    )
+    figures = []
+    if (vectors := parity.vectors) is not None:
+        cosines = f"{vectors.mean_cosine:.6f} mean, {vectors.min_cosine:.6f} least"
+        figures.append(f"cosine of the vectors of {vectors.texts} texts {cosines}")
+    if vectors is None or not math.isnan(parity.mean_kld):
+        figures += [
+            f"perplexity {parity.candidate.perplexity:.4f} (source {parity.baseline.perplexity:.4f})",
+            f"KL divergence {parity.mean_kld:.2g} mean",
+            f"{parity.kld_p99:.2g} p99",
+            f"top-1 agreement {100 * parity.top1_agreement:.2f} %",
+        ]
+    if (share := parity.adapter_share) is not None:
+        figures.append(f"{100 * share.share:.1f} % of the adapters' effect")
+    verdict = "verified" if parity.passed else "NOT VERIFIED"
+    return f"{verdict} in {parity.candidate.runtime} on {parity.tokens} tokens: {', '.join(figures)}"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,6 +22,9 @@ from quantpress.pipelines.judging import RUNTIMES, JudgeOptions
 from quantpress.pipelines.parity import Parity
 from quantpress.pipelines.verification import verify
 from quantpress.quant.errors import ParityError
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 EXAMPLES = """
 \b
@@ -39,15 +43,12 @@ def show_parity(parity: Parity) -> None:
     from rich.table import Table
 
     table = Table("figure", "value", "limit")
-    limits = parity.limits
-    error = f" ± {parity.mean_kld_stderr:.2g}" if parity.tokens > 1 else ""
-    table.add_row("perplexity of the source", f"{parity.baseline.perplexity:.4f} ± {parity.baseline.stderr:.4f}", "")
-    table.add_row("perplexity of the file", f"{parity.candidate.perplexity:.4f} ± {parity.candidate.stderr:.4f}", "")
-    table.add_row("ratio", f"{parity.ppl_ratio:.6f} ± {parity.ppl_ratio_stderr:.2g}", f"1 ± {limits.max_ppl_change:g}")
-    table.add_row("mean KL divergence", f"{parity.mean_kld:.3g}{error}", f"{limits.max_kld:g}")
-    table.add_row("99 % KL divergence", f"{parity.kld_p99:.3g}", "")
-    table.add_row("greatest KL divergence", f"{parity.max_kld:.3g}", "")
-    table.add_row("top-1 agreement", f"{100 * parity.top1_agreement:.2f} %", f"{100 * limits.min_top1:g} %")
+    if (vectors := parity.vectors) is not None:
+        table.add_row(f"mean cosine of {vectors.texts} texts", f"{vectors.mean_cosine:.6f}", "")
+        table.add_row("least cosine", f"{vectors.min_cosine:.6f}", f"{vectors.min_allowed:g}")
+        table.add_row("texts nearest to themselves", f"{100 * vectors.nearest:.1f} %", "")
+    if vectors is None or not math.isnan(parity.mean_kld):
+        _add_vocabulary(table, parity)
     if (share := parity.adapter_share) is not None:
         table.add_row(
             "adapters' effect in the file", f"{100 * share.share:.1f} %", f"100 ± {100 * share.tolerance:.0f} %"
@@ -57,6 +58,19 @@ def show_parity(parity: Parity) -> None:
     verdict = "passed" if parity.passed else "FAILED"
     runtimes = f"source in {parity.baseline.runtime}, file in {parity.candidate.runtime}"
     console.print(f"{verdict} on {parity.tokens} tokens, {runtimes}: {parity.reason}")
+
+
+def _add_vocabulary(table: Table, parity: Parity) -> None:
+    """Adds what the two sides make of the next tokens, of an encoder: of masked ones."""
+    limits = parity.limits
+    error = f" ± {parity.mean_kld_stderr:.2g}" if parity.tokens > 1 else ""
+    table.add_row("perplexity of the source", f"{parity.baseline.perplexity:.4f} ± {parity.baseline.stderr:.4f}", "")
+    table.add_row("perplexity of the file", f"{parity.candidate.perplexity:.4f} ± {parity.candidate.stderr:.4f}", "")
+    table.add_row("ratio", f"{parity.ppl_ratio:.6f} ± {parity.ppl_ratio_stderr:.2g}", f"1 ± {limits.max_ppl_change:g}")
+    table.add_row("mean KL divergence", f"{parity.mean_kld:.3g}{error}", f"{limits.max_kld:g}")
+    table.add_row("99 % KL divergence", f"{parity.kld_p99:.3g}", "")
+    table.add_row("greatest KL divergence", f"{parity.max_kld:.3g}", "")
+    table.add_row("top-1 agreement", f"{100 * parity.top1_agreement:.2f} %", f"{100 * limits.min_top1:g} %")
 
 
 @click.command(name="verify", epilog=EXAMPLES)
