@@ -57,7 +57,8 @@ def tensor_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
     return shapes | {"model.norm.weight": (shape.hidden,), "lm_head.weight": (shape.vocab, shape.hidden)}
 
 
-def _tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path) -> None:
+    """Writes a SentencePiece tokenizer of 1,024 pieces."""
     lines = [line for topic in sorted(pydoc_data.topics.topics) for line in pydoc_data.topics.topics[topic].split("\n")]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -79,7 +80,7 @@ def make_checkpoint(folder: Path, shape: Shape) -> Path:
         tensors[name] = (values + np.float32("norm" in name)).astype(ml_dtypes.bfloat16)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(_config(shape), indent=2))
-    _tokenizer(folder)
+    write_tokenizer(folder)
     return folder
 
 
