@@ -29,10 +29,11 @@ format: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/run.py
 
-# the tests that make test leaves out for their length, and the longer form of those that it shortens: whole texts in
-# llama.cpp, longer ones by onnxruntime-genai
+# the tests that make test leaves out for their length, every option of every family, and the longer form of those that it
+# shortens: whole texts in llama.cpp, longer ones by onnxruntime-genai
 proofs: $(VENV)/.dev
 	OMP_NUM_THREADS=1 QUANTPRESS_LONG=1 $(BIN)/pytest -n 2 $$(cat tests/long_tests.txt)
+	OMP_NUM_THREADS=1 QUANTPRESS_LONG=1 $(BIN)/pytest -n 2 --dist loadscope tests/pipelines/test_every_family.py
 	OMP_NUM_THREADS=2 QUANTPRESS_LONG=1 QUANTPRESS_WHOLE_TEXTS=1 $(BIN)/pytest tests/pipelines/test_adapter_proof.py tests/pipelines/test_onnx_real_models.py
 
 # batches and caches that are killed again and again, 50 times each, and must end with the bytes of undisturbed ones; full

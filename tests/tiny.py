@@ -219,7 +219,7 @@ def tiny_checkpoint(folder: Path, family: str, *, seed: int = 0, dtype: str = "f
         model = _vision_model(settings)
     else:
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(_MODEL_TYPES.get(family, family), **settings))
-    _randomize(model, seed, zero_centred=family.startswith("gemma"))
+    randomize(model, seed, zero_centred=family.startswith("gemma"))
     (model.base_model if bare else model).to(getattr(torch, dtype)).save_pretrained(folder)
     write_tokenizer(folder)
     return folder
@@ -274,7 +274,7 @@ def _vision_model(settings: Mapping[str, Any]) -> Any:
     return Gemma3ForConditionalGeneration(Gemma3Config(text_config=dict(settings), vision_config=vision, **special))
 
 
-def _randomize(model: Any, seed: int, *, zero_centred: bool) -> None:
+def randomize(model: Any, seed: int, *, zero_centred: bool) -> None:
     """Fills every parameter so that each one matters: as training starts, most of them have no effect."""
     import torch
 

@@ -15,14 +15,19 @@ from quantpress.convert.calibration.folding import Folding
 from quantpress.convert.calibration.layer_weights import LayerWeights, ModelWeights
 from quantpress.convert.calibration.methods import AwqMethod, GptqMethod, SmoothMethod
 from quantpress.convert.calibration.site import Site
-from quantpress.convert.layer import Layer, steps_of, traits_of
+from quantpress.convert.layer import Layer
 from quantpress.convert.open import open_checkpoint
 from quantpress.convert.preflight import preflight
+from quantpress.convert.rope import angles
+from quantpress.convert.traits import Place, places_of, traits_of
 from quantpress.quant.errors import InputError
 from quantpress.quant.grid import Grid, round_to_nearest
 from quantpress.quant.qtensor import QuantizedTensor
+from tests.families import decoders_one, decoders_two, experts, gpt_oss, latent
+from tests.families.cases import write_checkpoint
 from tests.tiny import tiny_case, tiny_checkpoint
 
+ALL = (*decoders_one.CASES, *decoders_two.CASES, *experts.CASES, *gpt_oss.CASES, *latent.CASES)
 pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:FutureWarning")
 
 
@@ -30,11 +35,17 @@ class _Case:
     """Layer 0 of a tiny model, the sites' inputs that a random hidden state gives, and its output."""
 
     def __init__(self, folder: Path, name: str, dtype: str = "float32") -> None:
-        case = tiny_case(name)
-        checked = preflight(
-            open_checkpoint(str(tiny_checkpoint(folder / name, case.family, dtype=dtype, **case.options)))
-        )
+        line = next((line for line in ALL if line.id == name), None)
+        if line is not None:
+            write_checkpoint(line, folder / name)
+        else:
+            case = tiny_case(name)
+            tiny_checkpoint(folder / name, case.family, dtype=dtype, **case.options)
+        checked = preflight(open_checkpoint(str(folder / name)))
         self.hyper, self.traits = checked.hyper, traits_of(checked.spec, checked.hyper)
+        self.turns = None
+        if self.traits.latent and self.hyper.rope is not None:  # such attention is nothing without positions
+            self.turns = angles(self.hyper.rope, self.hyper.context, torch.arange(40), 40, torch.float32)
         self.loaded: LayerWeights = ModelWeights(checked).layer(0, torch.device("cpu"))
         generator = torch.Generator().manual_seed(0)
         power = torch.where(torch.rand(self.hyper.hidden, generator=generator) < 0.1, 8.0, 1.0)
@@ -45,24 +56,38 @@ class _Case:
     def run(self, values: Mapping[str, torch.Tensor], seen: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
         def observe(slot: str, inputs: torch.Tensor) -> None:
             if seen is not None:
-                seen[slot] = inputs.flatten(0, 1)
+                seen[slot] = inputs.reshape(-1, inputs.shape[-1])
 
-        return Layer(0, self.traits, self.hyper, values, observe=observe).run(self.hidden, None, None)
+        return Layer(0, self.traits, self.hyper, values, observe=observe).run(self.hidden, self.turns, None)
 
     def sites(self, skip: str = "") -> list[Site]:
-        return [self.site(slots, skip) for slots in steps_of(self.traits) if any(slot != skip for slot in slots)]
+        return [self.site(place, skip) for place in places_of(self.traits) if any(slot != skip for slot in place.slots)]
 
-    def site(self, slots: tuple[str, ...], skip: str) -> Site:
-        inputs = self.inputs[slots[0]].numpy()
-        weights = {slot: self.loaded.values[slot].numpy().copy() for slot in slots}
+    def site(self, place: Place, skip: str) -> Site:
+        inputs = self.inputs[place.slots[0]].numpy() if place.slots[0] in self.inputs else None
+        if inputs is None:  # no token came to the expert
+            inputs = np.zeros((0, self.hyper.dims[place.columns]), np.float32)
+        routers = tuple(slot for slot in place.slots if self.loaded.is_router(slot))
+        weights = {slot: self.loaded.values[slot].numpy().copy() for slot in place.slots if slot not in routers}
+        if not len(inputs) or place.expert >= 0:
+            power = np.square(inputs).sum(0, dtype=np.float64)
+            seen = {"mean_abs": np.abs(inputs).mean(0), "power": power} if len(inputs) else {"power": power}
+            found = {slot: weight for slot, weight in weights.items() if slot != skip}
+            return Site(
+                0, found, {slot: slot for slot in found}, len(inputs), **seen, before=place.before,
+                left={slot: weight for slot, weight in weights.items() if slot == skip},
+                read_back=self.loaded.read_back,
+            )  # fmt: skip
         return Site(
             0,
             {slot: weight for slot, weight in weights.items() if slot != skip},
-            {slot: slot for slot in slots if slot != skip},
+            {slot: slot for slot in weights if slot != skip},
             len(inputs),
             hessian=inputs.T @ inputs / len(inputs),
             mean_abs=np.abs(inputs).mean(0),
             max_abs=np.abs(inputs).max(0),
+            before=place.before,
+            routers=routers,
             left={slot: weight for slot, weight in weights.items() if slot == skip},
             read_back=self.loaded.read_back,
         )
@@ -83,6 +108,15 @@ FOLDED = {
     "phi3": 4,  # fused q, k, v and fused gate and up
     "qwen3": 4,
     "gemma3": 4,  # norms are stored minus one
+    "falcon-7b": 2,  # attention and MLP read one norm
+    "falcon-40b": 3,  # each has its own
+    "olmo-unclipped": 2,  # norms have no weights
+    "olmo": 1,  # and values that are clamped are not linear in their projection
+    "olmo2": 2,  # norms stand behind attention and MLP
+    "mixtral": 7,  # one scale for all experts, one before each down projection
+    "qwen2_moe": 8,
+    "deepseek2": 6,
+    "gpt_oss": 3,  # what experts multiply is clamped
 }
 
 
@@ -90,14 +124,14 @@ FOLDED = {
 def test_folding_any_scale_leaves_the_layer_as_it_was(tmp_path: Path, name: str) -> None:
     case = _Case(tmp_path, name)
     folding, rng, done = Folding(case.sites(), case.loaded.plain(), case.hyper.head_dim), np.random.default_rng(0), 0
-    for site in reversed(folding.sites):
-        columns = next(iter(site.weights.values())).shape[1]
+    for group in reversed(folding.groups()):
+        columns = case.inputs[next(slot for site in group for slot in site.weights)].shape[1]
 
         def search(tie: np.ndarray | None, columns: int = columns) -> np.ndarray:
             scale = np.exp(rng.uniform(-1, 1, columns)).astype(np.float32)
             return scale if tie is None else scale[: tie.max() + 1][tie]
 
-        done += folding.fold(site, search) is not None
+        done += folding.fold(group, search) is not None
     assert done == FOLDED[name]
     found = case.run(case.with_values(folding.weights, folding.changed))
     # float32 sums of values that were scaled by up to e and back: a few ulps of the largest
@@ -107,8 +141,7 @@ def test_folding_any_scale_leaves_the_layer_as_it_was(tmp_path: Path, name: str)
 def test_norms_are_rounded_to_their_type_and_the_exact_quotient_is_the_scale(tmp_path: Path) -> None:
     case = _Case(tmp_path, "llama", "bfloat16")
     folding = Folding(case.sites(), case.loaded.plain(), case.hyper.head_dim)
-    site = folding.sites[0]
-    scale = folding.fold(site, lambda tie: np.linspace(0.5, 2, case.hyper.hidden, dtype=np.float32))
+    scale = folding.fold(folding.groups()[0], lambda tie: np.linspace(0.5, 2, case.hyper.hidden, dtype=np.float32))
     new = folding.changed["attn_norm.weight"]
     assert scale is not None
     assert (new.astype(ml_dtypes.bfloat16).astype(np.float32) == new).all()
@@ -146,7 +179,7 @@ def test_norm_weights_of_zero_stay_and_their_columns_are_not_scaled(tmp_path: Pa
     case.loaded.values["attn_norm.weight"][[1, 5]] = 0
     case.output = case.run(case.loaded.values, case.inputs)
     folding = Folding(case.sites(), case.loaded.plain(), case.hyper.head_dim)
-    scale = folding.fold(folding.sites[0], lambda tie: np.linspace(0.5, 2, case.hyper.hidden, dtype=np.float32))
+    scale = folding.fold(folding.groups()[0], lambda tie: np.linspace(0.5, 2, case.hyper.hidden, dtype=np.float32))
     assert scale is not None
     assert (scale[[1, 5]] == 1).all()
     found = case.run(case.with_values(folding.weights, folding.changed))
@@ -158,7 +191,7 @@ def test_norms_that_their_type_cannot_hold_once_scaled_stay(tmp_path: Path) -> N
     folding = Folding(case.sites(), case.loaded.plain(), case.hyper.head_dim)
     wanted = np.ones(case.hyper.hidden, np.float32)
     wanted[[2, 3]] = 1e-9, 1e12  # beyond float16, and rounded to 0
-    scale = folding.fold(folding.sites[0], lambda tie: wanted)
+    scale = folding.fold(folding.groups()[0], lambda tie: wanted)
     assert scale is not None
     assert (scale[[2, 3]] == 1).all()
     assert np.isfinite(folding.changed["attn_norm.weight"]).all()

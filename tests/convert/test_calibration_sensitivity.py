@@ -13,9 +13,14 @@ from quantpress.convert.calibration.sensitivity import embedding_sensitivity
 from quantpress.convert.calibration.windows import enough_windows
 from quantpress.convert.open import open_checkpoint
 from quantpress.quant.errors import InputError
+from tests.families import decoders_one, decoders_two, experts
+from tests.families.cases import write_checkpoint
 from tests.tiny import FAMILIES, tiny_checkpoint
 
 LENGTH = 24
+OTHERS = (*decoders_one.CASES, *decoders_two.CASES, *experts.CASES)
+# norms of embeddings, projections of them, heads with biases, scaled logits, norms without weights, experts
+NAMES = ("bloom", "opt-350m", "phi", "cohere", "granite", "olmo", "mixtral", "qwen2_moe")
 
 
 def windows_of(vocab: int, count: int = 3) -> list[np.ndarray]:
@@ -23,9 +28,11 @@ def windows_of(vocab: int, count: int = 3) -> list[np.ndarray]:
     return [random.integers(0, vocab, LENGTH).astype(np.int32) for _ in range(count)]
 
 
-@pytest.mark.parametrize("family", sorted({tiny.family for tiny in FAMILIES}))
+@pytest.mark.parametrize("family", [*sorted({tiny.family for tiny in FAMILIES}), *NAMES])
 def test_the_gradients_are_those_of_transformers(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tiny_checkpoint(tmp_path / "model", family)
+    case = next((case for case in OTHERS if case.id == family), None)
+    folder = tmp_path / "model"
+    folder = tiny_checkpoint(folder, family) if case is None else write_checkpoint(case, folder)
     source = open_checkpoint(folder)
     vocab = int(source.config["vocab_size"])
     windows = windows_of(vocab)
@@ -39,6 +46,8 @@ def test_the_gradients_are_those_of_transformers(family: str, tmp_path: Path, mo
     monkeypatch.setattr(torch, "multinomial", recorded)
     found = embedding_sensitivity(source, windows, threads=1, folder=tmp_path)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager").eval()
+    if getattr(model.config, "num_experts_per_tok", None):
+        model.set_experts_implementation("eager")
     rows, total = model.get_input_embeddings(), 0.0
     for window, labels in zip(windows, drawn, strict=True):
         ids = torch.from_numpy(window.astype(np.int64))[None]

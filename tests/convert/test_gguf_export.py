@@ -135,7 +135,7 @@ def test_bytes_do_not_depend_on_threads_or_on_the_size_of_chunks(
     model = checkpoint(LLAMA, random_weights(LLAMA, ml_dtypes.bfloat16))
     hashes = {export(tmp_path / "m.gguf", model, outtype, threads=1).sha256}
     for chunk, threads in ((1, 3), (64 * 20, 1), (64 * 33, 4)):
-        monkeypatch.setattr("quantpress.convert.gguf.plan._CHUNK_VALUES", chunk)
+        monkeypatch.setattr("quantpress.convert.gguf.planned._CHUNK_VALUES", chunk)
         hashes.add(export(tmp_path / "m.gguf", model, outtype, threads=threads, force=True).sha256)
     assert len(hashes) == 1
 

@@ -332,9 +332,10 @@ def test_changed_bytes_are_refused_or_give_numbers(
 
 
 def test_measured_sums_become_entries() -> None:
-    found = ImportanceMatrix.measured({"a": np.array([1.0, 2.5])}, tokens=64, length=16, dataset="t.txt", name="n")
+    sums, counts = {"a": np.array([[1.0, 2.5]])}, {"a": np.array([64])}
+    found = ImportanceMatrix.measured(sums, counts, tokens=64, length=16, dataset="t.txt", name="n")
     assert (found.datasets, found.chunk_count, found.chunk_size, found.name) == (("t.txt",), 4, 16, "n")
     np.testing.assert_array_equal(found.entries["a"].sums, np.array([[1, 2.5]], np.float32))
     np.testing.assert_array_equal(found.entries["a"].counts, [64])
     with pytest.raises(InputError, match="'a': the squares of its inputs sum up to 1e\\+39, beyond float32"):
-        ImportanceMatrix.measured({"a": np.array([1e39])}, tokens=64, length=16, dataset="t.txt")
+        ImportanceMatrix.measured({"a": np.array([[1e39]])}, counts, tokens=64, length=16, dataset="t.txt")

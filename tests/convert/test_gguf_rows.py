@@ -7,11 +7,14 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 
+from quantpress.convert.arch.fused_rows import FUSED
 from quantpress.convert.arch.registry import ARCHITECTURES
 from quantpress.convert.arch.spec import Hyperparameters, Layout, Role, Rope, TensorSpec
 from quantpress.convert.checkpoint import LazyTensor
 from quantpress.convert.gguf.rows import RowOrder, Transposed, row_order
+from quantpress.convert.weights import canonical
 from quantpress.quant.errors import LayoutError
 
 LLAMA = next(arch for arch in ARCHITECTURES if arch.family == "llama")
@@ -77,6 +80,16 @@ def test_only_the_values_that_turn_are_interleaved() -> None:
     assert order.read(reader(array), 0, 12).tolist() == [0, 2, 1, 3, 4, 5, 6, 8, 7, 9, 10, 11]
 
 
+def test_neighbours_that_turn_together_stay_for_norm_and_part_for_neox() -> None:
+    sizes = hyperparameters(heads=2, kv_heads=2, head_dim=8, turned=6)
+    assert sizes.rope is not None
+    turning = dataclasses.replace(sizes, rope=dataclasses.replace(sizes.rope, interleaved=True))
+    assert not row_order(LLAMA, spec("heads"), turning).moves
+    order = row_order(NEOX, spec("heads"), turning)
+    # pairs (0, 1), (2, 3), (4, 5) become (0, 3), (1, 4), (2, 5), as NEOX turns them
+    assert order.read(reader(np.arange(16)), 0, 16).tolist() == [0, 2, 4, 1, 3, 5, 6, 7, 8, 10, 12, 9, 11, 13, 14, 15]
+
+
 @pytest.mark.parametrize("step", [1, 4, 10, 100])
 def test_heads_of_neox_become_q_then_k_then_v(step: int) -> None:
     heads, head_dim, width = 3, 4, 5
@@ -89,6 +102,24 @@ def test_heads_of_neox_become_q_then_k_then_v(step: int) -> None:
     there = pieces(order, array, step)
     np.testing.assert_array_equal(there, wanted)
     np.testing.assert_array_equal(pieces(order.inverse(), there, step), array)
+
+
+@pytest.mark.parametrize("step", [1, 4, 10, 100])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 1), (2, 2), (6, 3)])
+def test_groups_of_heads_become_q_then_k_then_v(heads: int, kv_heads: int, step: int) -> None:
+    head_dim, width = 4, 5
+    array = np.arange((heads + 2 * kv_heads) * head_dim * width).reshape(-1, width)
+    row = TensorSpec("hf", "gguf", ("qkv", "hidden"), Role.LINEAR, layout=Layout.GROUPED_QKV)
+    sizes = hyperparameters(heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+    # transformers' FalconAttention._split_heads: of each group all but two heads are q, then k, then v
+    groups = array.reshape(kv_heads, heads // kv_heads + 2, head_dim, width)
+    wanted = np.concatenate([part.reshape(-1, width) for part in (groups[:, :-2], groups[:, -2], groups[:, -1])])
+    order = row_order(NEOX, row, sizes)
+    there = pieces(order, array, step)
+    np.testing.assert_array_equal(there, wanted)
+    np.testing.assert_array_equal(pieces(order.inverse(), there, step), array)
+    np.testing.assert_array_equal(canonical(torch.from_numpy(array), row, sizes).numpy(), wanted)
+    np.testing.assert_array_equal(canonical(torch.from_numpy(array[:, 0].copy()), row, sizes).numpy(), wanted[:, 0])
 
 
 def test_other_rows_stay_where_they_are() -> None:
@@ -108,12 +139,15 @@ def test_only_rows_of_tables_that_say_so_move() -> None:
         (arch.family, row.slot)
         for arch in ARCHITECTURES
         for row in arch.tensors
-        if row_order(arch, row, hyperparameters(heads=2, kv_heads=2, head_dim=4)).moves
+        if not row.part  # views of one part have no fused rows any more
+        and row_order(arch, row, hyperparameters(heads=2, kv_heads=2, head_dim=4)).moves
     }
     names = ("attn_q.weight", "attn_k.weight")
     assert moved >= {(family, name) for family in ("llama", "mistral") for name in names}
     assert moved >= {("gptneox", "attn_qkv.weight"), ("gptneox", "attn_qkv.bias")}
-    assert {family for family, _ in moved} == {"llama", "mistral", "gptneox"}
+    for arch in ARCHITECTURES:
+        said = {row.slot for row in arch.tensors if row.rotary or row.layout in FUSED}
+        assert {slot for family, slot in moved if family == arch.family} <= said
     assert not any("attn_v" in name for _, name in moved)
 
 

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from quantpress.convert.arch.registry import ARCHITECTURES, find_arch
+from quantpress.convert.arch.registry import find_arch
 from quantpress.convert.checkpoint import Checkpoint, LazyTensor
 from quantpress.convert.gguf.container import MetadataValue
 from quantpress.convert.gguf.export import WriteResult, write_gguf
@@ -81,10 +81,6 @@ def press(path: Path, source: Checkpoint, outtype: str, **extra: MetadataValue) 
     )
     metadata |= {f"{arch.gguf}.{key}": value for key, value in arch.gguf_metadata(hyper, source.config).items()}
     return write_gguf(path, metadata | extra, plan, threads=2, force=True)
-
-
-def test_the_configs_below_cover_every_family() -> None:
-    assert {find_arch(config).family for config in CONFIGS.values()} == {arch.family for arch in ARCHITECTURES}
 
 
 @pytest.mark.parametrize("case", CONFIGS)

@@ -142,7 +142,7 @@ def test_streaming_never_holds_two_layers(make: Make) -> None:
     model.logits(tokens)
     order = [layer for at, layer in enumerate(asked) if at == 0 or asked[at - 1] != layer]
     assert order == [-1, 0, 1, 2, -1, 0, 1, 2, -1]  # one walk through the layers each time, nothing kept
-    assert not model._kept
+    assert not model.weights._kept
 
 
 def test_resident_reads_each_weight_once(make: Make) -> None:
@@ -206,7 +206,7 @@ def test_observers_see_the_input_of_every_linear(name: str, make: Make) -> None:
     linears = {row.slot: row for row in model.spec.tensors if row.per_layer and row.role.name == "LINEAR"}
     assert set(seen) == set(linears)
     for slot, values in seen.items():
-        weight = model._get(slot, 0)
+        weight = model.weights.get(slot, 0)
         assert weight is not None
         assert values.shape == (*hidden.shape[:2], weight.shape[1])
 

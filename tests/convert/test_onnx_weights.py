@@ -101,11 +101,11 @@ def test_norms_and_biases_are_as_the_decoder_wants_them(case: str, opened: Cases
 def test_embeddings_positions_and_the_head_of_floats(case: str, opened: Cases, tmp_path: Path) -> None:
     source, checked, tensors = opened(case)
     ids = np.array([[0, 5, 63], [1, 1, 2]])
-    learned = checked.spec.positions == "learned"
+    learned = checked.spec.learned(checked.hyper)
 
     def add(weights: ModelWeights, given: ir.Value) -> list[ir.Value]:
         values = weights.embed(given)
-        return [values, weights.head(values), *([weights.positions(given)] if learned else [])]
+        return [values, weights.head(values), *([weights.rows("position_embd.weight", given)] if learned else [])]
 
     (rows, logits, *positions), graph = run(tmp_path, source, checked, OnnxOptions(), ids, add)
     names = {row.slot: tensor.name for row, layer, tensor in checked.bindings if layer < 0}

@@ -91,9 +91,9 @@ def test_logits_and_text_are_those_of_transformers_on_the_numbers(name: str, mak
     wanted = model(tokens()).logits
     ours = packed_decoder(open_checkpoint(tmp_path / "q"))
     torch.testing.assert_close(ours.logits(tokens()), wanted, atol=TOLERANCE, rtol=0)
-    packed = [linear for linear in ours._kept_linears.values() if linear is not None]
+    packed = [linear for linear in ours.weights._kept_linears.values() if linear is not None]
     assert len(packed) == len(codes)  # and none of them is there in numbers
-    assert all(kept is None or kept.ndim == 1 or kept.shape[1] != 96 for kept in ours._kept.values())
+    assert all(kept is None or kept.ndim == 1 or kept.shape[1] != 96 for kept in ours.weights._kept.values())
     text = tokens()[0, :20].tolist()
     longer = model(torch.tensor([text])).logits[0, -1].argmax()
     assert ours.generate(text, 1) == [int(longer)]
@@ -116,7 +116,7 @@ def test_nothing_stays_on_another_device(gptq: Model) -> None:
     ours = packed_decoder(open_checkpoint(gptq[1]), device="meta", dtype=torch.bfloat16)
     found = ours.logits(tokens())
     assert (found.device.type, found.shape, found.dtype) == ("meta", (2, LENGTH, 320), torch.float32)
-    weights = [linear.weight for linear in ours._kept_linears.values() if isinstance(linear, PackedLinear)]
+    weights = [linear.weight for linear in ours.weights._kept_linears.values() if isinstance(linear, PackedLinear)]
     assert {weight.words.device.type for weight in weights} == {"meta"}
 
 
@@ -165,11 +165,11 @@ def test_inputs_of_w8a8_weights_are_rounded_as_compressed_tensors_rounds_them(
 
     assert near(ours.logits(tokens()), wanted)
     values = torch.randn(1, 3, 64, generator=torch.Generator().manual_seed(0))
-    linear = ours._kept_linears["ffn_up.weight", 1]
+    linear = ours.weights._kept_linears["ffn_up.weight", 1]
     name = next(name for name in codes if "layers.1" in name and ("up_proj" in name or "h_to_4h" in name))
     product = round_inputs(None, (values,))[0] @ torch.from_numpy(values_of(codes[name])).float().T
     torch.testing.assert_close(linear.run(values, None), product, atol=1e-5, rtol=0)
-    assert all(isinstance(linear, Int8Linear) for linear in ours._kept_linears.values() if linear is not None)
+    assert all(isinstance(linear, Int8Linear) for linear in ours.weights._kept_linears.values() if linear is not None)
     static = StaticDecoder(packed_decoder(checkpoint), LENGTH + 1)
     static.prefill(tokens()[:1, :-1])
     static.token.copy_(tokens()[:1, -1:])
@@ -189,7 +189,7 @@ def test_a_head_in_codes_is_multiplied_by_as_well(make: Make, tmp_path: Path) ->
     with_head = replace(checkpoint, quantized={**checkpoint.quantized, "lm_head.weight": lazy})
     ours = packed_decoder(with_head)
     torch.testing.assert_close(ours.logits(tokens()), reference(source, codes)(tokens()).logits, atol=TOLERANCE, rtol=0)
-    assert ours._kept_linears["output.weight", -1] is not None
+    assert ours.weights._kept_linears["output.weight", -1] is not None
 
 
 @torch.no_grad()
@@ -208,7 +208,7 @@ def test_uneven_groups_are_taken_as_numbers(gptq: Model) -> None:
     ours = packed_decoder(changed)
     wanted = reference(source, {**codes, name: uneven})(tokens()).logits
     torch.testing.assert_close(ours.logits(tokens()), wanted, atol=TOLERANCE, rtol=0)
-    assert ours._kept_linears["attn_q.weight", 1] is None
+    assert ours.weights._kept_linears["attn_q.weight", 1] is None
 
 
 @torch.no_grad()

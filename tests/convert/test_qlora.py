@@ -175,7 +175,7 @@ def test_a_family_without_a_table_is_judged_by_names() -> None:
         "lm_head.weight": (32, 8),
     }
     tensors = {name: _lazy(name, np.zeros(shape, np.float32)) for name, shape in shapes.items()}
-    assert list(linear_weights({"model_type": "mixtral"}, tensors)) == [
+    assert list(linear_weights({"model_type": "novel"}, tensors)) == [
         "model.layers.0.self_attn.q_proj.weight",
         "model.layers.0.block_sparse_moe.experts.3.w1.weight",
         "model.layers.0.output.weight",

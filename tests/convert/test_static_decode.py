@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +20,8 @@ from quantpress.convert.static_decode import StaticDecoder
 from quantpress.convert.weights import CheckpointWeights
 from quantpress.quant.errors import InputError
 from quantpress.quant.grid import Grid, round_to_nearest
+from tests.families import decoders_one, decoders_two, experts, gpt_oss, latent
+from tests.families.cases import write_checkpoint
 from tests.packed_folder import rounded
 from tests.packed_models import ordered, quantized_model, reference
 from tests.tiny import tiny_case, tiny_checkpoint
@@ -137,6 +140,38 @@ def test_packed_weights_give_the_text_of_transformers_on_the_numbers(form: str, 
     assert ("ffn_gate.weight" not in joined) == (form != "ordered")
 
 
+FAMILIES = (*decoders_one.CASES, *decoders_two.CASES, *experts.CASES, *gpt_oss.CASES, *latent.CASES)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["bloom", "falcon-7b", "opt-350m", "mpt", "olmo2", "cohere2", "smollm3-window", "mixtral", "qwen2_moe", "gpt_oss",
+     "deepseek2"],
+)  # fmt: skip
+@torch.no_grad()
+def test_steps_give_the_logits_of_every_kind_of_layer(name: str, tmp_path: Path) -> None:
+    """The oracle of the case, which is transformers, computes the whole text at once."""
+    case = next(case for case in FAMILIES if case.id == name)
+    folder = write_checkpoint(case, tmp_path / "model")
+    text = np.random.default_rng(3).integers(4, 320, 30)
+    wanted = torch.from_numpy(np.array(case.logits(folder, text)))
+    static = StaticDecoder(decoder(folder), 40)
+    static.prefill(torch.from_numpy(text[None, :20]))
+    for place in range(20, 30):
+        torch.testing.assert_close(static.logits[0], wanted[place - 1], atol=2 * TOLERANCE, rtol=1e-4)
+        static.token.fill_(int(text[place]))
+        static.step()
+    torch.testing.assert_close(static.logits[0], wanted[-1], atol=2 * TOLERANCE, rtol=1e-4)
+
+
+def test_models_with_experts_are_not_captured_or_compiled(tmp_path: Path) -> None:
+    case = next(case for case in FAMILIES if case.id == "mixtral")
+    model = decoder(write_checkpoint(case, tmp_path / "model"))
+    for options in ({"graph": True}, {"compiled": True}):
+        with pytest.raises(InputError, match="which experts run depends on the tokens"):
+            StaticDecoder(model, 20, **options)
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
 def test_a_step_looks_at_no_value_and_stays_on_its_device(name: str, make: Make, tmp_path: Path) -> None:
     """Tensors on torch's meta device have no values: an `item()`, or a tensor of another device, is an error."""
@@ -164,7 +199,7 @@ def test_a_step_writes_into_the_same_memory_each_time(make: Make) -> None:
 def test_the_decoder_keeps_no_second_copy_of_a_layer(make: Make) -> None:
     model = decoder(make("llama"))
     static = StaticDecoder(model, 20)
-    assert all(layer == -1 for _, layer in model._kept)
+    assert all(layer == -1 for _, layer in model.weights._kept)
     text = static.generate([5, 6, 7], 6)
     assert model.generate([5, 6, 7], 6) == text  # it reads them again
 

@@ -170,7 +170,7 @@ def test_ignore_merges_that_matters_is_not_lost_silently() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": {"type": "Unigram", "vocab": []}}, "tokenizer model 'Unigram'"),
+        ({"model": {"type": "Unigram", "vocab": []}}, "is not what llama.cpp does for Unigram"),
         ({"model": {"type": "BPE", "vocab": {}, "merges": [], "end_of_word_suffix": "</w>"}}, "end_of_word_suffix"),
         ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a"]]}}, "not a tokenizer"),
         ({"model": {"type": "BPE", "vocab": {"a": 0, "b": 0}, "merges": []}}, "both have id 0"),

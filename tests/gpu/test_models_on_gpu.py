@@ -123,7 +123,7 @@ def test_quantized_weights_stay_codes_on_the_device(folder: Path) -> None:
     codes = [linear.codes if isinstance(linear, Int8Linear) else linear.weight.words for linear in linears]
     assert {part.device.type for part in codes} == {"cuda"}
     assert all(isinstance(linear, Int8Linear) == (folder.name == "w8a8") for linear in linears)
-    kept = [weight for (slot, _), weight in model._kept.items() if weight is not None and "norm" not in slot]
+    kept = [weight for (slot, _), weight in model.weights._kept.items() if weight is not None and "norm" not in slot]
     assert all(weight.ndim == 1 or 320 in weight.shape or 64 in weight.shape for weight in kept)  # embeddings, head
 
 

@@ -342,8 +342,9 @@ def test_an_adapter_that_cannot_run_unmerged_is_an_error_before_anything_is_judg
     merged = merge_lora(base, adapters(LORA))
     assert merged.adapted is not None
     applied = merged.adapted.applied[0]
-    config = dataclasses.replace(applied.adapter.config, target_parameters=("mlp.down_proj.weight",))
-    odd = dataclasses.replace(applied, adapter=dataclasses.replace(applied.adapter, config=config))
+    first, *others = applied.adapter.modules
+    twice = (dataclasses.replace(first, depth=1), *others)
+    odd = dataclasses.replace(applied, adapter=dataclasses.replace(applied.adapter, modules=twice))
     source = dataclasses.replace(merged, adapted=dataclasses.replace(merged.adapted, applied=(odd,)))
-    with pytest.raises(InputError, match=r"adapts parameters .*, which the decoder cannot run"):
+    with pytest.raises(InputError, match=r"is adapted twice over"):
         Reference(source, JudgeOptions())

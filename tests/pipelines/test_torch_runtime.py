@@ -52,7 +52,7 @@ def test_preparing_reads_each_layer_once_and_scoring_none(source: Checkpoint, ma
 def test_layers_are_forgotten_once_all_windows_passed_through(source: Checkpoint) -> None:
     runtime = TorchRuntime.of_checkpoint(source)
     runtime.prepare(WINDOWS, 12)
-    assert {layer for _, layer in runtime._decoder._kept} == {-1}
+    assert {layer for _, layer in runtime._decoder.weights._kept} == {-1}
 
 
 def test_a_window_that_was_not_prepared_stays_with_its_weights(source: Checkpoint, tmp_path: Path) -> None:

@@ -338,14 +338,13 @@ def test_a_quantized_model_of_an_unknown_family_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_adapter_that_can_be_merged_but_not_run_beside_its_base_is_unjudged(
-    quantpress: Run, tiny_model: Path, tmp_path: Path
-) -> None:
+def test_an_adapter_of_parameters_is_run_beside_its_base(quantpress: Run, tiny_model: Path, tmp_path: Path) -> None:
     adapter = make_adapter(
         tiny_model, tmp_path / "adapter", target_modules=[], target_parameters=["mlp.down_proj.weight"]
     )
     out = tmp_path / "merged"
     ended = quantpress("merge", tiny_model, adapter, out, *JUDGE)
-    assert ended.code == 4, ended.err
-    assert "target_parameters" in sidecar(out)["parity"]["reason"]
+    assert ended.code == 0, ended.err
+    assert sidecar(out)["parity"]["passed"]
+    assert "unmerged" in sidecar(out)["parity"]["baseline"]["runtime"]
     assert_equal_to_peft(out, merged_by_peft(tiny_model, [(adapter, 1.0)]))
