@@ -90,17 +90,14 @@ def wanted(source: Path, count: int, chunks: tuple[int, ...] = ()) -> Array:
     return transformers_logits(source, TOKENS[:count], chunks)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("families")
-
-
 PAIRS = [pytest.param((case, mode), id=f"{case}-{mode}") for case in CASES for mode in ("fused", "standard")]
 
 
 @pytest.fixture(scope="module", params=PAIRS)
-def exported(request: pytest.FixtureRequest, folder: Path) -> Exported:
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     case, mode = request.param
+    # a folder each time: with tests that move between workers, one case may come twice in one
+    folder = tmp_path_factory.mktemp("families")
     source = checkpoint(case, folder)
     out = export(source, folder / f"{case.id}-{mode}", standard_ops=mode == "standard")
     context = 32 if case.id == "llama-dynamic" else 64
