@@ -102,9 +102,11 @@ def logits_of(model: Any, tokens: Array) -> Array:
 
 
 @pytest.fixture(scope="module", params=WEIGHT_ONLY.values(), ids=WEIGHT_ONLY.keys())
-def pressed(request: pytest.FixtureRequest, source: Path) -> tuple[Path, dict[str, Weight]]:
+def pressed(
+    request: pytest.FixtureRequest, source: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Weight]]:
     """A folder with weights of fewer bits, and what they stand for."""
-    folder = export(source, source.parent / f"onnx-{request.param_index}", **request.param)
+    folder = export(source, tmp_path_factory.mktemp("pressed") / "onnx", **request.param)
     return folder, stored_weights(folder)
 
 
