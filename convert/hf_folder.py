@@ -38,6 +38,7 @@ _MAX_CONFIG = 4 << 20  # bytes of config.json and generation_config.json; real o
 _MAX_TEMPLATES = 64
 _MAX_VALUES = 500_000  # commas and brackets in a configuration or an index; a tensor needs one
 _MAX_SHARDS = 2000
+_NUMBER, _DIGITS = re.compile(r"[0-9]+"), 9
 _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _OTHER_WEIGHTS = re.compile(r".*\.(gguf|onnx|h5|msgpack|ot|pth|pt|ckpt|npz)")
 
@@ -98,7 +99,8 @@ def open_folder(path: Path | str, *, name: str = "") -> Checkpoint:
         tokenizer_files["generation_config.json"] = generation_bytes
     sentences = read_sentence_files(folder)
     tokenizer_files |= sentences
-    tensors, kind = _open_weights(folder)
+    found, kind = _open_weights(folder)
+    tensors = {tensor: found[tensor] for tensor in sorted(found, key=_place_of)}
     config = with_pooling(_with_settings(folder, config, tensors), sentences, str(folder.path))
     checkpoint = Checkpoint(
         name=name or folder.path.resolve().name,
@@ -151,6 +153,11 @@ def read_tokenizer_files(folder: Folder, *, card: bool = True) -> dict[str, byte
         names += [f"{EXTRA_TEMPLATES}/{name}" for name in found[:_MAX_TEMPLATES]]
     contents = ((name, folder.read(name)) for name in names)
     return {name: data for name, data in contents if data is not None}
+
+
+def _place_of(tensor: str) -> str:
+    """Sorts layer 2 before layer 10: what is written must not show how a source was cut into shards."""
+    return _NUMBER.sub(lambda number: number[0].zfill(_DIGITS), tensor)
 
 
 def _open_weights(folder: Folder) -> tuple[dict[str, LazyTensor], str]:

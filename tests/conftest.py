@@ -43,16 +43,24 @@ def _interpret_kernels() -> None:
 _interpret_kernels()
 
 
-LONG = tuple(Path(__file__).with_name("long_tests.txt").read_text(encoding="utf-8").split())
+def _listed(file: str) -> tuple[str, ...]:
+    """Beginnings of the names of tests that `make test` leaves out."""
+    return tuple(Path(__file__).with_name(file).read_text(encoding="utf-8").split())
+
+
+LONG, SMOKE = _listed("long_tests.txt"), _listed("smoke_tests.txt")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leaves the longest proofs to `make proofs`."""
+    """Leaves the longer tests to `make smoke` and the longest proofs to `make proofs`."""
     if os.environ.get("QUANTPRESS_LONG"):
         return
+    smoke = () if os.environ.get("QUANTPRESS_SMOKE") else SMOKE
     for item in items:
         if item.nodeid.startswith(LONG):
             item.add_marker(pytest.mark.skip(reason="takes long: make proofs"))
+        elif item.nodeid.startswith(smoke):
+            item.add_marker(pytest.mark.skip(reason="longer: make smoke"))
 
 
 @pytest.fixture(autouse=True)

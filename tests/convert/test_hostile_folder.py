@@ -140,7 +140,7 @@ def test_a_bad_header_isrefused(model: Path, header: Any, data: bytes, words: st
 
 def test_headers_at_the_edge_of_what_is_allowed_open(model: Path) -> None:
     _weights(model, {"x": _entry(), "e": _entry(shape=[0], offsets=[8, 8]), "y": _entry(offsets=[8, 16])}, b"\0" * 16)
-    assert list(open_checkpoint(model).tensors) == ["x", "e", "y"]
+    assert set(open_checkpoint(model).tensors) == {"x", "e", "y"}
     _weights(model, {"__metadata__": {}, "s": _entry(shape=[], offsets=[0, 4])}, b"\0" * 4)
     assert open_checkpoint(model).tensors["s"].read().shape == ()
     _weights(model, b"{}   ", b"")
