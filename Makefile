@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # the programs that `make gpu` runs; an environment that has torch for the GPU already: make gpu GPU_BIN=/path/to/bin
 GPU_BIN ?= $(BIN)
 
-.PHONY: demo test check quick format bench proofs faults fuzz builds gpu clean
+.PHONY: demo test check quick format bench smoke proofs faults fuzz builds gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/quantpress demo demo
@@ -28,6 +28,12 @@ format: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/run.py
+
+# what lands is proved by this too: the longer tests, a hundred faults, a minute of made-up bytes for every parser
+smoke: $(VENV)/.dev
+	OMP_NUM_THREADS=1 QUANTPRESS_SMOKE=1 $(BIN)/pytest -n 2 --dist worksteal $$(cat tests/smoke_tests.txt)
+	$(BIN)/python -m tests.faults.run --faults 100 --jobs 2
+	$(BIN)/python -m tests.fuzz.run --seconds 60 --jobs 2
 
 # the tests that make test leaves out for their length, every option of every family, and the longer form of those that it
 # shortens: whole texts in llama.cpp, longer ones by onnxruntime-genai
