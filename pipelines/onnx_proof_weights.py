@@ -1,0 +1,239 @@
+"""All weights of an ONNX model beside its source's: which belongs to which, and scales that a method has folded.
+
+AWQ scales the columns of a weight and divides the norm, or the rows of the weight, before it. Such a change is no
+damage if both ends have it; it is looked for where a norm differs, or a weight and the one before it do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from quantpress.convert.arch.spec import Layout, Role
+from quantpress.convert.checkpoint import Checkpoint
+from quantpress.convert.onnx.read import OnnxModel
+from quantpress.convert.preflight import Preflight
+from quantpress.convert.weights import CheckpointWeights
+from quantpress.pipelines.content_proof import Finding
+from quantpress.pipelines.onnx_proof_measures import (
+    Array,
+    Figures,
+    ReadRows,
+    judge_codes,
+    judge_floats,
+    measure,
+)
+from quantpress.pipelines.onnx_proof_read import HeldWeight, held_weights
+from quantpress.pipelines.onnx_proof_stacks import stacked_weights
+
+__all__ = ["WeightsFound", "compare_weights"]
+
+Key = tuple[str, int]
+_FEWEST_FOUND = 0.5  # of the source's tensors: with fewer by name the names are another program's
+_FEWEST_NEAREST = 0.6  # of the layers' matrices without a single code off, for all to be wanted so
+_GREATEST_SCALE = 64.0  # that a method folds into rows
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsFound:
+    """How many tensors were compared, which could not be and why, and what is wrong."""
+
+    tensors: int = 0
+    skipped: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
+
+
+def compare_weights(model: OnnxModel, source: Checkpoint, checked: Preflight) -> WeightsFound:
+    """Compares every tensor of the source with what the model holds under its name."""
+    proof = _Proof(model, source, checked)
+    if not proof.held:
+        return WeightsFound(skipped=("weights: the model has none that can be read",))
+    pairs = proof.pairs()
+    if len(pairs) < _FEWEST_FOUND * len(checked.bindings):
+        return WeightsFound(skipped=("weights: the model's tensors do not have the checkpoint's names",))
+    findings = [*proof.missing(pairs), *proof.compare(pairs)]
+    return WeightsFound(len(pairs), (), tuple(findings))
+
+
+@dataclass
+class _Proof:
+    model: OnnxModel
+    source: Checkpoint
+    checked: Preflight
+    held: dict[str, HeldWeight] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.held = held_weights(self.model)
+        self._read = CheckpointWeights(self.source, self.checked.spec, self.checked.hyper)
+        self._names = {(row.slot, layer): tensor.name for row, layer, tensor in self.checked.bindings}
+        self._roles = {row.slot: row.role for row, _, _ in self.checked.bindings}
+
+    def pairs(self) -> dict[Key, HeldWeight]:
+        """Gives what the file holds for each slot; a head that is tied too, where it is stored by itself."""
+        found: dict[Key, HeldWeight] = {}
+        stacks = stacked_weights(self.held, self.checked)
+        for key, name in self._names.items():
+            held = self.held.get(name) or self.held.get(f"{name}.weight") or stacks.get(key)
+            if held is not None:
+                found[key] = replace(held, name=name)
+        for row in self.checked.spec.tensors:
+            if row.slot == "output.weight" and self.checked.hyper.tied and row.hf in self.held:
+                found.setdefault((row.slot, -1), replace(self.held[row.hf], name=row.hf))
+        return found
+
+    def missing(self, pairs: Mapping[Key, HeldWeight]) -> Iterator[Finding]:
+        """Names tensors that are not there, or that nothing takes, or whose shape is another."""
+        for key, name in self._names.items():
+            held = pairs.get(key)
+            if held is None:
+                if self.checked.hyper.causal:  # an encoder is exported without its head for masked tokens
+                    yield Finding("weights", name, "missing", "a tensor as in the source")
+            elif not held.users:
+                yield Finding("weights", name, "taken by no operator", "a tensor that the model uses")
+            elif wrong := self._elsewhere(key, held):
+                yield Finding("weights", name, f"taken by {wrong}", f"taken by {_prefix(key)}")
+
+    def _elsewhere(self, key: Key, held: HeldWeight) -> str:
+        """Names the layer's linear that takes a weight in another one's place."""
+        prefix = _prefix(key)
+        if self._roles.get(key[0]) is not Role.LINEAR or key[1] < 0 or "_exps." in key[0]:
+            return ""
+        if any(user.startswith(prefix) for user in held.users) or not held.users[0].startswith("/layers."):
+            return ""
+        return held.users[0]
+
+    def compare(self, pairs: Mapping[Key, HeldWeight]) -> list[Finding]:
+        """Measures everything; what does not fit is looked at once more for scales that were folded."""
+        wrong = [key for key, held in pairs.items() if (shape := self._shape(key)) != held.shape and shape is not None]
+        findings = [
+            Finding("weights", pairs[key].name, f"shape {pairs[key].shape}", f"shape {self._shape(key)}")
+            for key in wrong
+        ]
+        usable = {key: held for key, held in pairs.items() if key not in wrong}
+        folds = self._norm_folds(usable)
+        columns = {key: fold for key in usable if (fold := self._fold_of(key, usable[key], folds)) is not None}
+        figures = {key: self._measure(key, held, columns.get(key)) for key, held in usable.items()}
+        layers = [each for key, each in figures.items() if each.bits and key[1] >= 0 and "_exps." not in key[0]]
+        nearest = sum(each.nearest for each in layers) >= _FEWEST_NEAREST * len(layers)
+        found = {key: self._judge(key, each, nearest=nearest and "_exps." not in key[0]) for key, each in figures.items()}
+        self._excuse_norms(usable, folds, columns, found)
+        self._excuse_rows(usable, columns, figures, found)
+        return findings + [each for key in found for each in found[key]]
+
+    def _judge(self, key: Key, figures: Figures, *, nearest: bool) -> list[Finding]:
+        if not figures.bits:
+            return judge_floats(figures)
+        return judge_codes(figures, nearest=nearest, kept=self._names.get(key) in self.source.quantized)
+
+    def _rows(self, key: Key) -> ReadRows:
+        tensor = self._read(*key)
+        assert tensor is not None, "the source has it"
+        return lambda start, stop: tensor[start:stop].float().numpy()
+
+    def _shape(self, key: Key) -> tuple[int, ...] | None:
+        for row, layer, tensor in self.checked.bindings:
+            if (row.slot, layer) == key:
+                return tensor.shape[::-1] if row.layout is Layout.TRANSPOSED else tensor.shape
+        return None
+
+    def _measure(
+        self, key: Key, held: HeldWeight, columns: Array | None = None, rows: Array | None = None
+    ) -> Figures:
+        return measure(held, self._rows(key), columns=columns, rows=rows, name=held.name)
+
+    def _norm_folds(self, pairs: Mapping[Key, HeldWeight]) -> dict[Key, Array]:
+        """Gives what the columns behind a norm have been multiplied by, for norms that differ from the source's."""
+        found: dict[Key, Array] = {}
+        for key, held in pairs.items():
+            if self._roles.get(key[0]) is not Role.NORM or len(held.shape) != 1 or not key[0].endswith("norm.weight"):
+                continue
+            if key[1] < 0 or not judge_floats(self._measure(key, held)):
+                continue
+            old, new = self._rows(key)(0, held.shape[0]), held.read(0, held.shape[0]).numbers.reshape(-1)
+            if np.isfinite(new).all() and new.all() and old.all():
+                found[key] = (old / new).astype(np.float32)
+        return found
+
+    def _fold_of(self, key: Key, held: HeldWeight, folds: Mapping[Key, Array]) -> Array | None:
+        slot, layer = key
+        if self._roles.get(slot) not in (Role.LINEAR, Role.ROUTER) or slot.startswith(_BEHIND_ROWS):
+            return None
+        for norm, fold in ((norm[0], fold) for norm, fold in folds.items() if norm[1] == layer):
+            begins = ("attn_",) if norm.startswith("attn_norm") else ("ffn_",)
+            if norm == "attn_norm.weight" and ("ffn_norm.weight", layer) not in self._names:
+                begins = ("attn_", "ffn_")
+            if slot.startswith(begins) and held.shape[-1] == len(fold):
+                return fold
+        return None
+
+    def _excuse_norms(
+        self, pairs: Mapping[Key, HeldWeight], folds: Mapping[Key, Array], columns: Mapping[Key, Array],
+        found: dict[Key, list[Finding]],
+    ) -> None:  # fmt: skip
+        """A norm whose change the weights behind it make up for is right; else these are judged without it."""
+        for norm, fold in folds.items():
+            behind = [key for key, each in columns.items() if each is fold]
+            if behind and not all(found[key] for key in behind):
+                found[norm] = []
+                bias = norm[0].replace(".weight", ".bias"), norm[1]
+                if found.get(bias):
+                    found[bias] = judge_floats(self._measure(bias, pairs[bias], None, 1 / fold))
+                continue
+            for key in behind:
+                found[key] = self._judge(key, self._measure(key, pairs[key]), nearest=False)
+
+    def _excuse_rows(
+        self, pairs: Mapping[Key, HeldWeight], columns: Mapping[Key, Array], figures: Mapping[Key, Figures],
+        found: dict[Key, list[Finding]],
+    ) -> None:  # fmt: skip
+        """Two weights of which the second makes up for the rows of the first are right, by the row's own factors."""
+        for after in [key for key in found if key[0].startswith(_BEHIND_ROWS)]:
+            before = self._before(after, pairs)
+            if before is None or not (found[before] or found[after]) or not figures[before].bits:
+                continue
+            rows, place = figures[before].row_factors, self._place(before, after, pairs)
+            if place is None or not ((rows > 1 / _GREATEST_SCALE) & (rows < _GREATEST_SCALE)).all():
+                continue
+            scale = np.ones_like(rows)
+            scale[np.unique(place)] = rows[np.unique(place)]
+            both = (
+                self._measure(after, pairs[after], (1 / rows[place]).astype(np.float32)),
+                self._measure(before, pairs[before], columns.get(before), scale.astype(np.float32)),
+            )
+            judged = [self._judge(key, each, nearest=False) for key, each in zip((after, before), both, strict=True)]
+            if any(judged):
+                continue
+            found[after] = found[before] = []
+            bias = before[0].replace(".weight", ".bias"), before[1]
+            if found.get(bias):
+                off = measure(pairs[bias], self._rows(bias), rows=scale.astype(np.float32), name=pairs[bias].name)
+                found[bias] = [] if off.relative < _BIAS_ERROR else found[bias]
+
+    def _before(self, after: Key, pairs: Mapping[Key, HeldWeight]) -> Key | None:
+        slot, layer = after
+        names = ["attn_v.weight", "attn_qkv.weight"] if slot.startswith("attn_") else [slot.replace("_down", "_up")]
+        return next(((name, layer) for name in names if (name, layer) in pairs), None)
+
+    def _place(self, before: Key, after: Key, pairs: Mapping[Key, HeldWeight]) -> Array | None:
+        """Gives the row of the first weight for each column of the second."""
+        hyper, rows, columns = self.checked.hyper, pairs[before].shape[0], pairs[after].shape[1]
+        if not after[0].startswith("attn_"):
+            return rows - columns + np.arange(columns) if rows in (columns, 2 * columns) else None
+        kept = hyper.kv_heads * hyper.head_dim
+        if hyper.latent is not None or columns != hyper.heads * hyper.head_dim or rows < kept:
+            return None
+        heads = np.arange(columns) // hyper.head_dim // (hyper.heads // hyper.kv_heads)
+        return rows - kept + heads * hyper.head_dim + np.arange(columns) % hyper.head_dim
+
+
+_BEHIND_ROWS = ("attn_output", "ffn_down")
+_BIAS_ERROR = 0.05  # of a bias whose factors were taken from codes of 4 bits
+
+
+def _prefix(key: Key) -> str:
+    slot, layer = key
+    module = slot.removesuffix(".weight").removesuffix(".bias")
+    return f"/layers.{layer}/{module}/" if layer >= 0 else f"/{module}/"
+
