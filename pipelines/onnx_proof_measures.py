@@ -144,7 +144,9 @@ def _sums(wanted: Array, found: Array) -> tuple[Array, Array, Array]:
 
 
 def _codes(found: HeldRows, wanted: Array, least_step: float) -> tuple[Array, ...]:
-    assert found.scale is not None and found.least is not None and found.most is not None, "these are codes"
+    assert found.scale is not None, "these are codes"
+    assert found.least is not None, "these are codes"
+    assert found.most is not None, "these are codes"
     count, blocks, size = found.numbers.shape
     values = (found.numbers * found.scale[:, :, None]).reshape(count, -1)[:, : wanted.shape[1]]
     sums = _sums(wanted, values.astype(np.float64))

@@ -176,8 +176,7 @@ class _Reader:
             offset = self.values(node.inputs[zeros]) if len(node.inputs) > zeros and node.inputs[zeros] else None
             count, rows = packed.shape[:2]
             parts = [each if each is None else each.reshape(count * rows, -1) for each in (packed, scale, offset)]
-            assert parts[0] is not None and parts[1] is not None
-            read = partial(_block_rows, parts[0], parts[1], parts[2], bits, size)
+            read = partial(_block_rows, parts[0], parts[1], parts[2], bits, size)  # type: ignore[arg-type]
             name, shape = node.inputs[codes], (count, rows, packed.shape[2] * 8 // bits)
             dtype = self._model.tensors[node.inputs[scales]].dtype
             yield name, HeldWeight(name, shape, bits, dtype, read, None, self._users(name, node))
@@ -297,9 +296,8 @@ def _block_rows(
 ) -> HeldRows:
     part = scale[start:stop]
     codes = _fields(packed[start:stop], bits).reshape(len(part), -1, size)[:, : part.shape[1]]
-    if zeros is None:
-        zero = np.full(part.shape, 1 << (bits - 1))
-    else:
+    zero = np.full(part.shape, 1 << (bits - 1))
+    if zeros is not None:
         zero = _fields(zeros[start:stop], bits)[:, : part.shape[1]]
     return _grid(codes, part, zero, 0, (1 << bits) - 1)
 

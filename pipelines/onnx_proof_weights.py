@@ -117,7 +117,9 @@ class _Proof:
         figures = {key: self._measure(key, held, columns.get(key)) for key, held in usable.items()}
         layers = [each for key, each in figures.items() if each.bits and key[1] >= 0 and "_exps." not in key[0]]
         nearest = sum(each.nearest for each in layers) >= _FEWEST_NEAREST * len(layers)
-        found = {key: self._judge(key, each, nearest=nearest and "_exps." not in key[0]) for key, each in figures.items()}
+        found = {
+            key: self._judge(key, each, nearest=nearest and "_exps." not in key[0]) for key, each in figures.items()
+        }
         self._excuse_norms(usable, folds, columns, found)
         self._excuse_rows(usable, columns, figures, found)
         return findings + [each for key in found for each in found[key]]
@@ -138,9 +140,7 @@ class _Proof:
                 return tensor.shape[::-1] if row.layout is Layout.TRANSPOSED else tensor.shape
         return None
 
-    def _measure(
-        self, key: Key, held: HeldWeight, columns: Array | None = None, rows: Array | None = None
-    ) -> Figures:
+    def _measure(self, key: Key, held: HeldWeight, columns: Array | None = None, rows: Array | None = None) -> Figures:
         return measure(held, self._rows(key), columns=columns, rows=rows, name=held.name)
 
     def _norm_folds(self, pairs: Mapping[Key, HeldWeight]) -> dict[Key, Array]:
@@ -236,4 +236,3 @@ def _prefix(key: Key) -> str:
     slot, layer = key
     module = slot.removesuffix(".weight").removesuffix(".bias")
     return f"/layers.{layer}/{module}/" if layer >= 0 else f"/{module}/"
-
