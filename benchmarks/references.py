@@ -28,8 +28,8 @@ from quantpress.convert.tokenizer import Tokenizer, TokenizerFiles
 from quantpress.pipelines.candidate import open_runtime
 from quantpress.pipelines.gguf_stage import Gguf
 from quantpress.pipelines.judging import JudgeOptions
-from quantpress.pipelines.parity import TokenFigures, token_figures
 from quantpress.pipelines.stage import RunContext
+from quantpress.pipelines.token_figures import TokenFigures, token_figures
 from quantpress.pipelines.torch_runtime import TorchRuntime
 from quantpress.pipelines.windows import read_text, text_windows
 

@@ -5,14 +5,14 @@ Perplexity feeds whole windows, so a file whose cache is wrong would pass it and
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 from numpy.typing import NDArray
 
 from quantpress.convert.onnx.precision import precision_of
 from quantpress.pipelines.onnx_runtime import OnnxRuntime
-from quantpress.pipelines.parity import Parity, token_figures
+from quantpress.pipelines.parity import Parity
+from quantpress.pipelines.token_figures import token_figures
+from quantpress.pipelines.verdicts import failed
 
 __all__ = ["cache_problem", "with_cache_proof"]
 
@@ -29,8 +29,7 @@ def with_cache_proof(parity: Parity, runtime: OnnxRuntime, window: NDArray[np.in
     problem = cache_problem(runtime, window, max_kld=parity.limits.max_kld)
     if not problem:
         return parity
-    reason = problem if parity.passed else f"{parity.reason}; {problem}"
-    return dataclasses.replace(parity, passed=False, reason=reason)
+    return failed(parity, problem, "cache")
 
 
 def cache_problem(runtime: OnnxRuntime, window: NDArray[np.int32], *, max_kld: float) -> str:

@@ -128,7 +128,7 @@ class EncoderReference:
         if not self._fills:
             sides = Judged(names[0]), Judged(names[1])
             empty = unjudged("", limits, text_sha256=self.text.sha256, context=self.context, sides=sides)
-            return dataclasses.replace(empty, tokens=sum(map(len, self.texts)), passed=True)
+            return dataclasses.replace(empty, tokens=sum(map(len, self.texts)), passed=True, failures=())
         head = candidate.head if isinstance(candidate, TorchEncoder) and candidate.masked_head else self.runtime.head
         states = candidate.states(self._passes, partial(self._progress, "file"))
         tally = self._share_tally()
@@ -177,10 +177,10 @@ class EncoderReference:
             if not proof.exact:
                 log.warning("%s: %s", artifact.name, proof.difference)
                 return parity
-            return failed(parity, f"{proof.difference}; is tokenizer.ggml.pre the right one?")
+            return failed(parity, f"{proof.difference}; is tokenizer.ggml.pre the right one?", "tokenizer")
         batch = getattr(candidate, "batch", None)
         problem = "" if batch is None else _padding_problem(candidate, batch, self.texts)
-        return failed(parity, problem) if problem else parity
+        return failed(parity, problem, "padding") if problem else parity
 
 
 class _Filled:
@@ -243,7 +243,7 @@ def open_encoder(model: Path, options: JudgeOptions, *, context: int, pooled: bo
 def _with_figures(parity: Parity, figures: VectorFigures) -> Parity:
     found = dataclasses.replace(parity, vectors=figures)
     if figures.problem:
-        return failed(found, figures.problem)
+        return failed(found, figures.problem, "vectors")
     return found if found.reason else dataclasses.replace(found, reason="all figures are within the limits")
 
 

@@ -17,13 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantpress.pipelines.adapter_share import AdapterShare, ShareTally
+from quantpress.pipelines.content_proof import ContentProof
 from quantpress.pipelines.parity_limits import Limits
-from quantpress.pipelines.perplexity import Progress, Score, row_blocks
+from quantpress.pipelines.perplexity import Progress, Score
 from quantpress.pipelines.runtime import Runtime
+from quantpress.pipelines.token_figures import TokenFigures, token_figures
 from quantpress.pipelines.vector_figures import VectorFigures
 from quantpress.quant.errors import QuantpressError
 
-__all__ = ["Judged", "Parity", "TokenFigures", "compare", "token_figures", "unjudged"]
+__all__ = ["Judged", "Parity", "compare", "unjudged"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,9 @@ class Parity:
             ``parity`` object.
         adapter_share: what the file has of the adapters it was merged with; None where there were none.
         vectors: of an encoder, how far the vectors of texts are from the source's; else None.
+        content: what the file holds beside what the source holds; None where that was not looked at.
+        failures: the measures that did not pass: "mean_kld", "ppl_change", "top1", "not_finite", "adapter_share",
+            "vectors", "tokenizer", "cache", "padding", "weights", "settings", "vocabulary", "unjudged".
     """
 
     text_sha256: str
@@ -74,6 +79,8 @@ class Parity:
     top1_stderr: float = math.nan
     adapter_share: AdapterShare | None = None
     vectors: VectorFigures | None = None
+    content: ContentProof | None = None
+    failures: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The ``parity`` object of sidecars and of ``verify --json``; figures that are not finite become null."""
@@ -91,62 +98,15 @@ class Parity:
             "limits": self.limits.to_json(),
             "passed": self.passed,
             "reason": self.reason,
+            "failures": list(self.failures),
             **({} if self.adapter_share is None else {"adapter_share": self.adapter_share.to_json()}),
             **({} if self.vectors is None else {"vectors": self.vectors.to_json()}),
+            **({} if self.content is None else {"content": self.content.to_json()}),
         }
 
 
 def _json(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-@dataclass(frozen=True, slots=True)
-class TokenFigures:
-    """What is kept of scored tokens, (n,) float64 nats each.
-
-    Attributes:
-        divergence: KL(baseline || candidate), >= 0 but for rounding (about 1e-15).
-        baseline: negative log-likelihood of the target under the baseline.
-        candidate: the same under the candidate.
-    """
-
-    divergence: NDArray[np.float64]
-    baseline: NDArray[np.float64]
-    candidate: NDArray[np.float64]
-
-
-def token_figures(
-    baseline: NDArray[np.float32], candidate: NDArray[np.float32], targets: NDArray[np.int32]
-) -> TokenFigures:
-    """Compare two rows of logits per token, in float64.
-
-    With logits a and b shifted so that their largest is 0, and p = softmax(a):
-    ``KL = log(sum exp(b)) - log(sum exp(a)) - sum(p * (b - a))``, ``loss = log(sum exp(a)) - a[target]``.
-
-    Args:
-        baseline: (n, V) float32 logits.
-        candidate: (n, V) float32 logits.
-        targets: (n,) int32 tokens that follow, in [0, V).
-
-    Returns:
-        figures per token; NaN where logits are not finite.
-    """
-    figures = TokenFigures(*(np.empty(len(targets), np.float64) for _ in range(3)))
-    with np.errstate(invalid="ignore"):  # inf - inf
-        for rows in row_blocks(*baseline.shape):
-            a, b = baseline[rows].astype(np.float64), candidate[rows].astype(np.float64)
-            a -= a.max(axis=1, keepdims=True)
-            b -= b.max(axis=1, keepdims=True)
-            chosen = np.arange(len(a)), targets[rows]
-            chosen_a, chosen_b = a[chosen], b[chosen]
-            weights = np.exp(a)
-            total = weights.sum(axis=1)
-            change = np.einsum("nv,nv->n", weights, np.subtract(b, a, out=a)) / total
-            log_a, log_b = np.log(total), np.log(np.exp(b, out=b).sum(axis=1))
-            figures.divergence[rows] = log_b - log_a - change
-            figures.baseline[rows] = log_a - chosen_a
-            figures.candidate[rows] = log_b - chosen_b
-    return figures
 
 
 @dataclass(slots=True)
@@ -238,7 +198,8 @@ def unjudged(
     sides: tuple[Judged, Judged] = (Judged("none"), Judged("none")),
 ) -> Parity:
     """The verdict "not passed" for a comparison that could not be made."""
-    return Parity(text_sha256, 0, context, *sides, *(math.nan,) * 5, limits, False, reason)
+    failures = ("unjudged",)
+    return Parity(text_sha256, 0, context, *sides, *(math.nan,) * 5, limits, False, reason, failures=failures)
 
 
 def _unfit(baseline: Runtime, candidate: Runtime, windows: Sequence[NDArray[np.int32]], rows: int) -> str | None:
@@ -278,8 +239,8 @@ def _verdict(tally: _Tally, limits: Limits, text_sha256: str, context: int, name
         "top1_stderr": math.sqrt(agreement * (1 - agreement) / (count - 1)) if count > 1 else math.nan,
     }
     finite = all(map(math.isfinite, (*figures.values(), sides[0].perplexity, sides[1].perplexity)))
-    exceeded = limits.exceeded(mean_kld=figures["mean_kld"], ppl_ratio=ratio, top1_agreement=agreement)
-    reason = exceeded if finite else "a figure is not finite"
+    exceeded = limits.problems(mean_kld=figures["mean_kld"], ppl_ratio=ratio, top1_agreement=agreement)
+    problems = exceeded if finite else {"not_finite": "a figure is not finite"}
     return Parity(
         text_sha256=text_sha256,
         tokens=count,
@@ -288,8 +249,9 @@ def _verdict(tally: _Tally, limits: Limits, text_sha256: str, context: int, name
         candidate=sides[1],
         **figures,
         limits=limits,
-        passed=not reason,
-        reason=reason or "all figures are within the limits",
+        passed=not problems,
+        reason="; ".join(problems.values()) or "all figures are within the limits",
+        failures=tuple(problems),
         **errors,
     )
 

@@ -41,17 +41,17 @@ class Limits:
         """The ``limits`` object of reports."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
-    def exceeded(self, *, mean_kld: float, ppl_ratio: float, top1_agreement: float) -> str:
-        """What is beyond its limit, in words; "" when nothing is. A figure that is NaN is beyond every limit."""
+    def problems(self, *, mean_kld: float, ppl_ratio: float, top1_agreement: float) -> dict[str, str]:
+        """Measure -> in words, what is beyond its limit. A figure that is NaN is beyond every limit."""
         change = ppl_ratio - 1
-        problems = []
+        problems = {}
         if not mean_kld <= self.max_kld:
-            problems.append(f"mean KL divergence {mean_kld:.3g} is above {self.max_kld:.3g}")
+            problems["mean_kld"] = f"mean KL divergence {mean_kld:.3g} is above {self.max_kld:.3g}"
         if not abs(change) <= self.max_ppl_change:
-            problems.append(f"perplexity changes by {change:+.2%}, more than {self.max_ppl_change:.2%}")
+            problems["ppl_change"] = f"perplexity changes by {change:+.2%}, more than {self.max_ppl_change:.2%}"
         if not top1_agreement >= self.min_top1:
-            problems.append(f"top-1 agreement {top1_agreement:.2%} is below {self.min_top1:.2%}")
-        return "; ".join(problems)
+            problems["top1"] = f"top-1 agreement {top1_agreement:.2%} is below {self.min_top1:.2%}"
+        return problems
 
 
 # Mean KL divergence, nats per token, that passes for a model of 8 billion parameters or more: twice what llama.cpp's

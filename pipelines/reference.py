@@ -181,7 +181,7 @@ class Reference:
         if not proof.exact:
             log.warning("%s: %s", artifact.name, proof.difference)
             return parity
-        return failed(parity, f"{proof.difference}; is tokenizer.ggml.pre the right one?")
+        return failed(parity, f"{proof.difference}; is tokenizer.ggml.pre the right one?", "tokenizer")
 
 
 def source_runtime(source: Checkpoint, options: JudgeOptions, *, head_only: bool = False) -> TorchRuntime:

@@ -5,15 +5,27 @@ from __future__ import annotations
 import dataclasses
 
 from quantpress.pipelines.adapter_share import AdapterShare
+from quantpress.pipelines.content_proof import ContentProof
 from quantpress.pipelines.parity import Parity
 
-__all__ = ["failed", "with_share"]
+__all__ = ["failed", "with_content", "with_share"]
 
 
-def failed(parity: Parity, problem: str) -> Parity:
-    """Gives a verdict that is not passed, for one more reason."""
+def failed(parity: Parity, problem: str, *measures: str) -> Parity:
+    """Gives a verdict that is not passed, for one more reason that these measures have noticed."""
     reason = f"{parity.reason}; {problem}" if parity.reason and not parity.passed else problem
-    return dataclasses.replace(parity, passed=False, reason=reason)
+    failures = tuple(dict.fromkeys((*parity.failures, *measures)))
+    return dataclasses.replace(parity, passed=False, reason=reason, failures=failures)
+
+
+def with_content(parity: Parity, content: ContentProof) -> Parity:
+    """Turns a verdict into a failure where a file does not hold what its source does."""
+    found = dataclasses.replace(parity, content=content)
+    if not content.findings:
+        return found
+    first, more = content.findings[0], len(content.findings) - 1
+    problem = str(first) + (f", and {more} more like it (content.findings)" if more else "")
+    return failed(found, problem, *(each.measure for each in content.findings))
 
 
 def with_share(parity: Parity, share: AdapterShare | None) -> Parity:
@@ -26,4 +38,5 @@ def with_share(parity: Parity, share: AdapterShare | None) -> Parity:
         passed=parity.passed and not share.problem,
         reason="; ".join(filter(None, ("" if parity.passed and share.problem else parity.reason, said))),
         adapter_share=share,
+        failures=(*parity.failures, *(("adapter_share",) if share.problem else ())),
     )

@@ -14,16 +14,17 @@ import numpy as np
 import pytest
 
 from quantpress.pipelines.llama_cpp import LlamaCpp, LlamaCppRuntime
-from quantpress.pipelines.parity import Parity, compare, token_figures, unjudged
+from quantpress.pipelines.parity import Parity, compare, unjudged
 from quantpress.pipelines.parity_limits import Limits, limits_for
 from quantpress.pipelines.perplexity import cut_windows, perplexity
+from quantpress.pipelines.token_figures import token_figures
 from quantpress.quant.errors import ParityError, UsageError
 
 GENEROUS = Limits(max_kld=100.0, max_ppl_change=1e6, min_top1=0.0)
 VOCABULARY, CONTEXT = 37, 10
 KEYS = [
     "text_sha256", "tokens", "context", "baseline", "candidate", "ppl_ratio", "mean_kld", "kld_p99", "max_kld",
-    "top1_agreement", "limits", "passed", "reason",
+    "top1_agreement", "limits", "passed", "reason", "failures",
 ]  # fmt: skip
 
 
@@ -169,15 +170,15 @@ def test_each_limit_fails_by_itself(windows: list[np.ndarray], limits: Limits, r
 def test_a_perplexity_that_falls_too_far_fails_too() -> None:
     limits = Limits(max_kld=1.0, max_ppl_change=0.05, min_top1=0.0)
     figures = {"mean_kld": 0.0, "top1_agreement": 1.0}
-    assert limits.exceeded(ppl_ratio=0.94, **figures) == "perplexity changes by -6.00%, more than 5.00%"
-    assert limits.exceeded(ppl_ratio=1.06, **figures) == "perplexity changes by +6.00%, more than 5.00%"
-    assert limits.exceeded(ppl_ratio=0.96, **figures) == limits.exceeded(ppl_ratio=1.04, **figures) == ""
+    assert limits.problems(ppl_ratio=0.94, **figures) == {"ppl_change": "perplexity changes by -6.00%, more than 5.00%"}
+    assert limits.problems(ppl_ratio=1.06, **figures) == {"ppl_change": "perplexity changes by +6.00%, more than 5.00%"}
+    assert limits.problems(ppl_ratio=0.96, **figures) == limits.problems(ppl_ratio=1.04, **figures) == {}
 
 
 @pytest.mark.parametrize("figure", ["mean_kld", "ppl_ratio", "top1_agreement"])
 def test_a_figure_that_is_nan_exceeds_every_limit(figure: str) -> None:
     figures = {"mean_kld": 0.0, "ppl_ratio": 1.0, "top1_agreement": 1.0} | {figure: math.nan}
-    assert GENEROUS.exceeded(**figures)
+    assert GENEROUS.problems(**figures)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -22,8 +22,8 @@ from quantpress.pipelines.candidate import open_runtime
 from quantpress.pipelines.cli import run as run_program
 from quantpress.pipelines.judging import JudgeOptions
 from quantpress.pipelines.onnx_seq2seq import OnnxSeq2Seq
-from quantpress.pipelines.parity import token_figures
 from quantpress.pipelines.seq2seq_windows import split_window
+from quantpress.pipelines.token_figures import token_figures
 from quantpress.quant.errors import InputError
 from tests.seq2seq_tiny import KINDS, ROWS, answer, tiny_t5
 
