@@ -96,9 +96,9 @@ def preflight(checkpoint: Checkpoint, spec: ArchSpec | None = None, hyper: Hyper
         names = [name for row in spec.tensors if row.role is Role.HEAD for name in spec.names(row, -1)]
         hyper = replace(hyper, tied=not any(name in checkpoint.tensors for name in names))
     refuse_quantized(checkpoint)
-    if hyper.layers > len(checkpoint.tensors):
+    if hyper.deepest > len(checkpoint.tensors):
         raise InputError(
-            f"{checkpoint.name}: config.json says {hyper.layers} layers, the checkpoint holds only"
+            f"{checkpoint.name}: config.json says {hyper.deepest} layers, the checkpoint holds only"
             f" {len(checkpoint.tensors)} tensors"
         )
     matched, dropped = _match(checkpoint, spec, hyper)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from threading import Lock
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from quantpress.convert.files import shown
 from quantpress.convert.tokenizer_files import TOKENIZER_FILE_NAMES, TokenizerFiles
+from quantpress.convert.tokenizer_library import HuggingFace, library_errors
 from quantpress.quant.errors import InputError
 
 __all__ = ["TOKENIZER_FILE_NAMES", "Tokenizer", "TokenizerFiles", "adds_bos_eos", "special_ids"]
@@ -114,9 +112,9 @@ def special_ids(files: TokenizerFiles, token_id: Any) -> dict[str, int]:
         if found is None and (ids := files.config_ids(kind)):
             found = ids[0]
         if found is None and kind == "unk" and files.tokenizer_json is not None:
-            found = files.tokenizer_json["model"].get("unk_id")  # Unigram's
-        if found is not None:
-            result[kind] = int(found)
+            found = files.tokenizer_json["model"].get("unk_id")  # Unigram's; the library reads it in no other model
+        if isinstance(found, int) and not isinstance(found, bool) and found >= 0:
+            result[kind] = found
     return result
 
 
@@ -140,7 +138,7 @@ def adds_bos_eos(files: TokenizerFiles) -> tuple[bool, bool]:
     bos = files.tokenizer_class in _BOS_CLASSES or (files.tokenizer_json is None and files.remote is None)
     eos = False
     for template in _templates((files.tokenizer_json or {}).get("post_processor")):
-        marks = [next(iter(part), "") for part in template]
+        marks = [next(iter(part), "") if isinstance(part, Mapping) else "" for part in template]
         if "Sequence" in marks:
             bos, eos = marks[0] == "SpecialToken", marks[-1] == "SpecialToken"
     for key in ("add_bos_token", "add_eos_token"):
@@ -155,7 +153,8 @@ def _templates(processor: object) -> list[list[Mapping[str, Any]]]:
     if not isinstance(processor, dict):
         return []
     if processor.get("type") == "Sequence":
-        return [found for part in processor.get("processors") or [] for found in _templates(part)]
+        steps = processor.get("processors")
+        return [found for part in (steps if isinstance(steps, list) else []) for found in _templates(part)]
     if processor.get("type") in ("RobertaProcessing", "BertProcessing"):
         return [[{"SpecialToken": {}}, {"Sequence": {}}, {"SpecialToken": {}}]]
     single = processor.get("single")
@@ -164,55 +163,12 @@ def _templates(processor: object) -> list[list[Mapping[str, Any]]]:
 
 def _open_backend(files: TokenizerFiles) -> _Backend:
     if files.tokenizer_json is not None:
-        return _HuggingFace(files, files.tokenizer_json)
+        return HuggingFace(files, files.tokenizer_json)
     if "tokenizer.model" in files:
         return _SentencePiece(files)
     raise InputError(
         f"{files.name}: no tokenizer: tokenizer.json, tokenizer.model, or vocab.json with merges.txt is needed"
     )
-
-
-class _HuggingFace:
-    """The `tokenizers` library."""
-
-    def __init__(self, files: TokenizerFiles, tokenizer_json: Mapping[str, Any]) -> None:
-        from tokenizers import Tokenizer as Library
-
-        where = files.where("tokenizer.json")
-        try:
-            self._library = Library.from_str(json.dumps(tokenizer_json, ensure_ascii=False))
-        except Exception as error:  # the library raises nothing narrower
-            raise InputError(f"{where}: not a tokenizer: {shown(str(error), 200)}") from error
-        self._library.no_padding()
-        self._library.no_truncation()
-        for token in files.added_tokens:
-            if self._library.token_to_id(token["content"]) != token["id"]:
-                found = self._library.token_to_id(token["content"])
-                raise InputError(
-                    f"{where}: added token {shown(token['content'])} is said to have id {token['id']} but gets "
-                    f"{found}; ids of added tokens must follow the vocabulary without gaps"
-                )
-        self.size = 1 + max(self._library.get_vocab(with_added_tokens=True).values(), default=-1)
-        self._lock = Lock()
-
-    def encode(self, text: str, *, special: bool) -> Sequence[int]:
-        with self._lock:  # the switch belongs to the tokenizer, not to the call
-            self._library.encode_special_tokens = not special
-            ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
-        return ids
-
-    def encode_in_template(self, text: str) -> Sequence[int]:
-        with self._lock:
-            self._library.encode_special_tokens = False
-            ids: list[int] = self._library.encode(text).ids
-        return ids
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return str(self._library.decode(ids, skip_special_tokens=False))
-
-    def token_id(self, token: str) -> int | None:
-        found: int | None = self._library.token_to_id(token)
-        return found
 
 
 class _SentencePiece:
@@ -221,10 +177,8 @@ class _SentencePiece:
     def __init__(self, files: TokenizerFiles) -> None:
         from sentencepiece import SentencePieceProcessor
 
-        try:
+        with library_errors(files.where("tokenizer.model"), "not a SentencePiece model"):
             self._library = SentencePieceProcessor(model_proto=files.files["tokenizer.model"])
-        except (RuntimeError, OSError, ValueError) as error:
-            raise InputError(f"{files.where('tokenizer.model')}: not a SentencePiece model: {error}") from error
         pieces = self._library.get_piece_size()
         self._added = {token["content"]: token for token in files.added_tokens}
         self._texts = {token["id"]: token["content"] for token in files.added_tokens}

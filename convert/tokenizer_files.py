@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -38,6 +39,7 @@ TOKENIZER_FILE_NAMES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+_DIGITS = re.compile(r"[0-9]{1,10}")
 _EXTRA_TEMPLATES = "additional_chat_templates/"  # transformers writes named templates into this folder
 
 # tokenizer classes that exist without tokenizer.json -> the split of vocab.json + merges.txt they mean
@@ -176,9 +178,9 @@ class TokenizerFiles:
         if not isinstance(decoder, dict):
             raise InputError(f"{self.where('tokenizer_config.json')}: 'added_tokens_decoder' is not an object")
         for key, value in decoder.items():
-            token_id = self._id(int(key) if key.isdigit() else key, "tokenizer_config.json", key)
+            token_id = self._id(int(key) if _DIGITS.fullmatch(key) else key, "tokenizer_config.json", key)
             if not isinstance(value, dict) or not isinstance(value.get("content"), str):
-                raise InputError(f"{self.where('tokenizer_config.json')}: added token {key} has no 'content'")
+                raise InputError(f"{self.where('tokenizer_config.json')}: added token {shown(key)} has no 'content'")
             tokens[token_id] = value
         if "tokenizer.json" not in self.files:
             for token_id, content in class_tokens(self.remote, self.files, where=self.where("tokenizer.model")).items():
@@ -263,9 +265,10 @@ class TokenizerFiles:
             pattern = {"Regex": _QWEN2_SPLIT}
             split = [{"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}]
         elif self.tokenizer_class not in _GPT2_CLASSES:
+            name = shown(self.tokenizer_class)[1:-1]
             raise InputError(
-                f"{self.where('vocab.json')}: no tokenizer.json, and how {self.tokenizer_class} splits text is not "
-                "known; save tokenizer.json with transformers (a fast tokenizer)"
+                f"{self.where('vocab.json')}: no tokenizer.json, and how {name} splits text is "
+                "not known; save tokenizer.json with transformers (a fast tokenizer)"
             )
         lines = self.text("merges.txt").splitlines()
         pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]

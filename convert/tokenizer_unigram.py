@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from quantpress.convert.files import shown
 from quantpress.convert.gguf.vocab_sentencepiece import UNIGRAM, SentencePieceModel, read_sentencepiece
 from quantpress.quant.errors import InputError
 
@@ -87,8 +88,9 @@ def form_of(tokenizer_class: str, model_type: object, *, where: str) -> Sentence
     if found is None and not tokenizer_class and isinstance(model_type, str):
         found = _BY_MODEL_TYPE.get(model_type)
     if found is None:
+        name = shown(tokenizer_class)[1:-1] if tokenizer_class else "the tokenizer"
         raise InputError(
-            f"{where}: no tokenizer.json, and which ids {tokenizer_class or 'the tokenizer'} gives its pieces is not "
+            f"{where}: no tokenizer.json, and which ids {name} gives its pieces is not "
             "known; save tokenizer.json with transformers (a fast tokenizer)"
         )
     return found
@@ -139,7 +141,7 @@ def _vocabulary(
     if form.first:
         own = [text for text, _, kind in model.pieces if kind != 1]
         if set(own) != {"<unk>", "<s>", "</s>"}:  # fairseq's own three, which its four replace
-            raise InputError(f"{where}: its special pieces are {own}, not those of the tokenizer's class")
+            raise InputError(f"{where}: its special pieces are {shown(own)}, not those of the tokenizer's class")
         pieces = [(text, 0.0) for text in form.first] + pieces[len(own) :]
     elif not any(kind == _UNKNOWN for _, _, kind in model.pieces):
         raise InputError(f"{where}: it has no unknown piece")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from quantpress.convert.files import shown
 from quantpress.quant.errors import InputError
 
 __all__ = ["wordpiece_json"]
@@ -29,14 +30,15 @@ def wordpiece_json(vocab: str, config: Mapping[str, Any], specials: Mapping[str,
     Raises:
         InputError: the tokenizer is of another class, or a special token is not in the vocabulary.
     """
-    if config.get("tokenizer_class", "") not in _CLASSES:
-        raise InputError(f"{where}: how {config['tokenizer_class']} splits text is not known; save tokenizer.json")
+    name = config.get("tokenizer_class", "")
+    if not isinstance(name, str) or name not in _CLASSES:
+        raise InputError(f"{where}: how {shown(name)} splits text is not known; save tokenizer.json")
     lines = vocab.removesuffix("\n").split("\n")
     ids = {line.removesuffix("\r"): number for number, line in enumerate(lines)}
     named = {**_SPECIALS, **specials}
     missing = [text for kind, text in named.items() if kind in _SPECIALS and text not in ids]
     if missing:
-        raise InputError(f"{where}: special token {missing[0]!r} is not in the vocabulary")
+        raise InputError(f"{where}: special token {shown(missing[0])} is not in the vocabulary")
     normalizer = {
         "type": "BertNormalizer",
         "clean_text": True,

@@ -50,7 +50,7 @@ def inspect(model: Checkpoint | Path | str) -> dict[str, Any]:
     report = {
         "model": source.name,
         "format": source.format,
-        "architecture": (source.config.get("architectures") or [None])[0],
+        "architecture": architecture_of(source.config),
         "parameters": source.parameters,
         "bytes": sum(file.nbytes for file in source.files),
         "tensors": len(source.tensors),
@@ -63,6 +63,13 @@ def inspect(model: Checkpoint | Path | str) -> dict[str, Any]:
     except InputError as error:
         return report | {"problem": str(error)}
     return report | _sizes(checked) | {"problem": None}
+
+
+def architecture_of(config: Mapping[str, Any]) -> str | None:
+    """Gives the first class that a config.json names; None where it names none."""
+    classes = config.get("architectures")
+    first = classes[0] if isinstance(classes, list | tuple) and classes else None
+    return first if isinstance(first, str) else None
 
 
 def tensor_types(

@@ -9,7 +9,7 @@ from quantpress.convert.arch.registry import find_arch
 from quantpress.convert.onnx.precision import OnnxPrecision, precision_of
 from quantpress.convert.onnx.read import OnnxModel, OnnxValue, model_facts, open_onnx
 from quantpress.convert.tokenizer_files import TokenizerFiles
-from quantpress.pipelines.inspection import tokenizer_of
+from quantpress.pipelines.inspection import architecture_of, tokenizer_of
 from quantpress.quant.errors import InputError
 
 __all__ = ["inspect_onnx"]
@@ -30,7 +30,7 @@ def inspect_onnx(path: Path | str) -> dict[str, Any]:
     return {
         "model": model.name,
         "format": "onnx",
-        "architecture": (config.get("architectures") or [None])[0],
+        "architecture": architecture_of(config),
         "parameters": sum(precision.parameters.values()),
         "bytes": sum(file.nbytes for file in model.files),
         "tensors": len(model.tensors),

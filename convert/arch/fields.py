@@ -14,6 +14,20 @@ from quantpress.quant.errors import InputError
 Config = Mapping[str, Any]
 
 LARGEST = 10_000_000  # no size of a language model is near it; a product of two still fits 64 bits
+# What is written out one by one has bounds of its own: the deepest model has 1,000 layers, no layer has 1,000
+# experts or heads, and the largest vocabulary has 262,144 tokens.
+_BOUNDS: Mapping[str, int] = MappingProxyType(
+    {
+        **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_decoder_layers"), 10_000),
+        **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "n_shared_experts"), 1024),
+        **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_heads", "n_head", "n_heads"), 65_536),
+        **dict.fromkeys(("vocab_size", "padded_vocab_size"), 1 << 21),
+        **dict.fromkeys(
+            ("head_dim", "kv_channels", "d_kv", "v_head_dim", "qk_nope_head_dim", "qk_rope_head_dim"), 65_536
+        ),
+        **dict.fromkeys(("relative_attention_max_distance", "relative_attention_num_buckets"), 65_536),
+    }
+)
 MISSING: Any = object()
 
 ACTIVATIONS: Mapping[str, str] = MappingProxyType(
@@ -78,7 +92,7 @@ def get(config: Config, key: str, default: Any = MISSING) -> Any:
 
 
 def size(config: Config, key: str, default: Any = MISSING) -> int:
-    """Gives a whole number from 1 to `LARGEST`.
+    """Gives a whole number from 1 to `LARGEST`, or to a smaller bound that a key has of its own.
 
     Raises:
         InputError: the key is missing without default, not a whole number, or absurd.
@@ -86,8 +100,9 @@ def size(config: Config, key: str, default: Any = MISSING) -> int:
     value = get(config, key, default)
     if isinstance(value, bool) or not isinstance(value, int):
         raise InputError(f"config.json: {key!r} is {short(value)}, wanted a whole number")
-    if not 1 <= value <= LARGEST:
-        raise InputError(f"config.json: {key!r} is {short(value)}, wanted 1 to {LARGEST}")
+    bound = _BOUNDS.get(key, LARGEST)
+    if not 1 <= value <= bound:
+        raise InputError(f"config.json: {key!r} is {short(value)}, wanted 1 to {bound}")
     return value
 
 

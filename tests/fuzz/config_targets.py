@@ -1,0 +1,116 @@
+"""Made-up config.json, generation_config.json and settings of quantizers: all that happens before a weight is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from quantpress.convert.checkpoint import Checkpoint
+from quantpress.convert.open import open_checkpoint
+from quantpress.convert.preflight import preflight
+from quantpress.pipelines.gguf_stage import Gguf
+from quantpress.pipelines.inspection import inspect
+from quantpress.pipelines.job_stage import JobStage
+from quantpress.pipelines.onnx_stage import Onnx
+from quantpress.quant.errors import QuantpressError
+from tests.fuzz.config_seeds import config_seeds
+from tests.fuzz.table_folder import fitting, llama_config, llama_folder
+from tests.fuzz.target import Target
+
+__all__ = ["TARGETS"]
+
+_WORDS = (
+    b'"rope_scaling": {"rope_type": "yarn", "factor": 4.0}', b'"llama3"', b'"longrope"', b'"dynamic"', b"null", b"true",
+    b"[]", b"{}", b"-1", b"0", b"1e308", b"1e-308", b"10000000", b"18446744073709551615", b'"layer_types": [[]]',
+    b'"full_attention"', b'"sliding_attention"', b'"text_config": {}', b'"quantization_config": {"bits": 4}',
+    b'"sliding_window_pattern"', b'"partial_rotary_factor": 0.1', b'"head_dim": 1', b'"rope_parameters": []',
+    b'"architectures": [[]]', b'"auto_map": {"AutoModel": "x.py"}', b'"torch_dtype": 5', b'"eos_token_id": [1, [2]]',
+)  # fmt: skip
+
+
+def parse_model(folder: Path) -> dict[str, Any]:
+    """Describes a folder and plans what would be written, of its own tensors and of those that its config wants."""
+    checkpoint = open_checkpoint(folder)
+    report = inspect(checkpoint)
+    made = fitting(checkpoint)
+    errors = []
+    if made is not None:
+        preflight(made)
+        gguf, onnx = Gguf(output=Path("x.gguf"), outtype="Q4_K_M"), Onnx(output=Path("x"), precision="int4")
+        errors = [error for stage in (gguf, onnx) if (error := _error_of(stage, made)) is not None]
+    if report.get("problem") is None:
+        Gguf(output=Path("x.gguf")).resolved(checkpoint).plan(checkpoint)
+    if len(errors) > 1:  # what one format cannot hold is no reason not to ask the next
+        raise errors[0]
+    return report
+
+
+def _error_of(stage: JobStage, checkpoint: Checkpoint) -> QuantpressError | None:
+    """Plans, and gives what was refused."""
+    try:
+        stage.resolved(checkpoint).plan(checkpoint)
+    except QuantpressError as error:
+        return error
+    return None
+
+
+def _generation_seeds() -> Mapping[str, bytes]:
+    good = {
+        "do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 50, "eos_token_id": [0, 1], "bos_token_id": 0,
+        "repetition_penalty": 1.1, "min_p": 0.05, "transformers_version": "4.40.0",
+    }  # fmt: skip
+    odd: dict[str, Any] = {
+        "text": {"temperature": "warm"}, "large": {"top_k": 1 << 60}, "list": {"top_p": [1]}, "minus": {"top_k": -1},
+        "ids": {"eos_token_id": [1 << 40, -1, True, "x", None]}, "empty": {}, "flag": {"mirostat": True},
+    }  # fmt: skip
+    return {name: json.dumps(value).encode() for name, value in {"good": good, **odd}.items()}
+
+
+def _parse_planned(folder: Path) -> object:
+    """Plans a GGUF file of the folder as it is; what is refused is refused here."""
+    checkpoint = open_checkpoint(folder)
+    return Gguf(output=Path("x.gguf"), outtype="Q8_0").resolved(checkpoint).plan(checkpoint)
+
+
+def _packed_seeds() -> Mapping[str, bytes]:
+    group = {
+        "format": "pack-quantized", "targets": ["Linear"],
+        "weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32},
+    }  # fmt: skip
+    settings: dict[str, Any] = {
+        "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True},
+        "gptq-v2": {
+            "quant_method": "gptq", "bits": 4, "group_size": 16, "checkpoint_format": "gptq_v2", "sym": False,
+            "dynamic": {"+:.*q_proj.*": {"bits": 8}, "-:.*down.*": {}},
+        },
+        "awq": {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"},
+        "awq-left": {"quant_method": "awq", "bits": 4, "group_size": 32, "modules_to_not_convert": ["lm_head"]},
+        "compressed": {
+            "quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head"],
+            "config_groups": {"group_0": group},
+        },
+        "compressed-two": {
+            "quant_method": "compressed-tensors", "format": "int-quantized", "ignore": ["re:.*mlp.*"],
+            "config_groups": {"a": group, "b": {**group, "targets": ["re:.*down_proj", "re:(a+)+b"]}},
+        },
+        "nf4": {
+            "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "bfloat16", "llm_int8_skip_modules": None,
+        },
+        "int8": {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": 6.0},
+        "mxfp4": {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]},
+        "fp8": {"quant_method": "fp8", "weight_block_size": [128, 128]}, "unknown": {"quant_method": "hqq"},
+        "no-method": {"bits": 4}, "list": [1],
+    }  # fmt: skip
+    return {name: json.dumps(llama_config(quantization_config=value)).encode() for name, value in settings.items()}
+
+
+TARGETS: tuple[Target, ...] = (
+    Target("config-json", "config.json", llama_folder, parse_model, config_seeds, _WORDS),
+    Target(
+        "generation-config", "generation_config.json", llama_folder, _parse_planned, _generation_seeds,
+        (b'"temperature"', b'"min_p": 1e39', b'"xtc_threshold"', b'"mirostat": 9999999999', b"null", b"1e308", b"-1"),
+    ),
+)  # fmt: skip
