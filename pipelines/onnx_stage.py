@@ -39,7 +39,7 @@ class Onnx(JobStage):
     """
 
     name: ClassVar[str] = "onnx"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     output: Path
     precision: str | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -42,11 +42,13 @@ class WeightRows:
     allow_nonfinite: bool = False
     asked: set[tuple[str, int]] = field(default_factory=set, repr=False)
     _bound: dict[tuple[str, int], Binding] = field(init=False, repr=False)
+    _codes: Mapping[str, LazyQuantized] = field(init=False, repr=False)
     _whole: Recent[Array] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Sorts the table by slot and layer."""
         self._bound = {(row.slot, layer): (row, layer, tensor) for row, layer, tensor in self.checked.bindings}
+        self._codes = self.checked.codes(self.source)
         self._whole = Recent(_WHOLE)
 
     def has(self, slot: str, layer: int = -1) -> bool:
@@ -75,7 +77,7 @@ class WeightRows:
         rows, columns = tensor.shape[::-1] if turned else tensor.shape
         order = _order(self.checked.spec, row, self.checked.hyper)
         ranges = partial(_row_ranges, rows, columns, order.block)
-        codes = None if row.offset else self.source.quantized.get(tensor.name)
+        codes = None if row.offset else self._codes.get(tensor.name)
         return LinearWeight(
             slot=role_slot or slot,
             layer=layer,
