@@ -34,7 +34,9 @@ _SUBNORMAL = 2.0**-25
 _FARTHEST = 1e4  # steps that an error is counted as at most
 # bits -> how far the factor may be from 1, and the relative error; measured x 2, and for 4 bits below 1.1's 0.085
 _FACTOR = {8: 0.02, 4: 0.065, 3: 0.15, 2: 0.4}
-_RELATIVE = {8: 0.08, 4: 0.4, 3: 0.7, 2: 1.0}
+_RELATIVE = {8: 0.1, 4: 0.7, 3: 0.9, 2: 1.2}
+_SPREAD, _SPREADS = 0.75, 0.45  # steps of errors that are no factor, and how far the factor goes with what is above
+_SHRINKS = 0.6  # of the squared relative error: values with errors in them are longer by as much
 _TENSOR_MEAN, _ROW_MEAN, _BLOCK_MEAN, _BLOCK_SQUARE = 0.15, 0.5, 2.0, 3.0
 _ROW_ERROR = 0.9  # of a row's own length
 _KEPT = 0.25  # of a step, where the source has these very codes and numbers in 16 bits
@@ -86,6 +88,15 @@ class Figures:
         """Relative error of all values."""
         whole = float(self.source.sum())
         return float(np.sqrt(max(self.errors.sum(), 0.0) / whole)) if whole else float(np.sqrt(self.held.sum()))
+
+    @property
+    def spread(self) -> float:
+        """Root mean square of the error in steps, without what a factor on all values explains."""
+        both, whole, held = (float(each.sum()) for each in (self.both, self.source, self.held))
+        if not whole or not held or not self.errors.sum() > 0:
+            return 0.0
+        share = max(1 - both * both / (whole * held), 0.0) * whole / float(self.errors.sum())
+        return float(np.sqrt(share * self.square.mean()))
 
     @property
     def errors(self) -> Array:
@@ -210,8 +221,9 @@ def judge_codes(figures: Figures, *, nearest: bool, kept: bool = False) -> list[
 
     if not np.isfinite(relative) or relative > _RELATIVE[bits]:
         return finding(f"relative error {relative:.3g}", f"at most {_RELATIVE[bits]} for {figures.bits} bits")
-    if figures.source.any() and abs(factor - 1) > _FACTOR[bits]:
-        return finding(f"the source's values times {1 / factor if factor else 0:.3f}", f"1 +- {_FACTOR[bits]}")
+    allowed = max(_FACTOR[bits], _SHRINKS * relative**2, _SPREADS * (figures.spread - _SPREAD))
+    if figures.source.any() and abs(factor - 1) > allowed:
+        return finding(f"the source's values times {1 / factor if factor else 0:.3f}", f"1 +- {allowed:.3f}")
     if kept and float(np.median(figures.worst)) < _KEPT / 4:
         if (worst := float(figures.worst.max())) > _KEPT:
             return finding(f"{_where(figures.worst)} is {worst:.3g} steps off", "the codes of the source")
@@ -228,15 +240,16 @@ def judge_codes(figures: Figures, *, nearest: bool, kept: bool = False) -> list[
 def _outliers(figures: Figures, finding: Callable[[str, str], list[Finding]]) -> list[Finding]:
     """Rows and blocks that stand out by more than any method explains."""
     means = np.abs(figures.mean.mean(axis=1))
-    limit = _ROW_MEAN + 4 / np.sqrt(figures.columns)
+    wide = max(1.0, figures.spread)
+    limit = (_ROW_MEAN + 4 / np.sqrt(figures.columns)) * wide
     if means.max(initial=0) > limit:
         return finding(f"row {means.argmax()} is {means.max():.2f} steps off in the mean", f"at most {limit:.2f}")
     square = np.sqrt(figures.square.max(initial=0))
-    if square > _BLOCK_SQUARE:
-        return finding(f"{_where(figures.square)} is {square:.3g} steps off", f"at most {_BLOCK_SQUARE}")
-    if np.abs(figures.mean).max(initial=0) > _BLOCK_MEAN:
+    if square > _BLOCK_SQUARE * wide:
+        return finding(f"{_where(figures.square)} is {square:.3g} steps off", f"at most {_BLOCK_SQUARE * wide:.2f}")
+    if np.abs(figures.mean).max(initial=0) > _BLOCK_MEAN * wide:
         where, most = _where(np.abs(figures.mean)), np.abs(figures.mean).max()
-        return finding(f"{where} is {most:.2f} steps off in the mean", f"at most {_BLOCK_MEAN}")
+        return finding(f"{where} is {most:.2f} steps off in the mean", f"at most {_BLOCK_MEAN * wide:.2f}")
     whole = figures.source > 0
     error = np.sqrt(np.maximum(figures.errors[whole], 0) / figures.source[whole])
     if figures.bits >= 3 and error.max(initial=0) > _ROW_ERROR:

@@ -15,6 +15,7 @@ from quantpress.convert.arch.spec import Layout, Role
 from quantpress.convert.checkpoint import Checkpoint
 from quantpress.convert.onnx.read import OnnxModel
 from quantpress.convert.preflight import Preflight
+from quantpress.convert.traits import traits_of
 from quantpress.convert.weights import CheckpointWeights
 from quantpress.pipelines.content_proof import Finding
 from quantpress.pipelines.onnx_proof_measures import (
@@ -120,8 +121,8 @@ class _Proof:
         found = {
             key: self._judge(key, each, nearest=nearest and "_exps." not in key[0]) for key, each in figures.items()
         }
-        self._excuse_norms(usable, folds, columns, found)
         self._excuse_rows(usable, columns, figures, found)
+        self._excuse_norms(usable, folds, columns, found)
         return findings + [each for key in found for each in found[key]]
 
     def _judge(self, key: Key, figures: Figures, *, nearest: bool) -> list[Finding]:
@@ -147,7 +148,7 @@ class _Proof:
         """Gives what the columns behind a norm have been multiplied by, for norms that differ from the source's."""
         found: dict[Key, Array] = {}
         for key, held in pairs.items():
-            if self._roles.get(key[0]) is not Role.NORM or len(held.shape) != 1 or not key[0].endswith("norm.weight"):
+            if self._roles.get(key[0]) is not Role.NORM or len(held.shape) != 1 or not key[0].endswith(".weight"):
                 continue
             if key[1] < 0 or not judge_floats(self._measure(key, held)):
                 continue
@@ -160,12 +161,12 @@ class _Proof:
         slot, layer = key
         if self._roles.get(slot) not in (Role.LINEAR, Role.ROUTER) or slot.startswith(_BEHIND_ROWS):
             return None
-        for norm, fold in ((norm[0], fold) for norm, fold in folds.items() if norm[1] == layer):
-            begins = ("attn_",) if norm.startswith("attn_norm") else ("ffn_",)
-            if norm == "attn_norm.weight" and ("ffn_norm.weight", layer) not in self._names:
-                begins = ("attn_", "ffn_")
-            if slot.startswith(begins) and held.shape[-1] == len(fold):
-                return fold
+        traits = traits_of(self.checked.spec, self.checked.hyper, layer)
+        before = {**_LATENT_NORMS, "attn_": f"{traits.attention_norm}.weight", "ffn_": f"{traits.mlp_norm}.weight"}
+        for begins, norm in before.items():
+            fold = folds.get((norm, layer))
+            if slot.startswith(begins):
+                return fold if fold is not None and held.shape[-1] == len(fold) else None
         return None
 
     def _excuse_norms(
@@ -189,31 +190,44 @@ class _Proof:
         found: dict[Key, list[Finding]],
     ) -> None:  # fmt: skip
         """Two weights of which the second makes up for the rows of the first are right, by the row's own factors."""
-        for after in [key for key in found if key[0].startswith(_BEHIND_ROWS)]:
+        for after in [key for key in found if key[0].startswith(_BEHIND_ROWS) and key[0].endswith(".weight")]:
             before = self._before(after, pairs)
-            if before is None or not (found[before] or found[after]) or not figures[before].bits:
+            if before is None or not figures[before].bits:
                 continue
-            rows, place = figures[before].row_factors, self._place(before, after, pairs)
-            if place is None or not ((rows > 1 / _GREATEST_SCALE) & (rows < _GREATEST_SCALE)).all():
+            bias = before[0].replace(".weight", ".bias"), before[1]
+            place = self._place(before, after, pairs)
+            if place is None or not (found[before] or found[after] or found.get(bias)):
                 continue
-            scale = np.ones_like(rows)
-            scale[np.unique(place)] = rows[np.unique(place)]
-            both = (
-                self._measure(after, pairs[after], (1 / rows[place]).astype(np.float32)),
-                self._measure(before, pairs[before], columns.get(before), scale.astype(np.float32)),
-            )
-            judged = [self._judge(key, each, nearest=False) for key, each in zip((after, before), both, strict=True)]
-            if any(judged):
+            scale = self._row_scale(figures[before], np.unique(place), pairs.get(bias), bias)
+            if scale is None:
+                continue
+            first = self._measure(before, pairs[before], columns.get(before), scale)
+            second = self._measure(after, pairs[after], 1 / scale[place])
+            judged = [self._judge(key, each, nearest=False) for key, each in ((before, first), (after, second))]
+            if any(judged) or first.square.mean() > _NO_WORSE * figures[before].square.mean():
                 continue
             found[after] = found[before] = []
-            bias = before[0].replace(".weight", ".bias"), before[1]
             if found.get(bias):
-                off = measure(pairs[bias], self._rows(bias), rows=scale.astype(np.float32), name=pairs[bias].name)
-                found[bias] = [] if off.relative < _BIAS_ERROR else found[bias]
+                found[bias] = judge_floats(self._measure(bias, pairs[bias], None, scale))
+
+    def _row_scale(self, figures: Figures, used: Array, bias: HeldWeight | None, key: Key) -> Array | None:
+        """Gives what rows were multiplied by: exactly where there is a bias, else as the codes say."""
+        factors = figures.row_factors
+        if bias is not None:
+            old, new = self._rows(key)(0, bias.shape[0]), bias.read(0, bias.shape[0]).numbers.reshape(-1)
+            factors = np.where(old != 0, np.divide(new, old, out=np.ones_like(new), where=old != 0), factors)
+        scale = np.ones(len(factors), np.float32)
+        scale[used] = factors[used]
+        usable = (scale > 1 / _GREATEST_SCALE) & (scale < _GREATEST_SCALE)
+        return scale if usable.all() else None
 
     def _before(self, after: Key, pairs: Mapping[Key, HeldWeight]) -> Key | None:
         slot, layer = after
-        names = ["attn_v.weight", "attn_qkv.weight"] if slot.startswith("attn_") else [slot.replace("_down", "_up")]
+        names = (
+            ["attn_v.weight", "attn_qkv.weight", "attn_v_b.weight"]
+            if slot.startswith("attn_")
+            else [slot.replace("_down", "_up")]
+        )
         return next(((name, layer) for name in names if (name, layer) in pairs), None)
 
     def _place(self, before: Key, after: Key, pairs: Mapping[Key, HeldWeight]) -> Array | None:
@@ -221,6 +235,8 @@ class _Proof:
         hyper, rows, columns = self.checked.hyper, pairs[before].shape[0], pairs[after].shape[1]
         if not after[0].startswith("attn_"):
             return rows - columns + np.arange(columns) if rows in (columns, 2 * columns) else None
+        if rows == columns:
+            return np.arange(columns)
         kept = hyper.kv_heads * hyper.head_dim
         if hyper.latent is not None or columns != hyper.heads * hyper.head_dim or rows < kept:
             return None
@@ -228,8 +244,12 @@ class _Proof:
         return rows - kept + heads * hyper.head_dim + np.arange(columns) % hyper.head_dim
 
 
+_LATENT_NORMS = {  # beginnings of slots -> the norm before them
+    "attn_q_b": "attn_q_a_norm.weight", "attn_kv_b": "attn_kv_a_norm.weight", "attn_k_b": "attn_kv_a_norm.weight",
+    "attn_v_b": "attn_kv_a_norm.weight",
+}  # fmt: skip
 _BEHIND_ROWS = ("attn_output", "ffn_down")
-_BIAS_ERROR = 0.05  # of a bias whose factors were taken from codes of 4 bits
+_NO_WORSE = 1.1  # that squared errors may be with factors that come from codes
 
 
 def _prefix(key: Key) -> str:
