@@ -16,6 +16,8 @@ __all__ = ["HuggingFace", "library_errors"]
 
 _PANIC = "PanicException"  # of PyO3; derived from BaseException, and no module has it to be imported from
 
+_MAX_SIZE = 1 << 31  # ids are int32 in every runtime
+
 
 @contextlib.contextmanager
 def library_errors(where: str, what: str) -> Iterator[None]:
@@ -66,6 +68,8 @@ class HuggingFace:
                     f"{found}; ids of added tokens must follow the vocabulary without gaps"
                 )
         self.size = 1 + max(self._library.get_vocab(with_added_tokens=True).values(), default=-1)
+        if self.size > _MAX_SIZE:
+            raise InputError(f"{where}: a token has the id {self.size - 1}, wanted ids below {_MAX_SIZE}")
         self._lock = Lock()
 
     def encode(self, text: str, *, special: bool) -> Sequence[int]:

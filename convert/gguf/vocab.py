@@ -180,7 +180,8 @@ def _write_bpe(draft: _Draft, pre: str, merges: Sequence[Merge]) -> None:
 
 def _check_normalizer(draft: _Draft, normalizer: dict[str, Any] | None) -> None:
     """llama.cpp does not rewrite text before byte-level BPE."""
-    for part in (normalizer or {}).get("normalizers", [normalizer] if normalizer else []):
+    parts = [normalizer] if normalizer else []
+    for part in normalizer["normalizers"] if normalizer and normalizer.get("type") == "Sequence" else parts:
         kind = part.get("type")
         if kind == "NFC":
             draft.note("text that is not in Unicode NFC is normalized by the tokenizer but not by llama.cpp")

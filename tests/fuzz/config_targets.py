@@ -1,4 +1,4 @@
-"""Made-up config.json, generation_config.json and settings of quantizers: all that happens before a weight is read."""
+"""Made-up config.json and generation_config.json: all that happens before a weight is read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from quantpress.pipelines.job_stage import JobStage
 from quantpress.pipelines.onnx_stage import Onnx
 from quantpress.quant.errors import QuantpressError
 from tests.fuzz.config_seeds import config_seeds
-from tests.fuzz.table_folder import fitting, llama_config, llama_folder
+from tests.fuzz.table_folder import fitting, llama_folder
 from tests.fuzz.target import Target
 
 __all__ = ["TARGETS"]
@@ -72,39 +72,6 @@ def _parse_planned(folder: Path) -> object:
     """Plans a GGUF file of the folder as it is; what is refused is refused here."""
     checkpoint = open_checkpoint(folder)
     return Gguf(output=Path("x.gguf"), outtype="Q8_0").resolved(checkpoint).plan(checkpoint)
-
-
-def _packed_seeds() -> Mapping[str, bytes]:
-    group = {
-        "format": "pack-quantized", "targets": ["Linear"],
-        "weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32},
-    }  # fmt: skip
-    settings: dict[str, Any] = {
-        "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True},
-        "gptq-v2": {
-            "quant_method": "gptq", "bits": 4, "group_size": 16, "checkpoint_format": "gptq_v2", "sym": False,
-            "dynamic": {"+:.*q_proj.*": {"bits": 8}, "-:.*down.*": {}},
-        },
-        "awq": {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"},
-        "awq-left": {"quant_method": "awq", "bits": 4, "group_size": 32, "modules_to_not_convert": ["lm_head"]},
-        "compressed": {
-            "quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head"],
-            "config_groups": {"group_0": group},
-        },
-        "compressed-two": {
-            "quant_method": "compressed-tensors", "format": "int-quantized", "ignore": ["re:.*mlp.*"],
-            "config_groups": {"a": group, "b": {**group, "targets": ["re:.*down_proj", "re:(a+)+b"]}},
-        },
-        "nf4": {
-            "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "bfloat16", "llm_int8_skip_modules": None,
-        },
-        "int8": {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": 6.0},
-        "mxfp4": {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]},
-        "fp8": {"quant_method": "fp8", "weight_block_size": [128, 128]}, "unknown": {"quant_method": "hqq"},
-        "no-method": {"bits": 4}, "list": [1],
-    }  # fmt: skip
-    return {name: json.dumps(llama_config(quantization_config=value)).encode() for name, value in settings.items()}
 
 
 TARGETS: tuple[Target, ...] = (

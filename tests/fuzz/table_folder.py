@@ -24,7 +24,7 @@ _MOST_VALUES = 1 << 24  # a file of 64 MB
 
 def llama_config(**options: Any) -> dict[str, Any]:
     """Gives the config.json of `llama_folder`."""
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    sizes = {"num_hidden_layers": 1}
     return tiny_config("llama", **{**sizes, **options})
 
 
