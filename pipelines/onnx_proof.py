@@ -35,13 +35,12 @@ def onnx_content(source: Checkpoint, artifact: Path) -> ContentProof:
     model, checked = open_onnx(artifact), preflight(source)
     tokens = compare_tokens(source, model.folder.tokenizer_files)
     settings = SettingsFound()
-    weights = WeightsFound()
+    weights, skipped = WeightsFound(), tuple[str, ...]()
     if not model.producer.startswith(_OURS):
         skipped = (f"weights and settings: made by {model.producer or 'another program'}, whose names are not known",)
     elif checked.spec.kind == "encoder_decoder":
         skipped = ("weights and settings: an encoder-decoder has two graphs, which are judged by what they compute",)
     else:
-        skipped = ()
         compare_config(settings, model, source, checked)
         compare_settings(settings, model, checked.hyper)
         weights = compare_weights(model, source, checked)

@@ -49,8 +49,8 @@ def _compare_sizes(found: SettingsFound, config: Mapping[str, Any], source: Chec
 
 def _compare_genai(found: SettingsFound, genai: Mapping[str, Any], source: Checkpoint, checked: Preflight) -> None:
     hyper = checked.hyper
-    model = genai.get("model") if isinstance(genai.get("model"), dict) else {}
-    decoder = model.get("decoder") if isinstance(model.get("decoder"), dict) else {}
+    model = _object(genai, "model")
+    decoder = _object(model, "decoder")
     wanted = {
         "head_size": hyper.head_dim,
         "hidden_size": hyper.hidden,
@@ -69,6 +69,11 @@ def _compare_genai(found: SettingsFound, genai: Mapping[str, Any], source: Check
             given = given if isinstance(given, list) else [given]
             missing = [each for each in ids if each not in given]
             found.same(f"genai_config.json {kind}_token_id", given, given if _holds(kind, missing, ids) else ids)
+
+
+def _object(place: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = place.get(key)
+    return value if isinstance(value, dict) else {}
 
 
 def _holds(kind: str, missing: list[int], ids: list[int]) -> bool:

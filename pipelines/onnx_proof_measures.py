@@ -142,7 +142,11 @@ def measure(
         if most > excess:
             excess, place = most, start + row
     joined = [np.concatenate(each) for each in zip(*parts, strict=True)]
-    return Figures(name or held.name, held.bits, count * width, width, *joined, excess=excess, place=place)  # type: ignore[arg-type]
+    named = dict(zip(_ARRAYS, joined, strict=True))
+    return Figures(name or held.name, held.bits, count * width, width, **named, excess=excess, place=place)
+
+
+_ARRAYS = ("source", "both", "held", "mean", "square", "outer", "worst")
 
 
 def _sums(wanted: Array, found: Array) -> tuple[Array, Array, Array]:

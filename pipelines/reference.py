@@ -28,7 +28,7 @@ from quantpress.pipelines.progress import Progress, no_progress
 from quantpress.pipelines.runtime import Runtime
 from quantpress.pipelines.tokenizer_proof import prove_tokenizer
 from quantpress.pipelines.torch_runtime import TorchRuntime
-from quantpress.pipelines.verdicts import failed, with_share
+from quantpress.pipelines.verdicts import failed, with_content, with_share
 from quantpress.pipelines.windows import read_text, text_windows, window_sizes
 from quantpress.quant.errors import CancelledError, QuantpressError
 
@@ -169,9 +169,11 @@ class Reference:
             from quantpress.pipelines.cache_proof import with_cache_proof
             from quantpress.pipelines.onnx_runtime import OnnxRuntime
 
-            return (
-                with_cache_proof(parity, candidate, self.windows[0]) if isinstance(candidate, OnnxRuntime) else parity
-            )
+            from quantpress.pipelines.onnx_proof import onnx_content
+
+            if isinstance(candidate, OnnxRuntime):
+                parity = with_cache_proof(parity, candidate, self.windows[0])
+            return with_content(parity, onnx_content(self._source, artifact))
         if not isinstance(candidate, LlamaCppRuntime):
             return parity
         rows = self.runtime.vocab_size

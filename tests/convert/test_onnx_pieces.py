@@ -1,4 +1,4 @@
-"""Codes of a matrix that a family keeps with others in one are codes in the ONNX model too, not the numbers they are."""
+"""Codes of a matrix that a family keeps with others in one are codes in the ONNX model too."""
 
 from __future__ import annotations
 
