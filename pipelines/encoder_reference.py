@@ -180,7 +180,13 @@ class EncoderReference:
             return failed(parity, f"{proof.difference}; is tokenizer.ggml.pre the right one?", "tokenizer")
         batch = getattr(candidate, "batch", None)
         problem = "" if batch is None else _padding_problem(candidate, batch, self.texts)
-        return failed(parity, problem, "padding") if problem else parity
+        if problem:
+            parity = failed(parity, problem, "padding")
+        if not is_onnx(artifact):
+            return parity
+        from quantpress.pipelines.onnx_proof import onnx_content
+
+        return with_content(parity, onnx_content(self._source, artifact))
 
 
 class _Filled:

@@ -167,9 +167,8 @@ class Reference:
         """Turns a verdict into a failure where the cache of an ONNX model is wrong, or llama.cpp's tokenizer."""
         if candidate.name == "onnxruntime" and parity.tokens:
             from quantpress.pipelines.cache_proof import with_cache_proof
-            from quantpress.pipelines.onnx_runtime import OnnxRuntime
-
             from quantpress.pipelines.onnx_proof import onnx_content
+            from quantpress.pipelines.onnx_runtime import OnnxRuntime
 
             if isinstance(candidate, OnnxRuntime):
                 parity = with_cache_proof(parity, candidate, self.windows[0])
