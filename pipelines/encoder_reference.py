@@ -40,7 +40,7 @@ from quantpress.pipelines.parity_limits import Limits
 from quantpress.pipelines.progress import Progress, no_progress
 from quantpress.pipelines.tokenizer_proof import prove_tokenizer
 from quantpress.pipelines.vector_figures import VectorFigures, pooled, vector_figures
-from quantpress.pipelines.verdicts import failed, with_share
+from quantpress.pipelines.verdicts import failed, with_content
 from quantpress.pipelines.windows import read_text
 from quantpress.quant.errors import CancelledError, OutputError, QuantpressError, UsageError
 
@@ -82,13 +82,16 @@ class EncoderReference:
         self.windows = encoder_windows(self.tokenizer, self.text.text, context=self.context, chunks=chunks)
         self.texts = texts_of(self.windows)
 
-    def judge(self, artifact: Path, ftype: str, *, runtime: str | None = None) -> Parity:
+    def judge(
+        self, artifact: Path, ftype: str, *, runtime: str | None = None, chosen: Iterable[str] = ()
+    ) -> Parity:  # fmt: skip
         """Runs a file and compares; what cannot be judged is a verdict that is not passed.
 
         Args:
             artifact: the file or folder.
             ftype: name of its type, for the default limits.
             runtime: in place of the one in the options.
+            chosen: metadata keys that the user has set by hand, which may differ from the source.
         """
         options = self.options if runtime is None else dataclasses.replace(self.options, runtime=runtime)
         limits = self.options.limits(ftype, self._source.parameters)
@@ -96,7 +99,8 @@ class EncoderReference:
             with open_encoder(artifact, options, context=self.context, pooled=bool(self.runtime.pooling)) as candidate:
                 parity = self._vocabulary_parity(candidate, limits)
                 parity = self._with_vectors(parity, candidate, limits)
-                return self._with_proofs(parity, artifact, candidate)
+                parity = self._with_proofs(parity, artifact, candidate)
+            return held(parity, self._source, artifact, chosen)
         except CancelledError:
             raise  # no verdict was asked for any more
         except QuantpressError as error:
