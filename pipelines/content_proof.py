@@ -7,10 +7,18 @@ source's, every setting that the runtime reads beside the source's own, every to
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["ContentProof", "Finding"]
+if TYPE_CHECKING:
+    from quantpress.convert.checkpoint import Checkpoint
+
+__all__ = ["ContentProof", "Finding", "prove_content"]
+
+_FOLDERS = "quantpress.pipelines.checkpoint_proof"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,3 +71,32 @@ class ContentProof:
                 for each in self.findings
             ],
         }
+
+
+def prove_content(source: Checkpoint, artifact: Path, chosen: Iterable[str] = ()) -> ContentProof | None:
+    """Compares what a file holds with its source; None where nothing compares files of its kind.
+
+    Args:
+        source: with adapters merged, where there are any.
+        artifact: GGUF file (of a split model the first part), ONNX model or checkpoint folder.
+        chosen: metadata keys of a GGUF file that the user has set by hand.
+
+    Raises:
+        InputError: one of the two cannot be read.
+    """
+    from quantpress.convert.onnx.read_folder import is_onnx
+
+    if is_onnx(artifact):
+        from quantpress.pipelines.onnx_proof import onnx_content
+
+        return onnx_content(source, artifact)
+    if artifact.suffix.lower() == ".gguf":
+        from quantpress.pipelines.gguf_proof import gguf_held
+
+        return gguf_held(source, artifact, frozenset(chosen))
+    if find_spec(_FOLDERS) is None:
+        return None
+    from quantpress.pipelines.checkpoint_proof import checkpoint_content
+
+    found: ContentProof = checkpoint_content(source, artifact)
+    return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
@@ -38,9 +38,10 @@ from quantpress.pipelines.machine import available_threads
 from quantpress.pipelines.parity import Judged, Parity, compare, unjudged
 from quantpress.pipelines.parity_limits import Limits
 from quantpress.pipelines.progress import Progress, no_progress
+from quantpress.pipelines.reference import held
 from quantpress.pipelines.tokenizer_proof import prove_tokenizer
 from quantpress.pipelines.vector_figures import VectorFigures, pooled, vector_figures
-from quantpress.pipelines.verdicts import failed, with_content
+from quantpress.pipelines.verdicts import failed, with_share
 from quantpress.pipelines.windows import read_text
 from quantpress.quant.errors import CancelledError, OutputError, QuantpressError, UsageError
 
@@ -184,13 +185,7 @@ class EncoderReference:
             return failed(parity, f"{proof.difference}; is tokenizer.ggml.pre the right one?", "tokenizer")
         batch = getattr(candidate, "batch", None)
         problem = "" if batch is None else _padding_problem(candidate, batch, self.texts)
-        if problem:
-            parity = failed(parity, problem, "padding")
-        if not is_onnx(artifact):
-            return parity
-        from quantpress.pipelines.onnx_proof import onnx_content
-
-        return with_content(parity, onnx_content(self._source, artifact))
+        return failed(parity, problem, "padding") if problem else parity
 
 
 class _Filled:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from quantpress.convert.checkpoint import Checkpoint
 from quantpress.convert.tokenizer import Tokenizer, TokenizerFiles
 from quantpress.pipelines.adapter_share import ShareTally
-from quantpress.pipelines.candidate import open_runtime
+from quantpress.pipelines.candidate import first_part, open_runtime
+from quantpress.pipelines.content_proof import prove_content
 from quantpress.pipelines.judging import JudgeOptions
 from quantpress.pipelines.llama_cpp import LlamaCppRuntime
 from quantpress.pipelines.parity import Parity, compare, unjudged
@@ -32,7 +33,7 @@ from quantpress.pipelines.verdicts import failed, with_content, with_share
 from quantpress.pipelines.windows import read_text, text_windows, window_sizes
 from quantpress.quant.errors import CancelledError, QuantpressError
 
-__all__ = ["Kept", "Reference", "Yardstick", "base_runtime", "knows", "source_runtime"]
+__all__ = ["Kept", "Reference", "Yardstick", "base_runtime", "held", "knows", "source_runtime"]
 
 log = logging.getLogger(__name__)
 
@@ -115,13 +116,16 @@ class Reference:
         """
         return Tokenizer(TokenizerFiles(self._source.tokenizer_files, name=self._source.name))
 
-    def judge(self, artifact: Path, ftype: str, *, runtime: str | None = None) -> Parity:
+    def judge(
+        self, artifact: Path, ftype: str, *, runtime: str | None = None, chosen: Iterable[str] = ()
+    ) -> Parity:  # fmt: skip
         """Runs a file and compares; what cannot be judged is a verdict that is not passed.
 
         Args:
             artifact: the file or folder.
             ftype: name of its type, for the default limits.
             runtime: in place of the one in the options.
+            chosen: metadata keys that the user has set by hand, which may differ from the source.
         """
         options = self.options if runtime is None else dataclasses.replace(self.options, runtime=runtime)
         limits = self.options.limits(ftype, self._source.parameters)
@@ -143,7 +147,8 @@ class Reference:
                 )
                 if tally is not None:
                     parity = with_share(parity, tally.result())
-                return self._with_proofs(parity, artifact, candidate)
+                parity = self._with_proofs(parity, artifact, candidate)
+            return held(parity, self._source, artifact, chosen)
         except CancelledError:
             raise  # no verdict was asked for any more
         except QuantpressError as error:
@@ -167,12 +172,11 @@ class Reference:
         """Turns a verdict into a failure where the cache of an ONNX model is wrong, or llama.cpp's tokenizer."""
         if candidate.name == "onnxruntime" and parity.tokens:
             from quantpress.pipelines.cache_proof import with_cache_proof
-            from quantpress.pipelines.onnx_proof import onnx_content
             from quantpress.pipelines.onnx_runtime import OnnxRuntime
 
-            if isinstance(candidate, OnnxRuntime):
-                parity = with_cache_proof(parity, candidate, self.windows[0])
-            return with_content(parity, onnx_content(self._source, artifact))
+            return (
+                with_cache_proof(parity, candidate, self.windows[0]) if isinstance(candidate, OnnxRuntime) else parity
+            )
         if not isinstance(candidate, LlamaCppRuntime):
             return parity
         rows = self.runtime.vocab_size
@@ -183,6 +187,12 @@ class Reference:
             log.warning("%s: %s", artifact.name, proof.difference)
             return parity
         return failed(parity, f"{proof.difference}; is tokenizer.ggml.pre the right one?", "tokenizer")
+
+
+def held(parity: Parity, source: Checkpoint, artifact: Path, chosen: Iterable[str] = ()) -> Parity:
+    """Compares what a file holds with its source, besides what it computes; see `prove_content`."""
+    content = prove_content(source, first_part(artifact) if artifact.suffix.lower() == ".gguf" else artifact, chosen)
+    return parity if content is None else with_content(parity, content)
 
 
 def source_runtime(source: Checkpoint, options: JudgeOptions, *, head_only: bool = False) -> TorchRuntime:

@@ -53,6 +53,10 @@ def show_parity(parity: Parity) -> None:
         table.add_row(
             "adapters' effect in the file", f"{100 * share.share:.1f} %", f"100 ± {100 * share.tolerance:.0f} %"
         )
+    if (content := parity.content) is not None:
+        counts = content.tensors, content.settings, content.tokens
+        compared = ", ".join(str(count) if count else "-" for count in counts)
+        table.add_row("weights, settings, tokens compared", compared, "all as the source's")
     console = Console()
     console.print(table)
     verdict = "passed" if parity.passed else "FAILED"
