@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quantpress.convert.tokenizer_files import TOKENIZER_FILE_NAMES, TokenizerFiles
-from quantpress.convert.tokenizer_library import HuggingFace, library_errors
+from quantpress.convert.tokenizer_library import CANNOT_CUT, HuggingFace, library_errors
 from quantpress.quant.errors import InputError
 
 __all__ = ["TOKENIZER_FILE_NAMES", "Tokenizer", "TokenizerFiles", "adds_bos_eos", "special_ids"]
@@ -177,16 +177,18 @@ class _SentencePiece:
     def __init__(self, files: TokenizerFiles) -> None:
         from sentencepiece import SentencePieceProcessor
 
-        with library_errors(files.where("tokenizer.model"), "not a SentencePiece model"):
+        self._where = files.where("tokenizer.model")
+        with library_errors(self._where, "not a SentencePiece model"):
             self._library = SentencePieceProcessor(model_proto=files.files["tokenizer.model"])
-        pieces = self._library.get_piece_size()
+            pieces = self._library.get_piece_size()
+            self._control = {
+                self._library.id_to_piece(one): one
+                for one in range(pieces)
+                if self._library.is_control(one) or self._library.is_unknown(one)
+            }
+        self._pieces = pieces
         self._added = {token["content"]: token for token in files.added_tokens}
         self._texts = {token["id"]: token["content"] for token in files.added_tokens}
-        self._control = {
-            self._library.id_to_piece(one): one
-            for one in range(pieces)
-            if self._library.is_control(one) or self._library.is_unknown(one)
-        }
         self.size = max([pieces, *(one + 1 for one in self._texts)])
 
     @cached_property
@@ -203,7 +205,8 @@ class _SentencePiece:
                 token = self._added.get(part)
                 ids.append(token["id"] if token else self._control[part])
             elif part:
-                ids.extend(self._library.encode(part))
+                with library_errors(self._where, CANNOT_CUT):
+                    ids.extend(self._library.encode(part))
         return ids
 
     def encode_in_template(self, text: str) -> Sequence[int]:
@@ -214,7 +217,8 @@ class _SentencePiece:
         run: list[int] = []
         for one in [*ids, -1]:
             if one in self._texts or one < 0:
-                parts += [self._library.decode(run) if run else "", self._texts.get(one, "")]
+                with library_errors(self._where, CANNOT_CUT):
+                    parts += [self._library.decode(run) if run else "", self._texts.get(one, "")]
                 run = []
             else:
                 run.append(one)
@@ -223,8 +227,11 @@ class _SentencePiece:
     def token_id(self, token: str) -> int | None:
         if token in self._added:
             return int(self._added[token]["id"])
-        found: int = self._library.piece_to_id(token)
-        return found if self._library.id_to_piece(found) == token else None
+        found: int = self._library.piece_to_id(token)  # a model without an unknown piece has no id for what it lacks
+        if not 0 <= found < self._pieces:
+            return None
+        with library_errors(self._where, CANNOT_CUT):
+            return found if self._library.id_to_piece(found) == token else None
 
 
 def _alternatives(tokens: Iterable[str]) -> re.Pattern[str] | None:

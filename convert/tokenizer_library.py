@@ -12,7 +12,9 @@ from quantpress.convert.files import shown
 from quantpress.convert.tokenizer_files import TokenizerFiles
 from quantpress.quant.errors import InputError
 
-__all__ = ["HuggingFace", "library_errors"]
+__all__ = ["CANNOT_CUT", "HuggingFace", "library_errors"]
+
+CANNOT_CUT = "the tokenizer cannot cut this text"
 
 _PANIC = "PanicException"  # of PyO3; derived from BaseException, and no module has it to be imported from
 
@@ -97,4 +99,4 @@ class HuggingFace:
         return found
 
     def _errors(self) -> contextlib.AbstractContextManager[None]:
-        return library_errors(self._where, "the tokenizer cannot cut this text")
+        return library_errors(self._where, CANNOT_CUT)

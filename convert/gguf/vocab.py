@@ -180,9 +180,8 @@ def _write_bpe(draft: _Draft, pre: str, merges: Sequence[Merge]) -> None:
 
 def _check_normalizer(draft: _Draft, normalizer: dict[str, Any] | None) -> None:
     """llama.cpp does not rewrite text before byte-level BPE."""
-    parts = [normalizer] if normalizer else []
-    for part in normalizer["normalizers"] if normalizer and normalizer.get("type") == "Sequence" else parts:
-        kind = part.get("type")
+    steps = (normalizer or {}).get("normalizers") if (normalizer or {}).get("type") == "Sequence" else None
+    for kind in (part.get("type") for part in steps or ([normalizer] if normalizer else [])):
         if kind == "NFC":
             draft.note("text that is not in Unicode NFC is normalized by the tokenizer but not by llama.cpp")
         elif draft.pre is None:

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantpress.convert.atomic import write_file
+from quantpress.convert.json_reader import read_json
 from quantpress.pipelines.batch.chain import FileHashes
 from quantpress.pipelines.batch.remote import is_url, remote_state
 from quantpress.pipelines.batch.results import OutputResult
 from quantpress.pipelines.cache.keys import key_of
 from quantpress.pipelines.sidecar import sidecar_path, write_sidecar
+from quantpress.quant.errors import InputError
 
 if TYPE_CHECKING:
     from quantpress.pipelines.cache.store import Cache, Making
@@ -91,9 +93,9 @@ def restore(standing: Standing) -> None:
     place = sidecar_path(Path(path))
     wanted = json.dumps(standing.sidecar, sort_keys=True)
     try:
-        if json.dumps(json.loads(place.read_bytes()), sort_keys=True) == wanted:
+        if json.dumps(read_json(place), sort_keys=True) == wanted:
             return
-    except (OSError, ValueError):
+    except InputError:
         pass  # lost, or no longer JSON
     write_sidecar(Path(path), standing.sidecar)
 

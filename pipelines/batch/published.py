@@ -30,7 +30,7 @@ from quantpress.pipelines.batch.stores import name_of, shown_url, store_errors
 from quantpress.pipelines.batch.transfers import Moved, Transfer, counting, run_transfers
 from quantpress.pipelines.progress import Progress, no_progress
 from quantpress.pipelines.sidecar import sidecar_path
-from quantpress.quant.errors import OutputError, UsageError
+from quantpress.quant.errors import InputError, OutputError, UsageError
 
 __all__ = ["check_publishable", "publish"]
 
@@ -92,7 +92,7 @@ def publish(local: Path, url: str, *, force: bool = False, progress: Progress = 
     target = open_target(url, folder=local.is_dir())
     sidecar = sidecar_path(local)
     data = read_bounded(sidecar, MAX_SIDECAR)
-    outputs = parse_json(data, name=str(sidecar)).get("outputs")
+    outputs = _outputs_of(data, sidecar)
     files = _local_files(local, sidecar, outputs)
     with store_errors(url, OutputError):
         there = files_there(target)
@@ -103,6 +103,14 @@ def publish(local: Path, url: str, *, force: bool = False, progress: Progress = 
         _end(target, [*files, target.sidecar], there)
         _check_arrived(target, {**files, target.sidecar: sidecar}, data)
         return state_of(target, files_there(target))
+
+
+def _outputs_of(data: bytes, sidecar: Path) -> object:
+    """Gives what a sidecar says of the files."""
+    contents = parse_json(data, name=str(sidecar))
+    if not isinstance(contents, dict):
+        raise InputError(f"{sidecar}: a JSON object is expected, found {shown(contents)}")
+    return contents.get("outputs")
 
 
 def _local_files(local: Path, sidecar: Path, outputs: object) -> dict[str, Path]:

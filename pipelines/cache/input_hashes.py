@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -128,7 +128,6 @@ def _read(path: Path) -> dict[str, tuple[list[int], str]]:
     """Reads what is remembered; nothing where the file is missing or damaged."""
     try:
         value: Any = read_sealed(path)
-    except InputError:
+        return {str(name): (list(stamp), str(sha256)) for name, stamp, sha256 in value["files"]}
+    except (InputError, KeyError, TypeError, ValueError):
         return {}
-    rows = value.get("files") if isinstance(value, Mapping) else None
-    return {str(name): (list(stamp), str(sha256)) for name, stamp, sha256 in rows or ()}
