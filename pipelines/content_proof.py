@@ -91,9 +91,9 @@ def prove_content(source: Checkpoint, artifact: Path, chosen: Iterable[str] = ()
 
         return onnx_content(source, artifact)
     if artifact.suffix.lower() == ".gguf":
-        from quantpress.pipelines.gguf_proof import gguf_held
+        from quantpress.pipelines.gguf_proof import gguf_content
 
-        return gguf_held(source, artifact, frozenset(chosen))
+        return gguf_content(source, artifact, overridden=frozenset(chosen))
     if find_spec(_FOLDERS) is None:
         return None
     from quantpress.pipelines.checkpoint_proof import checkpoint_content

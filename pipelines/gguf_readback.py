@@ -39,6 +39,8 @@ class ReadBack:
         weight: `(slot, layer) -> float32 tensor or None` in the decoder's form; `layer` is -1 outside layers.
         parameters: number of values.
         types: name of a tensor -> name of its ggml type.
+        metadata: key -> value, as plain Python values.
+        names: slot -> name of its tensor, `{layer}` in it, where it is not that of the slot.
     """
 
     spec: ArchSpec
@@ -46,6 +48,15 @@ class ReadBack:
     weight: Weight
     parameters: int
     types: Mapping[str, str]
+    metadata: Mapping[str, Any]
+    names: Mapping[str, str]
+
+    def name_of(self, slot: str, layer: int) -> str:
+        """Gives the name of the tensor that holds a slot, which need not be there."""
+        stack = _stack(slot)[0]
+        if stack in self.names:
+            return self.names[stack].format(layer=layer)
+        return stack if layer < 0 else f"blk.{layer}.{stack}"
 
     def rounded_input(self, layer: int, slot: str, values: torch.Tensor) -> torch.Tensor:
         """Rounds a linear's input as llama.cpp does before it multiplies with a tensor of that type.
@@ -55,8 +66,7 @@ class ReadBack:
             slot: of the weight.
             values: (..., K) float32.
         """
-        stack = _stack(slot)[0]
-        name = stack if layer < 0 else f"blk.{layer}.{stack}"
+        name = self.name_of(slot, layer)
         return round_activations(values, self.types.get(name) or self.types["token_embd.weight"])
 
 
@@ -144,7 +154,8 @@ def read_back(path: Path) -> ReadBack:
         return as_torch(np.ascontiguousarray(found))
 
     count = sum(int(tensor.n_elements) for tensor in tensors.values())
-    return ReadBack(spec, hyper, weight, count, {name: tensor.tensor_type.name for name, tensor in tensors.items()})
+    types = {name: tensor.tensor_type.name for name, tensor in tensors.items()}
+    return ReadBack(spec, hyper, weight, count, types, metadata, called)
 
 
 def _readers(path: Path) -> list[gguf.GGUFReader]:

@@ -1,0 +1,145 @@
+"""All tensors of a GGUF file beside its source's, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from quantpress.convert.arch.spec import TensorSpec
+from quantpress.convert.checkpoint import Checkpoint
+from quantpress.convert.preflight import Preflight
+from quantpress.convert.weights import CheckpointWeights
+from quantpress.pipelines.content_proof import Finding
+from quantpress.pipelines.gguf_proof_measures import ERRORS, Figures, Limits, differing_floats, measure
+from quantpress.pipelines.gguf_readback import ReadBack
+
+__all__ = ["WeightsFound", "compare_weights"]
+
+_FLOATS = ("F32", "F16", "BF16", "F64")
+_PLAIN = 1.15  # times a type's own error that a tensor has at most that was rounded to nearest
+_MOST, _FEW = 0.1, 2  # share, and number, of tensors that may have more in a file that was
+_FOLDED = 0.3  # share of norms that differ where a method has folded scales into them
+
+
+@dataclass
+class WeightsFound:
+    """How many tensors were compared, which could not be and why, and what is wrong."""
+
+    tensors: int = 0
+    skipped: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    name: str
+    kind: str
+    figures: Figures
+
+
+@dataclass
+class _Comparison:
+    """What is gathered until all tensors have been seen."""
+
+    source: Checkpoint
+    read: ReadBack
+    found: WeightsFound = field(default_factory=WeightsFound)
+    measured: list[_Measured] = field(default_factory=list)
+    norms: list[str] = field(default_factory=list)
+    unknown: set[str] = field(default_factory=set)
+
+    def differs(self, name: str, found: str, wanted: str) -> None:
+        self.found.findings.append(Finding("weights", name, found, wanted))
+
+    def add(self, name: str, kind: str, wanted: torch.Tensor, found: torch.Tensor) -> None:
+        """Compares one tensor."""
+        if wanted.shape != found.shape:
+            self.differs(name, f"shape {tuple(found.shape)}", f"shape {tuple(wanted.shape)}")
+            return
+        if kind not in ERRORS and kind not in _FLOATS:
+            self.unknown.add(kind)
+            return
+        self.found.tensors += 1
+        ours, theirs = wanted.float().numpy(), found.float().numpy()
+        if kind in _FLOATS:
+            merged = self.source.adapted is not None
+            if problem := differing_floats(ours, theirs, kind, merged=merged):
+                self.differs(name, *problem)
+                if "norm" in name and np.isfinite(theirs).all():
+                    self.norms.append(name)
+            return
+        rows = ours.reshape(-1, ours.shape[-1])
+        self.measured.append(_Measured(name, kind, measure(rows, theirs.reshape(rows.shape), kind)))
+
+
+def compare_weights(
+    source: Checkpoint, checked: Preflight, read: ReadBack, progress: Callable[[int, int], None] | None = None
+) -> WeightsFound:
+    """Compares every tensor of the source with what the file holds for it.
+
+    Args:
+        source: with adapters merged, where there are any.
+        checked: its table.
+        read: the file, as the gguf package reads it.
+        progress: called after each tensor.
+    """
+    work = _Comparison(source, read)
+    weights = CheckpointWeights(source, checked.spec, checked.hyper)
+    rows = [(row, layer) for row, layer, _ in checked.bindings if row.gguf]
+    total = 0
+    for number, (row, layer) in enumerate(rows):
+        _compare_one(work, weights, row, layer)
+        total += _is_norm(row.slot)
+        if progress is not None:
+            progress(number + 1, len(rows))
+    head = read.types.get("output.weight")
+    if checked.hyper.tied and head is not None:
+        wanted, found = weights("token_embd.weight", -1), read.weight("output.weight", -1)
+        if wanted is not None and found is not None:
+            work.add("output.weight", head, wanted, found)
+    return _judged(work, total)
+
+
+def _is_norm(slot: str) -> bool:
+    return "norm" in slot
+
+
+def _compare_one(work: _Comparison, weights: CheckpointWeights, row: TensorSpec, layer: int) -> None:
+    wanted = weights(row.slot, layer)
+    if wanted is None:
+        return
+    name = work.read.name_of(row.slot, layer)
+    if row.gguf_scale or row.gguf_heads:
+        work.found.skipped.append(f"{name}: in the file its values are another graph's")
+        return
+    found = work.read.weight(row.slot, layer) if name in work.read.types else None
+    if found is None:
+        work.differs(name, "missing", "a tensor as in the source")
+        return
+    work.add(name, work.read.types[name], wanted, found)
+
+
+def _judged(work: _Comparison, norms: int) -> WeightsFound:
+    """Turns figures into findings, now that it is known how the file's codes were chosen."""
+    far = [each for each in work.measured if not each.figures.whole <= _PLAIN * ERRORS[each.kind]]
+    plain = len(far) <= max(_FEW, _MOST * len(work.measured))
+    wrong = list(_findings(work.measured, plain=plain))
+    folded = len(work.norms) > max(1, _FOLDED * norms)
+    if folded:  # AWQ and SmoothQuant change norms and the weights around them so that both changes cancel
+        work.found.skipped.append(f"{len(work.norms)} of {norms} norms: a method has folded scales into them")
+        work.found.findings = [each for each in work.found.findings if each.name not in work.norms]
+        work.found.skipped += [f"{each.name}: beside norms with folded scales" for each in wrong]
+        wrong = []
+    work.found.findings += wrong
+    work.found.skipped += [f"tensors of type {kind}: no limits are known for it" for kind in sorted(work.unknown)]
+    return work.found
+
+
+def _findings(measured: list[_Measured], *, plain: bool) -> Iterator[Finding]:
+    for each in measured:
+        problem = each.figures.problem(Limits.of(each.kind, plain=plain))
+        if problem is not None:
+            yield Finding("weights", each.name, *problem)
