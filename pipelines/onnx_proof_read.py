@@ -18,9 +18,12 @@ from numpy.typing import NDArray
 
 from quantpress.convert.onnx.read import OnnxModel, OnnxNode, OnnxTensor
 
-__all__ = ["HeldRows", "HeldWeight", "held_weights", "tensor_values"]
+__all__ = ["AGAIN", "HeldRows", "HeldWeight", "held_weights", "tensor_values"]
 
 Array = NDArray[Any]
+
+AGAIN = " (again)"
+"""End of the name of a weight whose codes lie in the file a second time."""
 
 _FLOATS = {"FLOAT": np.float32, "FLOAT16": np.float16, "BFLOAT16": ml_dtypes.bfloat16, "DOUBLE": np.float64}
 _OTHERS = {
@@ -105,7 +108,10 @@ class _Reader:
         outputs = {value.name for value in self._model.graph.outputs}
         for node in self._nodes:
             for name, held in self._of_node(node):
-                found.setdefault(_base(name), held)
+                base = _base(name)
+                if base in found and found[base].name != name and not self._same_bytes(found[base].name, name):
+                    base += AGAIN
+                found.setdefault(base, held)
         for name, tensor in self._model.tensors.items():
             if tensor.dtype not in _FLOATS or name in found or not tensor.shape:
                 continue
@@ -131,6 +137,11 @@ class _Reader:
     def values(self, name: str) -> Array | None:
         tensor = self._model.tensors.get(name)
         return None if tensor is None else tensor_values(tensor, self._folder, self._model.path)
+
+    def _same_bytes(self, one: str, other: str) -> bool:
+        """Whether two tensors lie in the same place, as codes do that a head and a look-up share."""
+        places = [(each.file, each.offset, each.nbytes) for each in map(self._model.tensors.__getitem__, (one, other))]
+        return places[0] == places[1]
 
     def _users(self, name: str, node: OnnxNode) -> tuple[str, ...]:
         return tuple(each.name for each in self._takers.get(name, ())) or (node.name,)

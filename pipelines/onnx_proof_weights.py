@@ -26,7 +26,7 @@ from quantpress.pipelines.onnx_proof_measures import (
     judge_floats,
     measure,
 )
-from quantpress.pipelines.onnx_proof_read import HeldWeight, held_weights
+from quantpress.pipelines.onnx_proof_read import AGAIN, HeldWeight, held_weights
 from quantpress.pipelines.onnx_proof_stacks import stacked_weights
 
 __all__ = ["WeightsFound", "compare_weights"]
@@ -79,6 +79,9 @@ class _Proof:
             held = self.held.get(name) or self.held.get(f"{name}.weight") or stacks.get(key)
             if held is not None:
                 found[key] = replace(held, name=name)
+        embedding = self._names.get(("token_embd.weight", -1), "")
+        if (again := self.held.get(f"{embedding}{AGAIN}")) is not None:
+            found["output.weight", -1] = replace(again, name=f"{embedding}, as the head has it")
         for row in self.checked.spec.tensors:
             if row.slot == "output.weight" and self.checked.hyper.tied and row.hf in self.held:
                 found.setdefault((row.slot, -1), replace(self.held[row.hf], name=row.hf))
