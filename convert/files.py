@@ -30,7 +30,7 @@ def shown(value: object, limit: int = 80) -> str:
     if isinstance(value, (str, bytes, list, tuple)) and len(value) > limit:
         value = value[:limit]
         return repr(value)[:limit] + "..."
-    text = repr(value)
+    text = " ".join(repr(value).split("\n"))  # an array is written in lines
     return text if len(text) <= limit else text[:limit] + "..."
 
 
@@ -149,8 +149,8 @@ def inside(folder: Path | str, name: str) -> Path:
         The real path, links followed. The file need not exist.
 
     Raises:
-        InputError: the name is absolute, climbs with `..`, holds a backslash, drive letter or control character, or a
-            link leads out of the folder. Links from `snapshots/<revision>` to `blobs` of one Hub cache are fine.
+        InputError: the name is absolute, climbs with `..`, holds a backslash, a drive letter or a character that cannot
+            be shown, or a link leads out of the folder. Links from `snapshots/<revision>` to `blobs` of one Hub cache are fine.
     """
     if not isinstance(name, str) or not name or len(name) > _MAX_NAME:
         raise InputError(f"{folder}: {shown(name)} is not a file name")
@@ -158,7 +158,7 @@ def inside(folder: Path | str, name: str) -> Path:
         raise InputError(
             f"{folder}: file name {shown(name)} is absolute; only names inside the model folder are opened"
         )
-    if "\\" in name or any(ord(char) < 32 or ord(char) == 127 for char in name):
+    if "\\" in name or not name.isprintable():  # a message with the name in it stays one line that reads as it is
         raise InputError(f"{folder}: file name {shown(name)} holds a backslash or a control character")
     if any(part in ("", ".", "..") for part in name.split("/")):
         raise InputError(f"{folder}: file name {shown(name)} leaves the model folder or is not in its plain form")

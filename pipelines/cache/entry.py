@@ -141,7 +141,7 @@ def read_entry(place: Path, key: str) -> Entry:
             created=float(value["created"]),
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: the file is damaged: {type(error).__name__} {error}") from error
+        raise InputError(f"{path}: the file is damaged: {type(error).__name__} {shown(str(error), 200)}") from error
     if entry.key != key or key_of(entry.material) != key:
         raise InputError(f"{path}: the entry is of another key, {shown(entry.key)}")
     return entry

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,12 +122,19 @@ def _packed(pack_format: PackFormat, grid: Grid) -> Callable[[Path], None]:
     return prepare
 
 
-def _settings_seeds() -> Mapping[str, bytes]:
-    return {name: json.dumps(llama_config(quantization_config=value)).encode() for name, value in _settings().items()}
+def _older(folder: Path) -> None:
+    """Makes a folder whose config.json says nothing of its packed weights, as AutoGPTQ did."""
+    _GPTQ(folder)
+    (folder / "config.json").write_text(json.dumps(llama_config()))
+
+
+def _settings_seeds(good: str) -> Mapping[str, bytes]:
+    settings = {name: llama_config(quantization_config=value) for name, value in _settings().items()}
+    return {"good" if name == good else name: json.dumps(config).encode() for name, config in settings.items()}
 
 
 def _beside_seeds() -> Mapping[str, bytes]:
-    return {name: json.dumps(value).encode() for name, value in _settings().items()}
+    return {"good" if name == "gptq" else name: json.dumps(value).encode() for name, value in _settings().items()}
 
 
 def _settings() -> dict[str, Any]:
@@ -169,8 +177,15 @@ _AWQ = _packed(AWQ, Grid(4, 32, symmetric=False))
 TARGETS: tuple[Target, ...] = (
     Target("adapter-config", "adapter/adapter_config.json", _prepare, _parse_adapter, _config_seeds, _WORDS),
     Target("adapter-weights", "adapter/adapter_model.safetensors", _prepare, _parse_adapter, _weight_seeds),
-    Target("gptq-config", "config.json", _GPTQ, parse_model, _settings_seeds, _SETTINGS_WORDS),
-    Target("awq-config", "config.json", _AWQ, parse_model, _settings_seeds, _SETTINGS_WORDS),
-    Target("plain-config-of-quantizers", "config.json", llama_folder, parse_model, _settings_seeds, _SETTINGS_WORDS),
-    Target("quantize-config", "quantize_config.json", _GPTQ, parse_model, _beside_seeds, _SETTINGS_WORDS),
+    Target("gptq-config", "config.json", _GPTQ, parse_model, partial(_settings_seeds, "gptq"), _SETTINGS_WORDS),
+    Target("awq-config", "config.json", _AWQ, parse_model, partial(_settings_seeds, "awq"), _SETTINGS_WORDS),
+    Target(
+        "plain-config-of-quantizers",
+        "config.json",
+        llama_folder,
+        parse_model,
+        partial(_settings_seeds, "none"),
+        _SETTINGS_WORDS,
+    ),
+    Target("quantize-config", "quantize_config.json", _older, parse_model, _beside_seeds, _SETTINGS_WORDS),
 )

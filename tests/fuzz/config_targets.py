@@ -56,6 +56,20 @@ def _error_of(stage: JobStage, checkpoint: Checkpoint) -> QuantpressError | None
     return None
 
 
+def _seeds() -> Mapping[str, bytes]:
+    """Gives a config.json of every family, and what made a family's reader count to ten million or trip once."""
+    good = config_seeds()
+    changes: dict[str, tuple[str, dict[str, Any]]] = {
+        "no-list": ("llama", {"architectures": 5}), "deepest": ("gemma3", {"num_hidden_layers": 10_000_000}),
+        "widest": ("deepseek3", {"qk_nope_head_dim": 10_000_000}), "decoder": ("t5", {"num_decoder_layers": 9_999}),
+        "furthest": ("t5", {"relative_attention_max_distance": 10_000_000}),
+        "experts": ("mixtral", {"num_local_experts": 10_000_000}), "words": ("llama", {"vocab_size": 10_000_000}),
+    }  # fmt: skip
+    found = {name: json.loads(good[family]) | change for name, (family, change) in changes.items()}
+    kept = {f"good-{name}": config for name, config in good.items()}
+    return {**kept, **{f"found-{name}": json.dumps(config).encode() for name, config in found.items()}}
+
+
 def _generation_seeds() -> Mapping[str, bytes]:
     good = {
         "do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 50, "eos_token_id": [0, 1], "bos_token_id": 0,
@@ -75,7 +89,7 @@ def _parse_planned(folder: Path) -> object:
 
 
 TARGETS: tuple[Target, ...] = (
-    Target("config-json", "config.json", llama_folder, parse_model, config_seeds, _WORDS),
+    Target("config-json", "config.json", llama_folder, parse_model, _seeds, _WORDS),
     Target(
         "generation-config", "generation_config.json", llama_folder, _parse_planned, _generation_seeds,
         (b'"temperature"', b'"min_p": 1e39', b'"xtc_threshold"', b'"mirostat": 9999999999', b"null", b"1e308", b"-1"),

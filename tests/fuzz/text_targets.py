@@ -1,4 +1,4 @@
-"""Every target whose input is a text or a tokenizer's file: configurations, tokenizers, adapters, pipelines, the cache."""
+"""Every target whose input is a text or a tokenizer's file: configurations, tokenizers, adapters, pipelines, cache."""
 
 from __future__ import annotations
 

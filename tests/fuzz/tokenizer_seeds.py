@@ -26,7 +26,7 @@ def tokenizer_json_seeds() -> Mapping[str, bytes]:
     bpe = _spaces()
     unigram = {**bpe, "normalizer": None, "pre_tokenizer": _metaspace(), "decoder": _metaspace(), "model": _unigram()}
     values: dict[str, Any] = {
-        "byte-level": byte_level, "spaces": bpe, "unigram": unigram, "wordpiece": _wordpiece(),
+        "good": byte_level, "good-spaces": bpe, "good-unigram": unigram, "good-wordpiece": _wordpiece(),
         "unknown-id": {**byte_level, "model": {**byte_level["model"], "unk_id": "x"}},
         "template": {**byte_level, "post_processor": {**byte_level["post_processor"], "single": [1, 2]}},
         "regex": {**byte_level, "pre_tokenizer": _split(r"(?=(a+)+$)|\p{L}+")},
@@ -36,12 +36,18 @@ def tokenizer_json_seeds() -> Mapping[str, bytes]:
         "large-id": {**byte_level, "model": {**byte_level["model"], "vocab": {"a": (1 << 32) - 1}, "merges": []}},
         "charsmap": {**unigram, "normalizer": {"type": "Precompiled", "precompiled_charsmap": "////AAAA"}},
         "charsmap-empty": {**unigram, "normalizer": {"type": "Precompiled", "precompiled_charsmap": ""}},
+        "id-beyond": {**byte_level, "model": {**byte_level["model"], "vocab": _with_id(byte_level, 1 << 31)}},
+        "steps": {**byte_level, "normalizer": {"type": "NFC", "normalizers": [[1]]}},
         "truncation": {**byte_level, "truncation": {"max_length": 0, "stride": 9, "strategy": "LongestFirst",
                                                     "direction": "Right"}},
         "no-model": {"version": "1.0"}, "word-level": {**byte_level, "model": {"type": "WordLevel", "vocab": {"a": 0},
                                                                             "unk_token": "a"}},
     }  # fmt: skip
     return {name: json.dumps(value).encode() for name, value in values.items()}
+
+
+def _with_id(tokenizer: Any, token_id: int) -> dict[str, int]:
+    return {**tokenizer["model"]["vocab"], "beyond": token_id}
 
 
 def _split(pattern: str) -> dict[str, Any]:
@@ -96,20 +102,28 @@ def _wordpiece() -> dict[str, Any]:
 
 
 @functools.cache
-def sentencepiece_seeds() -> Mapping[str, bytes]:
-    """Gives a trained BPE and Unigram model, and models whose numbers are a little wrong."""
+def sentencepiece_seeds(good: str) -> Mapping[str, bytes]:
+    """Gives a trained model of the kind that is read, one of the other kind, and models that are a little wrong."""
     bpe, unigram = _trained("bpe"), _trained("unigram")
+    trained = {"good" if kind == good else kind: model for kind, model in (("bpe", bpe), ("unigram", unigram))}
     piece = _message(1, _message(1, b"a") + b"\x15" + struct.pack("<f", -1.0))
     nan = _message(1, _message(1, b"b") + b"\x15" + struct.pack("<f", float("nan")))
     return {
-        "bpe": bpe, "unigram": unigram, "nan": unigram + nan, "twice": bpe + piece + piece, "one": piece,
+        **trained, "nan": unigram + nan, "twice": bpe + piece + piece, "one": piece,
         "minus": unigram + _message(1, _message(1, b"c") + b"\x15" + struct.pack("<f", float("-inf"))),
         "charsmap": unigram + _message(3, _message(2, b"\xff\xff\xff\x7fabc")),
         "charsmap-short": unigram + _message(3, _message(2, b"\x00")),
         "charsmap-blob": unigram + _message(3, _message(2, struct.pack("<I", 8) + b"\xff" * 8 + b"a")),
+        "latin": bpe + _message(1, _message(1, b"\xad\xff") + b"\x18\x03"), "known": _without_unknown(bpe),
+        "far": bpe + _message(2, b"\xc0\x02\x8f\x4e"),
         "word": unigram + _message(2, b"\x18\x03"), "cut": bpe[: len(bpe) // 2],
         "empty-piece": unigram + _message(1, b"\x15" + struct.pack("<f", -1.0)),
     }  # fmt: skip
+
+
+def _without_unknown(model: bytes) -> bytes:
+    """Makes the unknown piece one that is not used."""
+    return model.replace(b"<unk>\x15\x00\x00\x00\x00\x18\x02", b"<unk>\x15\x00\x00\x00\x00\x18\x05")
 
 
 def _trained(kind: str) -> bytes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,8 @@ def _with_spiece(folder: Path) -> None:
     _only(tokenizer_config={"tokenizer_class": "T5Tokenizer", "extra_ids": 4})(folder)
 
 
+_BPE, _UNIGRAM = partial(sentencepiece_seeds, "bpe"), partial(sentencepiece_seeds, "unigram")
+
 TARGETS: tuple[Target, ...] = (
     Target("tokenizer-json", "tokenizer.json", llama_folder, _parse_counted, tokenizer_json_seeds, _WORDS),
     Target("tokenizer-config", "tokenizer_config.json", llama_folder, _parse_counted, _config_seeds, _WORDS),
@@ -197,6 +200,6 @@ TARGETS: tuple[Target, ...] = (
     Target("merges-txt", "merges.txt", _with_merges, _parse_counted, _merges_seeds, (b"\x1c", b"\r", b"\x85")),
     Target("vocab-txt", "vocab.txt", _with_vocab_txt, _parse_counted, _txt_seeds, (b"##", b"[UNK]", b"\n\n", b"\r")),
     Target("tiktoken", "qwen.tiktoken", _with_tiktoken, _parse_counted, _tiktoken_seeds, (b"YWI= 999\n", b"\r\n")),
-    Target("sentencepiece", "tokenizer.model", _only(), _parse_counted, sentencepiece_seeds, max_len=1 << 14),
-    Target("sentencepiece-unigram", "spiece.model", _with_spiece, _parse_counted, sentencepiece_seeds, max_len=1 << 14),
+    Target("sentencepiece", "tokenizer.model", _only(), _parse_counted, _BPE, max_len=1 << 14),
+    Target("sentencepiece-unigram", "spiece.model", _with_spiece, _parse_counted, _UNIGRAM, max_len=1 << 14),
 )  # fmt: skip
