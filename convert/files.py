@@ -150,7 +150,8 @@ def inside(folder: Path | str, name: str) -> Path:
 
     Raises:
         InputError: the name is absolute, climbs with `..`, holds a backslash, a drive letter or a character that cannot
-            be shown, or a link leads out of the folder. Links from `snapshots/<revision>` to `blobs` of one Hub cache are fine.
+            be shown, or a link leads out of the folder. Links from `snapshots/<revision>` to `blobs` of one Hub cache
+            are fine.
     """
     if not isinstance(name, str) or not name or len(name) > _MAX_NAME:
         raise InputError(f"{folder}: {shown(name)} is not a file name")

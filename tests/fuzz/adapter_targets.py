@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -111,13 +113,13 @@ def _packed(pack_format: PackFormat, grid: Grid) -> Callable[[Path], None]:
     """Gives what makes a folder of packed weights."""
 
     def prepare(folder: Path) -> None:
-        source, target = folder.with_name(f"{folder.name}-source"), folder.with_name(f"{folder.name}-packed")
-        source.mkdir()
-        llama_folder(source)
-        pack_folder(source, target, pack_format, grid)
-        for path in target.iterdir():
-            path.rename(folder / path.name)
-        target.rmdir()
+        with tempfile.TemporaryDirectory() as made:
+            source, target = Path(made, "source"), Path(made, "packed")
+            source.mkdir()
+            llama_folder(source)
+            pack_folder(source, target, pack_format, grid)
+            for path in target.iterdir():
+                shutil.move(path, folder / path.name)
 
     return prepare
 
