@@ -13,7 +13,7 @@ from quantpress.convert.preflight import Preflight
 from quantpress.pipelines.onnx_proof_settings import SettingsFound
 from quantpress.quant.errors import InputError
 
-__all__ = ["compare_config"]
+__all__ = ["compare_config", "compare_sizes"]
 
 _CACHES = ("past_key_values.", "present.")
 
@@ -28,7 +28,7 @@ def compare_config(found: SettingsFound, model: OnnxModel, source: Checkpoint, c
         checked: the same, bound to its family.
     """
     if model.folder.config:
-        _compare_sizes(found, model.folder.config, source)
+        compare_sizes(found, model.folder.config, source)
     if model.folder.genai:
         _compare_genai(found, model.folder.genai, source, checked)
     for prefix, values in zip(_CACHES, (model.inputs, model.outputs), strict=True):
@@ -36,7 +36,7 @@ def compare_config(found: SettingsFound, model: OnnxModel, source: Checkpoint, c
         found.same(f"layers of {prefix}*", len(layers), checked.hyper.layers if checked.hyper.causal else 0)
 
 
-def _compare_sizes(found: SettingsFound, config: Mapping[str, Any], source: Checkpoint) -> None:
+def compare_sizes(found: SettingsFound, config: Mapping[str, Any], source: Checkpoint) -> None:
     """Compares what the family's table makes of both config.json."""
     try:
         read = [find_arch(each).read_config(each) for each in (config, source.config)]

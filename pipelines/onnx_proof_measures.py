@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from quantpress.pipelines.content_proof import Finding
 from quantpress.pipelines.onnx_proof_read import HeldRows, HeldWeight
 
-__all__ = ["Figures", "ReadRows", "judge_codes", "judge_floats", "measure"]
+__all__ = ["LOOSE", "Figures", "ReadRows", "judge_codes", "judge_floats", "judge_loose", "measure"]
 
 Array = NDArray[Any]
 ReadRows = Callable[[int, int], Array]
@@ -39,6 +39,9 @@ _SPREAD, _SPREADS = 0.75, 0.45  # steps of errors that are no factor, and how fa
 _SHRINKS = 0.6  # of the squared relative error: values with errors in them are longer by as much
 _TENSOR_MEAN, _ROW_MEAN, _BLOCK_MEAN, _BLOCK_SQUARE = 0.15, 0.5, 2.0, 3.0
 _ROW_ERROR = 0.9  # of a row's own length
+LOOSE = {"~int8": 0.1, "~fp8": 0.1, "~int4": 0.4}
+"""Kinds of weights whose grid is not known here, and their greatest relative error."""
+_LOOSE_FACTOR = 0.08
 _KEPT = 0.25  # of a step, where the source has these very codes and numbers in 16 bits
 
 
@@ -56,6 +59,7 @@ class Figures:
         worst: per block, the greatest error.
         excess: of floats, the greatest error over what rounding explains; `place` is its row.
         columns: values of a row.
+        dtype: of the weight, see `HeldWeight`.
     """
 
     name: str
@@ -71,6 +75,7 @@ class Figures:
     worst: Array
     excess: float = 0.0
     place: int = 0
+    dtype: str = ""
 
     @property
     def nearest(self) -> bool:
@@ -101,12 +106,15 @@ class Figures:
     @property
     def errors(self) -> Array:
         """Squared error of each row."""
-        return self.source - 2 * self.both + self.held
+        found: Array = self.source - 2 * self.both + self.held
+        return found
 
     @property
     def row_factors(self) -> Array:
         """What each row of the source has been multiplied by; NaN where there is nothing."""
-        return np.divide(self.both, self.source, out=np.full(len(self.both), np.nan), where=self.source > 0)
+        nothing = np.full(len(self.both), np.nan)
+        found: Array = np.divide(self.both, self.source, out=nothing, where=self.source > 0)
+        return found
 
 
 def measure(
@@ -143,7 +151,9 @@ def measure(
             excess, place = most, start + row
     joined = [np.concatenate(each) for each in zip(*parts, strict=True)]
     named = dict(zip(_ARRAYS, joined, strict=True))
-    return Figures(name or held.name, held.bits, count * width, width, **named, excess=excess, place=place)
+    return Figures(
+        name or held.name, held.bits, count * width, width, **named, excess=excess, place=place, dtype=held.dtype
+    )
 
 
 _ARRAYS = ("source", "both", "held", "mean", "square", "outer", "worst")
@@ -188,7 +198,7 @@ def _floats(found: Array, wanted: Array, dtype: str) -> tuple[tuple[Array, ...],
     with np.errstate(invalid="ignore", over="ignore"):
         size_of = np.abs(wanted)
         greatest = float(np.max(size_of, initial=0, where=np.isfinite(size_of)))
-        limit = size_of * np.float32(_ROUNDING[dtype] * (1 + 2.0**-6)) + np.float32(greatest * _MERGED + 1e-37)
+        limit = size_of * np.float32(_ROUNDING.get(dtype, 1.0) * (1 + 2.0**-6)) + np.float32(greatest * _MERGED + 1e-37)
         if dtype == "FLOAT16":
             limit += np.float32(_SUBNORMAL)
         excess = np.where(same, 0, np.nan_to_num(np.abs(found - wanted) / limit, nan=np.inf))
@@ -207,6 +217,23 @@ def judge_floats(figures: Figures) -> list[Finding]:
     found = f"row {figures.place} is off by {figures.excess:.3g} times what rounding to its type explains"
     found += f", all of it by {figures.relative:.2%}"
     return [Finding("weights", figures.name, found, "the source's values")]
+
+
+def judge_loose(figures: Figures) -> list[Finding]:
+    """Says what is wrong with numbers that come from a grid which is not known here."""
+    limit, factor = LOOSE[figures.dtype], figures.factor
+    if not np.isfinite(figures.relative) or figures.relative > limit:
+        return [Finding("weights", figures.name, f"relative error {figures.relative:.3g}", f"at most {limit}")]
+    if figures.source.any() and abs(factor - 1) > _LOOSE_FACTOR:
+        found = f"the source's values times {1 / factor if factor else 0:.3f}"
+        return [Finding("weights", figures.name, found, f"1 +- {_LOOSE_FACTOR}")]
+    whole = figures.source > 0
+    error = np.sqrt(np.maximum(figures.errors[whole], 0) / figures.source[whole])
+    if error.max(initial=0) > _ROW_ERROR:
+        row = int(np.flatnonzero(whole)[error.argmax()])
+        found = f"row {row} has a relative error of {error.max():.2f}"
+        return [Finding("weights", figures.name, found, f"at most {_ROW_ERROR}")]
+    return []
 
 
 def judge_codes(figures: Figures, *, nearest: bool, kept: bool = False) -> list[Finding]:
@@ -256,9 +283,9 @@ def _outliers(figures: Figures, finding: Callable[[str, str], list[Finding]]) ->
         return finding(f"{where} is {most:.2f} steps off in the mean", f"at most {_BLOCK_MEAN * wide:.2f}")
     whole = figures.source > 0
     error = np.sqrt(np.maximum(figures.errors[whole], 0) / figures.source[whole])
-    if figures.bits >= 3 and error.max(initial=0) > _ROW_ERROR:
+    if figures.bits >= 3 and error.max(initial=0) > _ROW_ERROR * wide:
         row = int(np.flatnonzero(whole)[error.argmax()])
-        return finding(f"row {row} has a relative error of {error.max():.2f}", f"at most {_ROW_ERROR}")
+        return finding(f"row {row} has a relative error of {error.max():.2f}", f"at most {_ROW_ERROR * wide:.2f}")
     return []
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 
 from quantpress.convert.preflight import Preflight
-from quantpress.pipelines.onnx_proof_read import HeldRows, HeldWeight
+from quantpress.pipelines.onnx_proof_read import Array, HeldRows, HeldWeight
 
 __all__ = ["stacked_weights"]
 
@@ -42,7 +42,7 @@ def _expert(
     """Reads the rows of one expert; where gate and up are one weight of the source, gate's come before up's."""
     if bias:
         every = whole.read(number, number + 1).numbers.reshape(rows, 1, 1)
-        parts = [every]
+        parts: list[Array | None] = [every]
     else:
         found = whole.read(number * rows, (number + 1) * rows)
         parts = [found.numbers, found.scale, found.least, found.most]
@@ -52,4 +52,6 @@ def _expert(
         index = list(range(start, stop))
     else:
         index = [2 * each if each < count // 2 else 2 * (each - count // 2) + 1 for each in range(start, stop)]
-    return HeldRows(*(each if each is None else each[index] for each in parts))
+    numbers, *others = (each if each is None else each[index] for each in parts)
+    assert numbers is not None, "every weight has numbers"
+    return HeldRows(numbers, *others)

@@ -1,40 +1,22 @@
-"""All weights of an ONNX model beside its source's: which belongs to which, and scales that a method has folded.
-
-AWQ scales the columns of a weight and divides the norm, or the rows of the weight, before it. Such a change is no
-damage if both ends have it; it is looked for where a norm differs, or a weight and the one before it do.
-"""
+"""All weights of an ONNX model beside its source's: which belongs to which, and what is not there."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
-import numpy as np
-
-from quantpress.convert.arch.spec import Layout, Role
+from quantpress.convert.arch.spec import Role
 from quantpress.convert.checkpoint import Checkpoint
 from quantpress.convert.onnx.read import OnnxModel
 from quantpress.convert.preflight import Preflight
-from quantpress.convert.traits import traits_of
-from quantpress.convert.weights import CheckpointWeights
 from quantpress.pipelines.content_proof import Finding
-from quantpress.pipelines.onnx_proof_measures import (
-    Array,
-    Figures,
-    ReadRows,
-    judge_codes,
-    judge_floats,
-    measure,
-)
+from quantpress.pipelines.onnx_proof_compare import Comparison, Key
 from quantpress.pipelines.onnx_proof_read import AGAIN, HeldWeight, held_weights
 from quantpress.pipelines.onnx_proof_stacks import stacked_weights
 
 __all__ = ["WeightsFound", "compare_weights"]
 
-Key = tuple[str, int]
 _FEWEST_FOUND = 0.5  # of the source's tensors: with fewer by name the names are another program's
-_FEWEST_NEAREST = 0.6  # of the layers' matrices without a single code off, for all to be wanted so
-_GREATEST_SCALE = 64.0  # that a method folds into rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,211 +30,55 @@ class WeightsFound:
 
 def compare_weights(model: OnnxModel, source: Checkpoint, checked: Preflight) -> WeightsFound:
     """Compares every tensor of the source with what the model holds under its name."""
-    proof = _Proof(model, source, checked)
-    if not proof.held:
+    held = held_weights(model)
+    if not held:
         return WeightsFound(skipped=("weights: the model has none that can be read",))
-    pairs = proof.pairs()
+    comparison = Comparison(source, checked)
+    pairs = _pairs(comparison, held)
     if len(pairs) < _FEWEST_FOUND * len(checked.bindings):
         return WeightsFound(skipped=("weights: the model's tensors do not have the checkpoint's names",))
-    findings = [*proof.missing(pairs), *proof.compare(pairs)]
+    findings = [*_missing(comparison, pairs), *comparison.compare(pairs)]
     return WeightsFound(len(pairs), (), tuple(findings))
 
 
-@dataclass
-class _Proof:
-    model: OnnxModel
-    source: Checkpoint
-    checked: Preflight
-    held: dict[str, HeldWeight] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.held = held_weights(self.model)
-        self._read = CheckpointWeights(self.source, self.checked.spec, self.checked.hyper)
-        self._names = {(row.slot, layer): tensor.name for row, layer, tensor in self.checked.bindings}
-        self._roles = {row.slot: row.role for row, _, _ in self.checked.bindings}
-
-    def pairs(self) -> dict[Key, HeldWeight]:
-        """Gives what the file holds for each slot; a head that is tied too, where it is stored by itself."""
-        found: dict[Key, HeldWeight] = {}
-        stacks = stacked_weights(self.held, self.checked)
-        for key, name in self._names.items():
-            held = self.held.get(name) or self.held.get(f"{name}.weight") or stacks.get(key)
-            if held is not None:
-                found[key] = replace(held, name=name)
-        embedding = self._names.get(("token_embd.weight", -1), "")
-        if (again := self.held.get(f"{embedding}{AGAIN}")) is not None:
-            found["output.weight", -1] = replace(again, name=f"{embedding}, as the head has it")
-        for row in self.checked.spec.tensors:
-            if row.slot == "output.weight" and self.checked.hyper.tied and row.hf in self.held:
-                found.setdefault((row.slot, -1), replace(self.held[row.hf], name=row.hf))
-        return found
-
-    def missing(self, pairs: Mapping[Key, HeldWeight]) -> Iterator[Finding]:
-        """Names tensors that are not there, or that nothing takes, or whose shape is another."""
-        for key, name in self._names.items():
-            held = pairs.get(key)
-            if held is None:
-                if self.checked.hyper.causal:  # an encoder is exported without its head for masked tokens
-                    yield Finding("weights", name, "missing", "a tensor as in the source")
-            elif not held.users:
-                yield Finding("weights", name, "taken by no operator", "a tensor that the model uses")
-            elif wrong := self._elsewhere(key, held):
-                yield Finding("weights", name, f"taken by {wrong}", f"taken by {_prefix(key)}")
-
-    def _elsewhere(self, key: Key, held: HeldWeight) -> str:
-        """Names the layer's linear that takes a weight in another one's place."""
-        prefix = _prefix(key)
-        if self._roles.get(key[0]) is not Role.LINEAR or key[1] < 0 or "_exps." in key[0]:
-            return ""
-        if any(user.startswith(prefix) for user in held.users) or not held.users[0].startswith("/layers."):
-            return ""
-        return held.users[0]
-
-    def compare(self, pairs: Mapping[Key, HeldWeight]) -> list[Finding]:
-        """Measures everything; what does not fit is looked at once more for scales that were folded."""
-        wrong = [key for key, held in pairs.items() if (shape := self._shape(key)) != held.shape and shape is not None]
-        findings = [
-            Finding("weights", pairs[key].name, f"shape {pairs[key].shape}", f"shape {self._shape(key)}")
-            for key in wrong
-        ]
-        usable = {key: held for key, held in pairs.items() if key not in wrong}
-        folds = self._norm_folds(usable)
-        columns = {key: fold for key in usable if (fold := self._fold_of(key, usable[key], folds)) is not None}
-        figures = {key: self._measure(key, held, columns.get(key)) for key, held in usable.items()}
-        layers = [each for key, each in figures.items() if each.bits and key[1] >= 0 and "_exps." not in key[0]]
-        nearest = sum(each.nearest for each in layers) >= _FEWEST_NEAREST * len(layers)
-        found = {
-            key: self._judge(key, each, nearest=nearest and "_exps." not in key[0]) for key, each in figures.items()
-        }
-        self._excuse_rows(usable, columns, figures, found)
-        self._excuse_norms(usable, folds, columns, found)
-        return findings + [each for key in found for each in found[key]]
-
-    def _judge(self, key: Key, figures: Figures, *, nearest: bool) -> list[Finding]:
-        if not figures.bits:
-            return judge_floats(figures)
-        return judge_codes(figures, nearest=nearest, kept=self._names.get(key) in self.source.quantized)
-
-    def _rows(self, key: Key) -> ReadRows:
-        tensor = self._read(*key)
-        assert tensor is not None, "the source has it"
-        return lambda start, stop: tensor[start:stop].float().numpy()
-
-    def _shape(self, key: Key) -> tuple[int, ...] | None:
-        for row, layer, tensor in self.checked.bindings:
-            if (row.slot, layer) == key:
-                return tensor.shape[::-1] if row.layout is Layout.TRANSPOSED else tensor.shape
-        return None
-
-    def _measure(self, key: Key, held: HeldWeight, columns: Array | None = None, rows: Array | None = None) -> Figures:
-        return measure(held, self._rows(key), columns=columns, rows=rows, name=held.name)
-
-    def _norm_folds(self, pairs: Mapping[Key, HeldWeight]) -> dict[Key, Array]:
-        """Gives what the columns behind a norm have been multiplied by, for norms that differ from the source's."""
-        found: dict[Key, Array] = {}
-        for key, held in pairs.items():
-            if self._roles.get(key[0]) is not Role.NORM or len(held.shape) != 1 or not key[0].endswith(".weight"):
-                continue
-            if key[1] < 0 or not judge_floats(self._measure(key, held)):
-                continue
-            old, new = self._rows(key)(0, held.shape[0]), held.read(0, held.shape[0]).numbers.reshape(-1)
-            if np.isfinite(new).all() and new.all() and old.all():
-                found[key] = (old / new).astype(np.float32)
-        return found
-
-    def _fold_of(self, key: Key, held: HeldWeight, folds: Mapping[Key, Array]) -> Array | None:
-        slot, layer = key
-        if self._roles.get(slot) not in (Role.LINEAR, Role.ROUTER) or slot.startswith(_BEHIND_ROWS):
-            return None
-        traits = traits_of(self.checked.spec, self.checked.hyper, layer)
-        before = {**_LATENT_NORMS, "attn_": f"{traits.attention_norm}.weight", "ffn_": f"{traits.mlp_norm}.weight"}
-        for begins, norm in before.items():
-            fold = folds.get((norm, layer))
-            if slot.startswith(begins):
-                return fold if fold is not None and held.shape[-1] == len(fold) else None
-        return None
-
-    def _excuse_norms(
-        self, pairs: Mapping[Key, HeldWeight], folds: Mapping[Key, Array], columns: Mapping[Key, Array],
-        found: dict[Key, list[Finding]],
-    ) -> None:  # fmt: skip
-        """A norm whose change the weights behind it make up for is right; else these are judged without it."""
-        for norm, fold in folds.items():
-            behind = [key for key, each in columns.items() if each is fold]
-            if behind and not all(found[key] for key in behind):
-                found[norm] = []
-                bias = norm[0].replace(".weight", ".bias"), norm[1]
-                if found.get(bias):
-                    found[bias] = judge_floats(self._measure(bias, pairs[bias], None, 1 / fold))
-                continue
-            for key in behind:
-                found[key] = self._judge(key, self._measure(key, pairs[key]), nearest=False)
-
-    def _excuse_rows(
-        self, pairs: Mapping[Key, HeldWeight], columns: Mapping[Key, Array], figures: Mapping[Key, Figures],
-        found: dict[Key, list[Finding]],
-    ) -> None:  # fmt: skip
-        """Two weights of which the second makes up for the rows of the first are right, by the row's own factors."""
-        for after in [key for key in found if key[0].startswith(_BEHIND_ROWS) and key[0].endswith(".weight")]:
-            before = self._before(after, pairs)
-            if before is None or not figures[before].bits:
-                continue
-            bias = before[0].replace(".weight", ".bias"), before[1]
-            place = self._place(before, after, pairs)
-            if place is None or not (found[before] or found[after] or found.get(bias)):
-                continue
-            scale = self._row_scale(figures[before], np.unique(place), pairs.get(bias), bias)
-            if scale is None:
-                continue
-            first = self._measure(before, pairs[before], columns.get(before), scale)
-            second = self._measure(after, pairs[after], 1 / scale[place])
-            judged = [self._judge(key, each, nearest=False) for key, each in ((before, first), (after, second))]
-            if any(judged) or first.square.mean() > _NO_WORSE * figures[before].square.mean():
-                continue
-            found[after] = found[before] = []
-            if found.get(bias):
-                found[bias] = judge_floats(self._measure(bias, pairs[bias], None, scale))
-
-    def _row_scale(self, figures: Figures, used: Array, bias: HeldWeight | None, key: Key) -> Array | None:
-        """Gives what rows were multiplied by: exactly where there is a bias, else as the codes say."""
-        factors = figures.row_factors
-        if bias is not None:
-            old, new = self._rows(key)(0, bias.shape[0]), bias.read(0, bias.shape[0]).numbers.reshape(-1)
-            factors = np.where(old != 0, np.divide(new, old, out=np.ones_like(new), where=old != 0), factors)
-        scale = np.ones(len(factors), np.float32)
-        scale[used] = factors[used]
-        usable = (scale > 1 / _GREATEST_SCALE) & (scale < _GREATEST_SCALE)
-        return scale if usable.all() else None
-
-    def _before(self, after: Key, pairs: Mapping[Key, HeldWeight]) -> Key | None:
-        slot, layer = after
-        names = (
-            ["attn_v.weight", "attn_qkv.weight", "attn_v_b.weight"]
-            if slot.startswith("attn_")
-            else [slot.replace("_down", "_up")]
-        )
-        return next(((name, layer) for name in names if (name, layer) in pairs), None)
-
-    def _place(self, before: Key, after: Key, pairs: Mapping[Key, HeldWeight]) -> Array | None:
-        """Gives the row of the first weight for each column of the second."""
-        hyper, rows, columns = self.checked.hyper, pairs[before].shape[0], pairs[after].shape[1]
-        if not after[0].startswith("attn_"):
-            return rows - columns + np.arange(columns) if rows in (columns, 2 * columns) else None
-        if rows == columns:
-            return np.arange(columns)
-        kept = hyper.kv_heads * hyper.head_dim
-        if hyper.latent is not None or columns != hyper.heads * hyper.head_dim or rows < kept:
-            return None
-        heads = np.arange(columns) // hyper.head_dim // (hyper.heads // hyper.kv_heads)
-        return rows - kept + heads * hyper.head_dim + np.arange(columns) % hyper.head_dim
+def _pairs(proof: Comparison, every: Mapping[str, HeldWeight]) -> dict[Key, HeldWeight]:
+    """Gives what the file holds for each slot; a head that is tied too, where it is stored by itproof."""
+    found: dict[Key, HeldWeight] = {}
+    stacks = stacked_weights(every, proof.checked)
+    for key, name in proof.names.items():
+        held = every.get(name) or every.get(f"{name}.weight") or stacks.get(key)
+        if held is not None:
+            found[key] = replace(held, name=name)
+    embedding = proof.names.get(("token_embd.weight", -1), "")
+    if (again := every.get(f"{embedding}{AGAIN}")) is not None:
+        found["output.weight", -1] = replace(again, name=f"{embedding}, as the head has it")
+    for row in proof.checked.spec.tensors:
+        if row.slot == "output.weight" and proof.checked.hyper.tied and row.hf in every:
+            found.setdefault((row.slot, -1), replace(every[row.hf], name=row.hf))
+    return found
 
 
-_LATENT_NORMS = {  # beginnings of slots -> the norm before them
-    "attn_q_b": "attn_q_a_norm.weight", "attn_kv_b": "attn_kv_a_norm.weight", "attn_k_b": "attn_kv_a_norm.weight",
-    "attn_v_b": "attn_kv_a_norm.weight",
-}  # fmt: skip
-_BEHIND_ROWS = ("attn_output", "ffn_down")
-_NO_WORSE = 1.1  # that squared errors may be with factors that come from codes
+def _missing(proof: Comparison, pairs: Mapping[Key, HeldWeight]) -> Iterator[Finding]:
+    """Names tensors that are not there, or that nothing takes, or whose shape is another."""
+    for key, name in proof.names.items():
+        held = pairs.get(key)
+        if held is None:
+            if proof.checked.hyper.causal:  # an encoder is exported without its head for masked tokens
+                yield Finding("weights", name, "missing", "a tensor as in the source")
+        elif not held.users:
+            yield Finding("weights", name, "taken by no operator", "a tensor that the model uses")
+        elif wrong := _elsewhere(proof, key, held):
+            yield Finding("weights", name, f"taken by {wrong}", f"taken by {_prefix(key)}")
+
+
+def _elsewhere(proof: Comparison, key: Key, held: HeldWeight) -> str:
+    """Names the layer's linear that takes a weight in another one's place."""
+    prefix = _prefix(key)
+    if proof.roles.get(key[0]) is not Role.LINEAR or key[1] < 0 or "_exps." in key[0]:
+        return ""
+    if any(user.startswith(prefix) for user in held.users) or not held.users[0].startswith("/layers."):
+        return ""
+    return held.users[0]
 
 
 def _prefix(key: Key) -> str:
