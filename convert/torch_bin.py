@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import pickle
+import struct
+import warnings
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +42,7 @@ _NAMES = {
 # What torch.load raises for damaged or hostile files; a bug of ours is none of these.
 _REFUSALS = (
     pickle.UnpicklingError,
+    struct.error,
     RuntimeError,
     EOFError,
     LookupError,
@@ -69,7 +72,9 @@ def open_bin(path: Path, *, label: str = "") -> Shard:
     import torch
 
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of what a file holds; a refusal says it in one line
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except _REFUSALS as error:
         reason = shown((str(error).splitlines() or [""])[0], 160)
         raise InputError(f"{label}: refused by torch's weights-only loader: {type(error).__name__} {reason}") from error

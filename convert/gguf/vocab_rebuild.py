@@ -9,6 +9,7 @@ from typing import Any
 from quantpress.convert.files import shown
 from quantpress.convert.gguf.pretokenizers import GPT2_SPLIT, Pretokenizer, named
 from quantpress.convert.gguf.vocab_merges import Merge, merges_from_scores
+from quantpress.convert.gguf.vocab_metadata import check_vocabulary
 from quantpress.convert.gguf.vocab_rebuild_unigram import UNIGRAM_DEFAULTS, unigram_core
 from quantpress.convert.gguf.vocab_tokens import SPACE, TokenType
 from quantpress.convert.gguf.vocab_wordpiece import bert_defaults, wordpiece_core
@@ -49,6 +50,7 @@ def tokenizer_files_from_gguf(metadata: Mapping[str, Any], *, name: str = "gguf"
     Raises:
         InputError: the vocabulary is of a kind that cannot be rebuilt, or damaged.
     """
+    check_vocabulary(metadata, name)
     model = metadata.get("tokenizer.ggml.model")
     tokens = _tokens(metadata, name)
     types = _types(metadata, len(tokens), name)

@@ -16,6 +16,7 @@ __all__ = ["ENGINES", "Try", "best_engine", "run_engine"]
 
 ENGINES = ("atheris", "hypothesis", "own")
 Try = Callable[[bytes], None]
+_FRESH = 0.25  # of the inputs begin with a seed again: what covers new code is most often a new way to be refused
 _STRAIGHT = 0.2  # of the changes are libFuzzer's own; it knows bytes and what they were compared with, not the formats
 
 
@@ -86,7 +87,9 @@ def _atheris(target: Target, attempt: Try, seconds: float, seed: int, folder: Pa
 
     def change(data: bytes, max_size: int, number: int) -> bytes:
         rng = random.Random(number)
-        if rng.random() < _STRAIGHT:
+        if rng.random() < _FRESH:
+            data = rng.choice(seeds)
+        elif rng.random() < _STRAIGHT:
             return bytes(atheris.Mutate(data, max_size))
         return mutated(bytes(data), rng, target.words, seeds, max_size)
 

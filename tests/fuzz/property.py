@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 import traceback
+import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ _FORBIDDEN_EVENTS = {
     "os." + name
     for name in (
         "chmod", "chown", "exec", "fork", "forkpty", "kill", "killpg", "link", "mkdir", "posix_spawn", "putenv",
-        "remove", "removexattr", "rename", "rmdir", "setxattr", "spawn", "startfile", "symlink", "system", "truncate", 
+        "remove", "removexattr", "rename", "rmdir", "setxattr", "spawn", "startfile", "symlink", "system", "truncate",
         "unsetenv", "utime", "chdir", "fchdir",
     )
 } | {"code.__new__", "marshal.load", "marshal.loads", "builtins.input"}  # fmt: skip
@@ -98,7 +99,7 @@ class _Watch:
             (event == "open" and _opens_to_write(*args[:3]))
             or event in _FORBIDDEN_EVENTS
             or event.startswith(_FORBIDDEN)
-            or (event in ("exec", "compile") and not _is_file_of_ours(event, args))
+            or (event in ("exec", "compile") and not _is_file_of_ours(event, args) and not _is_annotation())
         )
         if bad and not _is_import():
             self.on = False
@@ -121,6 +122,11 @@ def _is_file_of_ours(event: str, args: tuple[Any, ...]) -> bool:
     name = getattr(args[0], "co_filename", "") if event == "exec" else args[1]
     name = os.fsdecode(name) if isinstance(name, (bytes, str)) else ""
     return name.startswith(("<frozen ", *_REAL_FILES))
+
+
+def _is_annotation() -> bool:
+    """Whether the text is an annotation of a class or a function, which `typing` evaluates."""
+    return sys._getframe(2).f_code.co_filename == typing.__file__
 
 
 def _is_import() -> bool:

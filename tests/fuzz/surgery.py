@@ -11,6 +11,7 @@ import json
 import random
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,8 +25,9 @@ Surgeon = Callable[[bytes, Random, Words], "bytes | None"]
 
 _VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 3, 255, 4096, 1 << 31, 1 << 32, (1 << 47) + 1, (1 << 63) - 1, 1 << 63,
-    (1 << 64) - 1, 1 << 64, 10**30, 0.5, -0.0, 1e308, 5e-324, "", "x", "\0", "\n", "../x", "/etc/passwd", "é😀", "\u202e", "a" * 1500,
-    [], {}, [[]], [0], ["x"], {"x": 0}, [1 << 40] * 8, [[[[[[]]]]]],
+    (1 << 64) - 1, 1 << 64, 10**30, 0.5, -0.0, 1e308, 5e-324, "", "x", "\0", "\n", "../x", "/etc/passwd", "é",
+    "😀", "\u202e",
+    "a" * 1500, [], {}, [[]], [0], ["x"], {"x": 0}, [1 << 40] * 8, [[[[[[]]]]]],
 )  # fmt: skip
 
 
@@ -64,7 +66,16 @@ def zip_surgery(data: bytes, rng: Random, words: Words) -> bytes | None:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             members = [(info.filename, archive.read(info)) for info in archive.infolist()[:100]]
-    except (zipfile.BadZipFile, OSError, ValueError, EOFError, RuntimeError, NotImplementedError, struct.error):
+    except (
+        zipfile.BadZipFile,
+        OSError,
+        ValueError,
+        EOFError,
+        RuntimeError,
+        NotImplementedError,
+        struct.error,
+        zlib.error,
+    ):
         return None
     if not members:
         return None
