@@ -20,7 +20,8 @@ from quantpress.convert.weights import CheckpointWeights
 from quantpress.pipelines.content_proof import ContentProof, Finding
 from quantpress.pipelines.onnx_proof_compare import Comparison, Key
 from quantpress.pipelines.onnx_proof_config import compare_sizes
-from quantpress.pipelines.onnx_proof_read import HeldRows, HeldWeight
+from quantpress.pipelines.onnx_proof_read import HeldWeight
+from quantpress.pipelines.onnx_proof_rows import HeldRows
 from quantpress.pipelines.onnx_proof_settings import SettingsFound
 from quantpress.pipelines.onnx_proof_tokens import compare_tokens
 from quantpress.quant.errors import InputError, UnknownFamilyError

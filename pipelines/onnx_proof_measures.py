@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantpress.pipelines.content_proof import Finding
-from quantpress.pipelines.onnx_proof_read import HeldRows, HeldWeight
+from quantpress.pipelines.onnx_proof_read import HeldWeight
+from quantpress.pipelines.onnx_proof_rows import HeldRows
 
 __all__ = ["LOOSE", "Figures", "ReadRows", "judge_codes", "judge_floats", "judge_loose", "measure"]
 

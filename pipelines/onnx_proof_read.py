@@ -14,13 +14,19 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from numpy.typing import NDArray
 
 from quantpress.convert.onnx.read import OnnxModel, OnnxNode, OnnxTensor
+from quantpress.pipelines.onnx_proof_rows import (
+    Array,
+    HeldRows,
+    block_rows,
+    float_rows,
+    linear_rows,
+    nibbles,
+    turned_rows,
+)
 
-__all__ = ["AGAIN", "HeldRows", "HeldWeight", "held_weights", "tensor_values"]
-
-Array = NDArray[Any]
+__all__ = ["AGAIN", "HeldWeight", "held_weights", "tensor_values"]
 
 AGAIN = " (again)"
 """End of the name of a weight whose codes lie in the file a second time."""
@@ -30,23 +36,6 @@ _OTHERS = {
     "INT8": np.int8, "UINT8": np.uint8, "INT32": np.int32, "INT64": np.int64, "UINT4": np.uint8, "INT4": np.uint8,
 }  # fmt: skip
 _SCALE_STEPS = 6  # nodes between MatMulInteger and the product with the scales of its columns
-
-
-@dataclass(frozen=True, slots=True)
-class HeldRows:
-    """Some rows of a weight.
-
-    Attributes:
-        numbers: (n, blocks, size) float32, codes less their zero, the last block filled up; floats of a weight that
-            has no codes, in one block.
-        scale: (n, blocks) float32; None of floats.
-        least, most: (n, blocks) the least and greatest number that a code stands for; None of floats.
-    """
-
-    numbers: Array
-    scale: Array | None = None
-    least: Array | None = None
-    most: Array | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +139,7 @@ class _Reader:
         values = tensor_values(tensor, self._folder, self._model.path)
         if values is None:
             raise ValueError(f"{tensor.name} is stored as numbers of the model file")
-        return _float_rows(values, start, stop)
+        return float_rows(values, start, stop)
 
     def _order(self, node: OnnxNode) -> Array | None:
         """Follows the input of a product to a Gather that puts its columns in another order."""
@@ -173,7 +162,7 @@ class _Reader:
         columns = number(node, "K", min(width * 8 // bits, scale.shape[1] * size))
         offset = self.values(node.inputs[zeros]) if len(node.inputs) > zeros and node.inputs[zeros] else None
         zero = None if offset is None else offset.reshape(rows, -1)
-        read = partial(_block_rows, packed.reshape(rows, -1), scale, zero, bits, size)
+        read = partial(block_rows, packed.reshape(rows, -1), scale, zero, bits, size)
         dtype = self._model.tensors[node.inputs[scales]].dtype
         yield name, HeldWeight(name, (rows, columns), bits, dtype, read, order, self._users(name, node))
 
@@ -187,7 +176,7 @@ class _Reader:
             offset = self.values(node.inputs[zeros]) if len(node.inputs) > zeros and node.inputs[zeros] else None
             count, rows = packed.shape[:2]
             parts = [each if each is None else each.reshape(count * rows, -1) for each in (packed, scale, offset)]
-            read = partial(_block_rows, parts[0], parts[1], parts[2], bits, size)  # type: ignore[arg-type]
+            read = partial(block_rows, parts[0], parts[1], parts[2], bits, size)  # type: ignore[arg-type]
             name, shape = node.inputs[codes], (count, rows, packed.shape[2] * 8 // bits)
             dtype = self._model.tensors[node.inputs[scales]].dtype
             yield name, HeldWeight(name, shape, bits, dtype, read, None, self._users(name, node))
@@ -199,7 +188,7 @@ class _Reader:
             name = before.inputs[0] if before is not None and before.op == "Cast" else value
             stack, tensor = self.values(name), self._model.tensors.get(name)
             if stack is not None and tensor is not None and stack.ndim == 3:
-                read = partial(_float_rows, stack.reshape(-1, stack.shape[2]))
+                read = partial(float_rows, stack.reshape(-1, stack.shape[2]))
                 yield name, HeldWeight(name, tensor.shape, 0, tensor.dtype, read, None, self._users(name, node))
 
     def _linear(self, node: OnnxNode) -> Iterator[Any]:
@@ -218,11 +207,11 @@ class _Reader:
             for user in self._users_of_matrix(node):
                 order = self._order(user) if order is None else order
             if zero is not None and zero_kind.endswith("4"):
-                zero = _nibbles(zero, signed).reshape(scale.shape)
-            read = partial(_linear_rows, codes, tensor.shape, scale, zero, bits, signed, size)
+                zero = nibbles(zero, signed).reshape(scale.shape)
+            read = partial(linear_rows, codes, tensor.shape, scale, zero, bits, signed, size)
             yield parts[0], HeldWeight(parts[0], tensor.shape, bits, dtype, read, order, users)
         elif scale.ndim == 1 and len(scale) == tensor.shape[1] and number(node, "axis", 1) == 1 and bits == 8:
-            read = partial(_turned_rows, codes, scale, zero, signed)
+            read = partial(turned_rows, codes, scale, zero, signed)
             yield parts[0], HeldWeight(parts[0], tensor.shape[::-1], bits, dtype, read, None, users)
 
     def _looked_up(self, name: str) -> str:
@@ -245,7 +234,7 @@ class _Reader:
         zero = self.values(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3] else None
         scale = self._column_scale(node.outputs[0], codes.shape[1])
         if scale is not None:
-            read = partial(_turned_rows, codes, scale, zero, tensor.dtype == "INT8")
+            read = partial(turned_rows, codes, scale, zero, tensor.dtype == "INT8")
             yield name, HeldWeight(name, codes.shape[::-1], 8, "FLOAT", read, None, self._users(name, node))
 
     def _column_scale(self, value: str, columns: int) -> Array | None:
@@ -275,66 +264,3 @@ def _base(name: str) -> str:
         if name.endswith(end):
             return f"{name.removesuffix(end)}.weight"
     return name
-
-
-def _fields(packed: Array, bits: int) -> Array:
-    """Codes of a last dimension of bytes, low bits first."""
-    if bits == 8:
-        return packed
-    parts = [(packed >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)]
-    return np.stack(parts, axis=-1).reshape(*packed.shape[:-1], -1)
-
-
-def _nibbles(flat: Array, signed: bool) -> Array:
-    codes = _fields(flat.reshape(-1), 4)
-    return (codes.astype(np.int8) ^ 8) - 8 if signed else codes
-
-
-def _grid(codes: Array, scale: Array, zero: Array, least: int, most: int) -> HeldRows:
-    """Codes (n, blocks, size), scale and zero (n, blocks)."""
-    zero = zero.astype(np.float32)
-    numbers = codes.astype(np.float32) - zero[:, :, None]
-    return HeldRows(numbers, np.asarray(scale, np.float32), np.float32(least) - zero, np.float32(most) - zero)
-
-
-def _float_rows(values: Array, start: int, stop: int) -> HeldRows:
-    part = np.asarray(values[start:stop], np.float32)
-    return HeldRows(part.reshape(len(part), 1, -1))
-
-
-def _block_rows(
-    packed: Array, scale: Array, zeros: Array | None, bits: int, size: int, start: int, stop: int
-) -> HeldRows:
-    part = scale[start:stop]
-    codes = _fields(packed[start:stop], bits).reshape(len(part), -1, size)[:, : part.shape[1]]
-    zero = np.full(part.shape, 1 << (bits - 1))
-    if zeros is not None:
-        zero = _fields(zeros[start:stop], bits)[:, : part.shape[1]]
-    return _grid(codes, part, zero, 0, (1 << bits) - 1)
-
-
-def _linear_rows(
-    codes: Array, shape: tuple[int, int], scale: Array, zero: Array | None, bits: int, signed: bool, size: int,
-    start: int, stop: int,
-) -> HeldRows:  # fmt: skip
-    columns = shape[1]
-    if bits == 4:  # rows of an odd length do not begin at a byte
-        first = start * columns // 2
-        part = _nibbles(codes.reshape(-1)[first : -(-stop * columns // 2)], signed)
-        skipped = start * columns - 2 * first
-        part = part[skipped : skipped + (stop - start) * columns].reshape(stop - start, columns)
-    else:
-        part = codes[start:stop]
-    blocks = scale.shape[1]
-    if blocks * size > columns:
-        part = np.pad(part, ((0, 0), (0, blocks * size - columns)))
-    offset = np.zeros((stop - start, blocks)) if zero is None else zero[start:stop]
-    least = -(1 << (bits - 1)) if signed else 0
-    return _grid(part.reshape(len(part), blocks, size), scale[start:stop], offset, least, least + (1 << bits) - 1)
-
-
-def _turned_rows(codes: Array, scale: Array, zero: Array | None, signed: bool, start: int, stop: int) -> HeldRows:
-    part = np.ascontiguousarray(codes[:, start:stop].T)
-    zeros = np.zeros(len(part)) if zero is None else np.broadcast_to(zero.reshape(-1), (len(scale),))[start:stop]
-    least = -128 if signed else 0
-    return _grid(part[:, None, :], scale[start:stop, None], zeros[:, None], least, least + 255)

@@ -13,7 +13,8 @@ from quantpress.convert.arch.rotary import attention_factor
 from quantpress.convert.arch.spec import Hyperparameters, Rope
 from quantpress.convert.onnx.read import OnnxModel, OnnxNode
 from quantpress.pipelines.content_proof import Finding
-from quantpress.pipelines.onnx_proof_read import Array, tensor_values
+from quantpress.pipelines.onnx_proof_read import tensor_values
+from quantpress.pipelines.onnx_proof_rows import Array
 
 __all__ = ["SettingsFound", "compare_settings"]
 

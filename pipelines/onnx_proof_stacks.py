@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from functools import partial
 
 from quantpress.convert.preflight import Preflight
-from quantpress.pipelines.onnx_proof_read import Array, HeldRows, HeldWeight
+from quantpress.pipelines.onnx_proof_read import HeldWeight
+from quantpress.pipelines.onnx_proof_rows import Array, HeldRows
 
 __all__ = ["stacked_weights"]
 
