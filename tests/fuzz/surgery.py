@@ -216,6 +216,8 @@ def _changed(value: Any, rng: Random, depth: int = 0) -> Any:
         del result[key]
     elif what < 0.2 and isinstance(result, list):
         result.insert(key, rng.choice((result[key], rng.choice(_VALUES))))
+    elif what < 0.15:
+        return {(key + "x" if one == key else one): inner for one, inner in value.items()}
     elif what < 0.2:
         name = rng.choice(("", "x", "\0", key + "x", key[:-1], rng.choice(inside), "__metadata__", "a" * 1200))
         result[name] = result[key] if rng.random() < 0.5 else rng.choice(_VALUES)

@@ -43,7 +43,7 @@ def test_property_holds(name: str, tmp_path: Path) -> None:
 
 
 def _seeds_hold(target: Target, folder: Path) -> None:
-    """Every seed holds, the good ones are parsed; what is imported late is not to blame, and is there the second time."""
+    """Every seed holds, the good ones are parsed; what is imported late is there the second time."""
     seeds = target.seeds()
     good = [name for name in seeds if name.startswith("good")]
     outcomes = {name: _checked(target, folder, data) for name, data in seeds.items()}
