@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -39,6 +38,7 @@ UNIGRAM_KEEPS = frozenset({TokenType.UNKNOWN, TokenType.BYTE})
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _FORMS = ("NFC", "NFD", "NFKC", "NFKD", "Nmt")
 _WORD = re.compile(rf"{SPACE}?[^{SPACE}]*")
+_GREATEST = float(np.finfo(np.float32).max)  # of a score; NaN is not below it either
 _MIN_MAP = 5  # bytes: its length in four, and at least one of replacements
 
 
@@ -140,8 +140,8 @@ def read_pieces(model: Mapping[str, Any], where: str) -> list[tuple[str, float]]
         text, score = pair
         if not isinstance(text, str) or isinstance(score, bool) or not isinstance(score, int | float):
             raise InputError(f"{where}: piece {len(pieces)} is {shown(entry, 60)}; a text and a score expected")
-        if not math.isfinite(score):
-            raise InputError(f"{where}: piece {len(pieces)} has the score {score}")
+        if not abs(score) <= _GREATEST:
+            raise InputError(f"{where}: piece {len(pieces)} has the score {score}, not one of float32")
         pieces.append((text, float(score)))
     return pieces
 

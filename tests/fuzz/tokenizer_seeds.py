@@ -38,6 +38,8 @@ def tokenizer_json_seeds() -> Mapping[str, bytes]:
         "charsmap-empty": {**unigram, "normalizer": {"type": "Precompiled", "precompiled_charsmap": ""}},
         "id-beyond": {**byte_level, "model": {**byte_level["model"], "vocab": _with_id(byte_level, 1 << 31)}},
         "steps": {**byte_level, "normalizer": {"type": "NFC", "normalizers": [[1]]}},
+        "lists": {**byte_level, "normalizer": [[[[]]]]},
+        "score": {**unigram, "model": {**_unigram(), "vocab": [["<unk>", 0.0], ["a", 1e308]]}},
         "truncation": {**byte_level, "truncation": {"max_length": 0, "stride": 9, "strategy": "LongestFirst",
                                                     "direction": "Right"}},
         "no-model": {"version": "1.0"}, "word-level": {**byte_level, "model": {"type": "WordLevel", "vocab": {"a": 0},
