@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from quantpress.quant.errors import InputError
 
-__all__ = ["MAX_SMALL_FILE", "FileStamp", "inside", "open_regular", "read_at", "read_bounded", "shown"]
+__all__ = ["MAX_SMALL_FILE", "FileStamp", "check_name", "inside", "open_regular", "read_at", "read_bounded", "shown"]
 
 MAX_SMALL_FILE = 64 << 20  # bytes of a JSON or tokenizer file; the largest in use (Gemma 3) has 33 MB
 _MAX_NAME = 1024  # characters of a file name inside a model folder
@@ -138,6 +138,25 @@ def read_at(file: BinaryIO, offset: int, buffer: memoryview) -> int:
     return done
 
 
+def check_name(folder: Path | str, name: str) -> None:
+    """Checks a name that another file gives to a file of a model folder; nothing is looked up.
+
+    Raises:
+        InputError: the name is absolute, climbs with `..`, holds a backslash, a drive letter or a character that cannot
+            be shown, or is too long.
+    """
+    if not isinstance(name, str) or not name or len(name) > _MAX_NAME:
+        raise InputError(f"{folder}: {shown(name)} is not a file name")
+    if name.startswith("/") or re.match(r"[A-Za-z]:", name):
+        raise InputError(
+            f"{folder}: file name {shown(name)} is absolute; only names inside the model folder are opened"
+        )
+    if "\\" in name or not name.isprintable():  # a message with the name in it stays one line that reads as it is
+        raise InputError(f"{folder}: file name {shown(name)} holds a backslash or a control character")
+    if any(part in ("", ".", "..") for part in name.split("/")):
+        raise InputError(f"{folder}: file name {shown(name)} leaves the model folder or is not in its plain form")
+
+
 def inside(folder: Path | str, name: str) -> Path:
     """Gives the path of a file that another file, or a convention, names inside a model folder.
 
@@ -153,16 +172,7 @@ def inside(folder: Path | str, name: str) -> Path:
             be shown, or a link leads out of the folder. Links from `snapshots/<revision>` to `blobs` of one Hub cache
             are fine.
     """
-    if not isinstance(name, str) or not name or len(name) > _MAX_NAME:
-        raise InputError(f"{folder}: {shown(name)} is not a file name")
-    if name.startswith("/") or re.match(r"[A-Za-z]:", name):
-        raise InputError(
-            f"{folder}: file name {shown(name)} is absolute; only names inside the model folder are opened"
-        )
-    if "\\" in name or not name.isprintable():  # a message with the name in it stays one line that reads as it is
-        raise InputError(f"{folder}: file name {shown(name)} holds a backslash or a control character")
-    if any(part in ("", ".", "..") for part in name.split("/")):
-        raise InputError(f"{folder}: file name {shown(name)} leaves the model folder or is not in its plain form")
+    check_name(folder, name)
     try:
         root = Path(folder).resolve()
         target = (root / name).resolve()

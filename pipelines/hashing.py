@@ -12,6 +12,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
 
+from quantpress.convert.files import open_regular
 from quantpress.quant.errors import InputError
 
 # Bytes read at a time. After each block the thread waits for the interpreter's lock, up to a switch interval while
@@ -41,8 +42,8 @@ def hash_file(
     buffer = bytearray(_BLOCK)
     view = memoryview(buffer)
     try:
-        with path.open("rb", buffering=0) as file:
-            while count := file.readinto(buffer):
+        with open_regular(path) as file:  # never waits for a pipe's other end
+            while count := file.readinto(buffer):  # type: ignore[attr-defined]
                 digest.update(view[:count])
                 size += count
                 if on_read is not None:
