@@ -92,13 +92,20 @@ def ledger_of(source: Checkpoint) -> tuple[LedgerEntry, ...]:
 
 
 def input_names(source: Checkpoint) -> Mapping[Path, str]:
-    """Names a checkpoint's files for the sidecar; an adapter's with its folder, for many are called alike."""
+    """Names a checkpoint's files for the sidecar, in its folder; an adapter's with its own, many are called alike."""
     adapters = source.adapted.applied if source.adapted is not None else ()
     behind = {file.path for each in adapters for file in each.adapter.files}
+    root = source.files[0].path.parent if source.files else Path()
     return {
-        file.path: f"{_folder_name(file.path.parent)}/{file.path.name}" if file.path in behind else file.path.name
+        file.path: f"{_folder_name(file.path.parent)}/{file.path.name}"
+        if file.path in behind
+        else _name_in(root, file.path)
         for file in source.files
     }
+
+
+def _name_in(root: Path, path: Path) -> str:
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
 
 
 def run_lazy(source: Checkpoint, stages: Sequence[Stage], context: RunContext) -> Checkpoint:

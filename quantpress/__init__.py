@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from quantpress.pipelines.inspection import inspect
     from quantpress.pipelines.judging import JudgeOptions
     from quantpress.pipelines.library import export_gguf, export_onnx, export_safetensors, imatrix, quantize
+    from quantpress.pipelines.manifest import ManifestFile, ManifestReport, verify_manifest
     from quantpress.pipelines.parity import Parity
     from quantpress.pipelines.parity_limits import Limits
     from quantpress.pipelines.perplexity import Perplexity
@@ -82,6 +83,8 @@ __all__ = [
     "LazyTensor",
     "LedgerEntry",
     "Limits",
+    "ManifestFile",
+    "ManifestReport",
     "OutputError",
     "OutputFile",
     "OutputResult",
@@ -111,6 +114,7 @@ __all__ = [
     "quantize",
     "run_pipeline",
     "verify",
+    "verify_manifest",
     "write_report",
 ]
 
@@ -126,6 +130,8 @@ _HOMES = {
     "LazyTensor": "convert.checkpoint",
     "LedgerEntry": "convert.lora.ledger",
     "Limits": "pipelines.parity_limits",
+    "ManifestFile": "pipelines.manifest",
+    "ManifestReport": "pipelines.manifest",
     "OutputFile": "pipelines.stage",
     "OutputResult": "pipelines.batch.results",
     "Parity": "pipelines.parity",
@@ -150,6 +156,7 @@ _HOMES = {
     "quantize": "pipelines.library",
     "run_pipeline": "pipelines.batch.run",
     "verify": "pipelines.verification",
+    "verify_manifest": "pipelines.manifest",
     "write_report": "pipelines.report.writing",
 }
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +21,10 @@ from quantpress.pipelines.commands.options import (
     text_options,
 )
 from quantpress.pipelines.judging import RUNTIMES, JudgeOptions
+from quantpress.pipelines.manifest import ManifestReport, verify_manifest
 from quantpress.pipelines.parity import Parity
 from quantpress.pipelines.verification import verify
-from quantpress.quant.errors import ParityError
+from quantpress.quant.errors import ParityError, UsageError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,6 +36,8 @@ Examples:
   quantpress verify ./model-onnx --against ./model
   quantpress verify tuned-Q8_0.gguf --against ./model --adapter ./adapter
   quantpress verify mixed.gguf --against ./model --adapter ./tone=0.7 --adapter ./facts=0.3
+  quantpress verify --manifest model-Q8_0.gguf.quantpress.json
+  quantpress verify --manifest ./model-onnx --against ./model
   quantpress verify model-Q4_0.gguf --against org/name --text wiki.test.raw --chunks 20 --max-kld 0.1
 """
 
@@ -77,34 +82,78 @@ def _add_vocabulary(table: Table, parity: Parity) -> None:
     table.add_row("top-1 agreement", f"{100 * parity.top1_agreement:.2f} %", f"{100 * limits.min_top1:g} %")
 
 
+def show_manifest(report: ManifestReport) -> None:
+    """Prints what became of every file of a sidecar as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("file", "bytes", "is")
+    for what, files in (("output", report.outputs), ("input", report.inputs)):
+        for each in files:
+            table.add_row(f"{what} {each.name}", f"{each.nbytes:,}" if each.sha256 else "", each.state)
+    console = Console()
+    console.print(table)
+    console.print(f"{'passed' if report.passed else 'FAILED'}: {report.reason}")
+
+
 @click.command(name="verify", epilog=EXAMPLES)
-@click.argument("artifact", type=click.Path(path_type=Path))
-@click.option("--against", required=True, help="The model it was made from: folder, Hub id or GGUF file.")
+@click.argument("artifact", type=click.Path(path_type=Path), required=False)
+@click.option("--against", help="The model it was made from: folder, Hub id or GGUF file.")
 @adapter_option
+@click.option(
+    "--manifest", type=click.Path(path_type=Path), metavar="FILE",
+    help="Hash the files of this sidecar again; of --against and --adapter too, where they are folders here.",
+)  # fmt: skip
 @click.option("--runtime", type=click.Choice(RUNTIMES), default="auto", show_default=True, help="What runs ARTIFACT.")
-@click.option("--json", "as_json", is_flag=True, help="Print the parity report as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @text_options
 @limit_options
 @machine_options
 @click.option("--max-memory", type=ByteSize(), help="Memory for weights, as in 8G; default: half of what is free.")
 @click.pass_obj
 def command(
-    session: Session, /, artifact: Path, against: str, adapters: tuple[str, ...], as_json: bool, device: str,
-    **flags: Any,
+    session: Session, /, artifact: Path | None, against: str | None, adapters: tuple[str, ...], manifest: Path | None,
+    as_json: bool, device: str, **flags: Any,
 ) -> None:  # fmt: skip
     """Run ARTIFACT and compare it with the model it was made from; exit code 4 if it fails or cannot be judged.
 
     ARTIFACT is a GGUF file, an ONNX folder or .onnx file, or a checkpoint folder.
 
     With --adapter the model is run with the adapters beside it, unmerged, by code that shares nothing with the merge.
+
+    With --manifest the files themselves are looked at: FILE is a sidecar, or an output that has one, and every file
+    that it speaks of must have the bytes that were written. Without ARTIFACT nothing is run.
     """
     weighted = tuple(parse_adapter(text) for text in adapters)
-    options = JudgeOptions(device=resolve_device(device), **flags)
+    if artifact is None and manifest is None:
+        raise UsageError("give an ARTIFACT to run, or --manifest FILE to hash its files again")
+    if artifact is not None and against is None:
+        raise UsageError(f"{artifact}: give the model it was made from: --against MODEL")
+    problem, said, shows = "", dict[str, Any](), list[Callable[[], None]]()
     with session.progress() as progress:
-        parity = verify(artifact, against, adapters=weighted, options=options, progress=progress)
+        if manifest is not None:
+            report = verify_manifest(manifest, against=_here(against), adapters=_folders(weighted), progress=progress)
+            problem, said = "" if report.passed else f"{report.manifest}: {report.reason}", report.to_json()
+            shows.append(partial(show_manifest, report))
+        if artifact is not None and against is not None and not problem:
+            options = JudgeOptions(device=resolve_device(device), **flags)
+            parity = verify(artifact, against, adapters=weighted, options=options, progress=progress)
+            problem = "" if parity.passed else f"{artifact}: {parity.reason}"
+            said = {**parity.to_json(), **({"manifest": said} if said else {})}
+            shows.append(partial(show_parity, parity))
     if as_json:
-        click.echo(json.dumps(parity.to_json(), indent=2))
+        click.echo(json.dumps(said, indent=2))
     elif not session.quiet:
-        show_parity(parity)
-    if not parity.passed:
-        raise ParityError(f"{artifact}: {parity.reason}")
+        for show in shows:
+            show()
+    if problem:
+        raise ParityError(problem)
+
+
+def _here(model: str | None) -> Path | None:
+    """Gives the place of a model that lies on this machine: files of the Hub are not fetched to be hashed."""
+    return Path(model) if model is not None and Path(model).exists() else None
+
+
+def _folders(adapters: tuple[tuple[Any, float], ...]) -> list[Path]:
+    return [Path(folder) for folder, _ in adapters if Path(folder).is_dir()]
