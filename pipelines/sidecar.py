@@ -1,8 +1,8 @@
 """The file beside every output that says what it was made from, how, and whether it was proved.
 
-The form is an in-toto statement (in-toto attestation framework, spec v1: `_type`, `subject`, `predicateType`, an
-optional predicate and fields that other readers ignore), so tools that sign models can sign it as it is. Two runs with
-the same inputs and options differ only in `timings`.
+The form is an in-toto statement (in-toto attestation framework, spec v1: `_type`, `subject`, `predicateType`,
+`predicate`, and fields beside them that other readers ignore), so tools that sign models can sign it as it is. Two
+runs with the same inputs and options differ only in `timings`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 from quantpress.convert.atomic import write_file
 
+STATEMENT = "https://in-toto.io/Statement/v1"
 SCHEMA = "urn:quantpress:sidecar:1"
 NUMERIC_PACKAGES = ("gguf", "ml_dtypes", "numba", "numpy", "quantpress", "safetensors", "tokenizers", "torch")
 
@@ -67,9 +68,10 @@ def statement(
     number of values in all tensors of the source.
     """
     return {
-        "_type": "https://in-toto.io/Statement/v1",
+        "_type": STATEMENT,
         "predicateType": SCHEMA,
         "subject": [{"name": item["name"], "digest": {"sha256": item["sha256"]}} for item in outputs],
+        "predicate": _predicate(inputs, stages),
         "schema": SCHEMA,
         "created_by": f"quantpress {version_of('quantpress')}",
         "inputs": list(inputs),
@@ -84,6 +86,22 @@ def statement(
         "notes": list(notes),
         "parity": parity,
         "timings": dict(timings),
+    }
+
+
+def _predicate(inputs: Sequence[Mapping[str, Any]], stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Says once more what in-toto's readers look for: what was made how, of what, by which program.
+
+    The validator of in-toto's own package wants a predicate that is not empty. The form is that of SLSA's provenance
+    (spec v1: `buildDefinition`, `runDetails`); it holds nothing that is not at the top level too.
+    """
+    return {
+        "buildDefinition": {
+            "buildType": SCHEMA,
+            "externalParameters": {"stages": list(stages)},
+            "resolvedDependencies": [{"name": item["name"], "digest": {"sha256": item["sha256"]}} for item in inputs],
+        },
+        "runDetails": {"builder": {"id": "urn:quantpress", "version": {"quantpress": version_of("quantpress") or ""}}},
     }
 
 
