@@ -18,7 +18,7 @@ from quantpress.pipelines.cli import run
 from tests.pipelines.commands.peft_adapters import make_adapter
 from tests.tiny import tiny_checkpoint
 
-FLIPS = 300
+FLIPS = 120
 KINDS = {
     "q8_0.gguf": ["convert", "MODEL", "OUT", "--outtype", "q8_0"],
     "adapted.gguf": ["convert", "MODEL", "OUT", "--outtype", "q4_0", "--adapter", "ADAPTER"],
