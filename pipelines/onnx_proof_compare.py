@@ -64,6 +64,8 @@ class Comparison:
         """Sorts the table; reads nothing."""
         self._read = CheckpointWeights(self.source, self.spec or self.checked.spec, self.checked.hyper)
         self.names = {(row.slot, layer): tensor.name for row, layer, tensor in self.checked.bindings}
+        # a norm multiplies with its values and what is added to them, also where files are compared without that
+        self._offsets = {row.slot: row.offset if self.spec else 0.0 for row, _, _ in self.checked.bindings}
         self.roles = {row.slot: row.role for row, _, _ in self.checked.bindings}
         self._shapes = {
             (row.slot, layer): tensor.shape[::-1] if row.layout is Layout.TRANSPOSED else tensor.shape
@@ -117,6 +119,7 @@ class Comparison:
             if key[1] < 0 or not judge_floats(self._measure(key, held)):
                 continue
             old, new = self._rows(key)(0, held.shape[0]), held.read(0, held.shape[0]).numbers.reshape(-1)
+            old, new = (each.reshape(-1) + np.float32(self._offsets[key[0]]) for each in (old, new))
             if np.isfinite(new).all() and new.all() and old.all():
                 found[key] = (old / new).astype(np.float32)
         return found

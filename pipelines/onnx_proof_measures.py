@@ -253,7 +253,8 @@ def judge_codes(figures: Figures, *, nearest: bool, kept: bool = False) -> list[
 
     if not np.isfinite(relative) or relative > _RELATIVE[bits]:
         return finding(f"relative error {relative:.3g}", f"at most {_RELATIVE[bits]} for {figures.bits} bits")
-    allowed = max(_FACTOR[bits], _SHRINKS * relative**2, _SPREADS * (figures.spread - _SPREAD))
+    coarse = 2.0 ** max(4 - bits, 0)  # a step of fewer bits is a larger share of a value
+    allowed = max(_FACTOR[bits], _SHRINKS * relative**2, _SPREADS * coarse * (figures.spread - _SPREAD))
     if figures.source.any() and abs(factor - 1) > allowed:
         return finding(f"the source's values times {1 / factor if factor else 0:.3f}", f"1 +- {allowed:.3f}")
     if kept and float(np.median(figures.worst)) < _KEPT / 4:
