@@ -14,7 +14,8 @@ from quantpress.quant.errors import InputError
 __all__ = ["MAX_SMALL_FILE", "FileStamp", "check_name", "inside", "open_regular", "read_at", "read_bounded", "shown"]
 
 MAX_SMALL_FILE = 64 << 20  # bytes of a JSON or tokenizer file; the largest in use (Gemma 3) has 33 MB
-_MAX_NAME = 1024  # characters of a file name inside a model folder
+_MAX_NAME = 1024  # bytes of a file name inside a model folder
+_MAX_PART = 255  # bytes between two slashes, as file systems have it
 
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -155,6 +156,8 @@ def check_name(folder: Path | str, name: str) -> None:
         raise InputError(f"{folder}: file name {shown(name)} holds a backslash or a control character")
     if any(part in ("", ".", "..") for part in name.split("/")):
         raise InputError(f"{folder}: file name {shown(name)} leaves the model folder or is not in its plain form")
+    if len(name.encode()) > _MAX_NAME or any(len(part.encode()) > _MAX_PART for part in name.split("/")):
+        raise InputError(f"{folder}: file name {shown(name)} is longer than any file system has it")
 
 
 def inside(folder: Path | str, name: str) -> Path:

@@ -109,14 +109,15 @@ def _change_pair(cut: _Cut, rng: random.Random, words: Sequence[bytes]) -> None:
 
 def _other_value(value: bytes, rng: random.Random, words: Sequence[bytes]) -> bytes:
     """Gives another value, most often of the same type."""
-    (kind,) = struct.unpack_from("<I", value)
+    (old,) = struct.unpack_from("<I", value)
+    kind = old
     if rng.random() < 0.2:
         kind = rng.choice((*_SIZES, _STRING, _ARRAY))
     if kind == _STRING:
         return struct.pack("<I", kind) + _packed(rng.choice((b"", b"x", b"\0\n", b"\xff", b"y" * 3000, *words)))
     if kind != _ARRAY:
         return struct.pack("<IQ", kind, rng.choice(_NUMBERS))[: 4 + _SIZES[kind]]
-    if len(value) < 16 or rng.random() < 0.3:
+    if old != _ARRAY or len(value) < 16 or rng.random() < 0.3:
         item = rng.choice((4, 5, 6, 7, _STRING))
         count = rng.choice((0, 1, 3))
         one = _packed(b"z") if item == _STRING else struct.pack("<Q", rng.choice(_NUMBERS))[: _SIZES[item]]

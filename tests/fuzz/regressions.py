@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Callable, Mapping
 
@@ -41,6 +42,10 @@ def _strings(*values: str) -> bytes:
     return struct.pack("<IIQ", _ARRAY, 8, len(values)) + b"".join(map(_text, values))
 
 
+def _index(shard: str) -> bytes:
+    return json.dumps({"weight_map": {"a": shard}}).encode()
+
+
 def _torch(data: bytes) -> bytes:
     """An archive with another data.pkl."""
     import io
@@ -71,6 +76,10 @@ REGRESSIONS: Mapping[str, Mapping[str, Callable[[], bytes]]] = {
             _text("general.file_type") + struct.pack("<II", _U32, 1),
             _text("general.alignment") + struct.pack("<IIQ", _ARRAY, 6, 100) + bytes(400),
         ),
+    },
+    "safetensors-index": {
+        "a name that no file system has": lambda: _index("x" * 300),
+        "it is short only in characters": lambda: _index("é" * 128),
     },
     "torch-bin": {
         "pickle ends inside a number": lambda: _torch(b"\x80\x02J\x00"),

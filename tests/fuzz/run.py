@@ -86,7 +86,7 @@ def _again(names: Sequence[str], file: Path) -> int:
                 outcome = check(target, folder, file.read_bytes())
             except Violation as violation:
                 if last:
-                    _say(violation)
+                    _say(str(violation))
                     return 1
     word = "accepted" if outcome.accepted else f"refused: {outcome.message}"
     _say(f"{word}\n{outcome.seconds:.4f} s, {outcome.nbytes >> 10} KB")

@@ -201,10 +201,14 @@ def test_program_tries_one_input(tmp_path: Path, capsys: pytest.CaptureFixture[s
     file.write_bytes(b"GGUF")
     assert main(["imatrix", "--input", str(file)]) == 0
     assert capsys.readouterr().out.startswith("refused: ")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tests.fuzz.property.MAX_MESSAGE", 5)
+        assert main(["imatrix", "--input", str(file)]) == 1
+    assert capsys.readouterr().out.startswith("message: ")
 
 
 def test_process_that_dies_is_a_violation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its last input is kept; here a process that cannot even begin, since its seed is no number."""
+    """Its last input is kept, and what it said."""
     from tests.fuzz.run import _died, _kept
 
     (tmp_path / "model").mkdir()
