@@ -71,6 +71,8 @@ def _load(text: str) -> Any:
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > _MAX_DEPTH or number > _MAX_EVENTS or isinstance(event, yaml.AliasEvent):
                 return None
+            if getattr(event, "tag", None) is not None:  # PyYAML raises KeyError and the like for `!!bool maybe`
+                return None
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError):  # ValueError: a date such as 2024-13-45
         return None

@@ -88,10 +88,57 @@ def _parse_planned(folder: Path) -> object:
     return Gguf(output=Path("x.gguf"), outtype="Q8_0").resolved(checkpoint).plan(checkpoint)
 
 
+def _card_seeds() -> Mapping[str, bytes]:
+    card = "license: mit\nbase_model: org/name\ntags: [a, b]\nlanguage: [en, de]\npipeline_tag: text-generation\n"
+    fronts = {
+        "good": card, "odd": "license: !!bool maybe\n", "when": "license: !!timestamp x\n",
+        "none": "license: !!int ''\n",
+        "laughs": "a: &a [x]\nb: [*a, *a]\n", "deep": "a: " + "[" * 500, "date": "tags: [2024-13-45, 0b_, 1:99]\n",
+        "keys": "{a: b}: c\n", "digits": f"tags: [{'9' * 5000}]\n", "code": "a: !!python/object/apply:os.system [id]\n",
+    }  # fmt: skip
+    return {**{name: f"---\n{front}---\n# Model\n".encode() for name, front in fronts.items()}, "open": b"---\na: b\n"}
+
+
+def _sentence_folder(folder: Path) -> None:
+    """Writes a BERT's config.json with the files of sentence-transformers."""
+    llama_folder(folder)
+    (folder / "config.json").write_bytes(config_seeds()["bert"])
+    (folder / "modules.json").write_bytes(_module_seeds()["good"])
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_bytes(_pooling_seeds()["good"])
+
+
+def _module_seeds() -> Mapping[str, bytes]:
+    first = {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}
+    pooling = {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}
+    values: dict[str, Any] = {
+        "good": [first, pooling], "up": [first, {**pooling, "path": ".."}], "root": [{**pooling, "path": "/etc"}],
+        "gone": [{**pooling, "path": "2_Pooling"}], "dense": [first, pooling, {**pooling, "type": "x.Dense"}],
+        "object": {"a": 1}, "many": [pooling] * 100, "number": [5], "long": [{**first, "type": "x" * 9000}],
+        "line": [first, {**first, "type": "a\nb"}], "none": [],
+    }  # fmt: skip
+    return {name: json.dumps(value).encode() for name, value in values.items()}
+
+
+def _pooling_seeds() -> Mapping[str, bytes]:
+    values: dict[str, Any] = {
+        "good": {"pooling_mode_mean_tokens": True, "word_embedding_dimension": 64}, "stated": {"pooling_mode": "cls"},
+        "several": {"pooling_mode": ["mean", "x\ny", 5, "z" * 9000]}, "list": [1], "none": {},
+        "number": {"pooling_mode": 5},
+    }  # fmt: skip
+    return {name: json.dumps(value).encode() for name, value in values.items()}
+
+
 TARGETS: tuple[Target, ...] = (
     Target("config-json", "config.json", llama_folder, parse_model, _seeds, _WORDS),
     Target(
         "generation-config", "generation_config.json", llama_folder, _parse_planned, _generation_seeds,
         (b'"temperature"', b'"min_p": 1e39', b'"xtc_threshold"', b'"mirostat": 9999999999', b"null", b"1e308", b"-1"),
     ),
+    Target(
+        "model-card", "README.md", llama_folder, _parse_planned, _card_seeds,
+        (b"!!bool ", b"!!int ", b"!!timestamp ", b"&a ", b"*a", b"? ", b"---\n", b"license: ", b"0b_", b"<<: "),
+    ),
+    Target("sentence-modules", "modules.json", _sentence_folder, parse_model, _module_seeds, (b'".."',)),
+    Target("sentence-pooling", "1_Pooling/config.json", _sentence_folder, parse_model, _pooling_seeds, (b"null",)),
 )  # fmt: skip
