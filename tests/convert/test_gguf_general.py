@@ -125,6 +125,9 @@ def test_a_model_card_gives_licence_ancestors_tags_and_languages() -> None:
         'license: "\\ud800"',
         "\x00license: mit",
         "",
+        "license: !!bool maybe",
+        "license: !!timestamp x",
+        "license: !!int ''",
     ],
 )
 def test_a_strange_card_is_no_card(front: str) -> None:
