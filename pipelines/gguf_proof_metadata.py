@@ -20,8 +20,8 @@ from quantpress.quant.errors import QuantpressError
 __all__ = ["MetadataFound", "compare_metadata"]
 
 _FLOAT32 = 2.0**-22  # relative: what a float of 32 bits may lose of a number in config.json, and once more on the way
-# what says how much a model may read, or what llama.cpp finds out by itself
-_FREE = {"context_length", "vocab_size", "pooling_type", "rope.scaling.original_context_length"}
+# what llama.cpp finds out by itself, or does not compute with
+_FREE = {"vocab_size", "pooling_type", "rope.scaling.original_context_length"}
 _DERIVED = {"rope.dimension_count", "attention.key_length", "attention.value_length", "feed_forward_length"}
 _DEFAULTS: Mapping[str, Any] = {"rope.freq_base": 10_000.0, "rope.scaling.type": "none", "attention.causal": True}
 _TOKENS, _TYPES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
@@ -113,6 +113,7 @@ def _vocabulary(
     used = [number for number, kind in enumerate(kinds) if kind != TokenType.UNUSED]
     _compare_lists(found, _TOKENS, metadata[_TOKENS], wanted[_TOKENS], used, "token")
     found.tokens = len(used)
+    _compare_types(found, metadata.get(_TYPES), wanted.get(_TYPES), used)
     if scores := metadata.get("tokenizer.ggml.scores"):
         normal = [number for number in used if kinds[number] == TokenType.NORMAL]
         _compare_lists(found, "tokenizer.ggml.scores", scores, wanted.get("tokenizer.ggml.scores"), normal, "score of")
@@ -123,6 +124,19 @@ def _vocabulary(
         key = f"tokenizer.ggml.{name}"
         if key in metadata and key in wanted and key not in overridden and not _same(metadata[key], wanted[key]):
             found.findings.append(Finding("vocabulary", key, shown(metadata[key]), shown(wanted[key])))
+
+
+def _compare_types(found: MetadataFound, held: Any, wanted: Any, places: Sequence[int]) -> None:
+    """Compares what kind of token each is; converters differ in which of those that are never text are control."""
+    if held is None or wanted is None or (len(places) and max(places) >= len(held)):
+        return
+    apart = TokenType.CONTROL, TokenType.USER_DEFINED
+    wrong = [n for n in places if held[n] != wanted[n] and not (held[n] in apart and wanted[n] in apart)]
+    if wrong:
+        first, more = wrong[0], f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        found.findings.append(
+            Finding("vocabulary", f"{_TYPES}: type of {first}", f"{held[first]}{more}", str(int(wanted[first])))
+        )
 
 
 def _planned(source: Checkpoint, rows: int) -> Mapping[str, Any]:

@@ -13,6 +13,7 @@ from quantpress.convert.checkpoint import Checkpoint
 from quantpress.convert.preflight import Preflight
 from quantpress.convert.weights import CheckpointWeights
 from quantpress.pipelines.content_proof import Finding
+from quantpress.pipelines.gguf_proof_folds import Folds
 from quantpress.pipelines.gguf_proof_measures import ERRORS, Figures, Limits, differing_floats, measure
 from quantpress.pipelines.gguf_readback import ReadBack
 
@@ -21,7 +22,6 @@ __all__ = ["WeightsFound", "compare_weights"]
 _FLOATS = ("F32", "F16", "BF16", "F64")
 _PLAIN = 1.15  # times a type's own error that a tensor has at most that was rounded to nearest
 _MOST, _FEW = 0.1, 2  # share, and number, of tensors that may have more in a file that was
-_FOLDED = 0.3  # share of norms that differ where a method has folded scales into them
 
 
 @dataclass
@@ -89,10 +89,8 @@ def compare_weights(
     work = _Comparison(source, read)
     weights = CheckpointWeights(source, checked.spec, checked.hyper)
     rows = [(row, layer) for row, layer, _ in checked.bindings if row.gguf]
-    total = 0
     for number, (row, layer) in enumerate(rows):
         _compare_one(work, weights, row, layer)
-        total += _is_norm(row.slot)
         if progress is not None:
             progress(number + 1, len(rows))
     head = read.types.get("output.weight")
@@ -100,11 +98,7 @@ def compare_weights(
         wanted, found = weights("token_embd.weight", -1), read.weight("output.weight", -1)
         if wanted is not None and found is not None:
             work.add("output.weight", head, wanted, found)
-    return _judged(work, total)
-
-
-def _is_norm(slot: str) -> bool:
-    return "norm" in slot
+    return _judged(work, weights, checked)
 
 
 def _compare_one(work: _Comparison, weights: CheckpointWeights, row: TensorSpec, layer: int) -> None:
@@ -122,18 +116,19 @@ def _compare_one(work: _Comparison, weights: CheckpointWeights, row: TensorSpec,
     work.add(name, work.read.types[name], wanted, found)
 
 
-def _judged(work: _Comparison, norms: int) -> WeightsFound:
+def _judged(work: _Comparison, weights: CheckpointWeights, checked: Preflight) -> WeightsFound:
     """Turns figures into findings, now that it is known how the file's codes were chosen."""
     far = [each for each in work.measured if not each.figures.whole <= _PLAIN * ERRORS[each.kind]]
     plain = len(far) <= max(_FEW, _MOST * len(work.measured))
     wrong = list(_findings(work.measured, plain=plain))
-    folded = len(work.norms) > max(1, _FOLDED * norms)
-    if folded:  # AWQ and SmoothQuant change norms and the weights around them so that both changes cancel
-        work.found.skipped.append(f"{len(work.norms)} of {norms} norms: a method has folded scales into them")
-        work.found.findings = [each for each in work.found.findings if each.name not in work.norms]
-        work.found.skipped += [f"{each.name}: beside norms with folded scales" for each in wrong]
-        wrong = []
     work.found.findings += wrong
+    if work.norms:  # AWQ and SmoothQuant change norms and the weights around them so that both changes cancel
+        excused = Folds(weights, work.read, checked, {each.name for each in work.found.findings}).excused()
+        if excused:
+            kept = [each for each in work.found.findings if each.name not in excused]
+            many = len(work.found.findings) - len(kept)
+            work.found.skipped.append(f"{many} tensors: compared but for scales that a method has folded into them")
+            work.found.findings = kept
     work.found.skipped += [f"tensors of type {kind}: no limits are known for it" for kind in sorted(work.unknown)]
     return work.found
 

@@ -194,6 +194,16 @@ def _swap_tokens(reader: Reader) -> bool:
     return False
 
 
+def _hide_token(reader: Reader) -> bool:
+    """Makes the last token that is text one that is never text."""
+    field = reader.fields["tokenizer.ggml.token_type"]
+    parts = [field.parts[index] for index in field.data]
+    last = next((part for part in reversed(parts) if part[0] == gguf.TokenType.NORMAL), None)
+    if last is not None:
+        last[0] = gguf.TokenType.CONTROL
+    return last is not None
+
+
 def flipped_scale(name: str, bit: int, *, block: int | None, minimum: bool = False) -> Plant:
     """Flips one bit of the scales of a tensor: of one block, or of all.
 
@@ -254,7 +264,7 @@ DAMAGES: dict[str, Plant] = {
     "two tokens swapped": _swap_tokens,
     "BOS id": _set("tokenizer.ggml.bos_token_id", lambda value: value + 1),
     "EOS id": _set("tokenizer.ggml.eos_token_id", lambda value: value + 1),
-    "type of a token": _set("tokenizer.ggml.token_type", lambda value: 4 if value != 4 else 1),
+    "type of a token": _hide_token,
     "scale of one block, greatest bit": flipped_scale("ffn_up.weight", 14, block=5),
     "scale of one block, middle bit": flipped_scale("ffn_up.weight", 11, block=5),
     "scales of all blocks, middle bit": flipped_scale("ffn_up.weight", 9, block=None),

@@ -32,7 +32,7 @@ class File:
     """A file to make.
 
     Attributes:
-        model: "trained" on the spot, "moe" for random experts, or a folder of the shared models.
+        model: "trained" on the spot, "biases" (random, with a head of its own), or a folder of the shared models.
         name: type and method.
         options: of the stage.
     """
@@ -58,7 +58,7 @@ _LONG = _kinds(
 )  # fmt: skip
 _MODELS = "stories260k-hf", "glasslm-en-hf", "mix6m-hf"
 FILES = [File("trained", name, options) for name, options in _SHORT.items()]
-FILES += [File("moe", name, {"outtype": name}) for name in ("f16", "q8_0")]
+FILES += [File("biases", name, {"outtype": name}) for name in ("f16", "q8_0")]
 FILES += [File(model, name, _SHORT[name]) for model in _MODELS for name in ("f16", "q8_0", "q4_0", "q4_k_m")]
 LONG_FILES = [File(model, name, options) for model in ("trained", *_MODELS) for name, options in _LONG.items()]
 
@@ -68,8 +68,8 @@ def model_of(file: File, scratch: Path) -> Path:
     folder = scratch / file.model
     if file.model == "trained":
         return folder if folder.exists() else trained(folder)
-    if file.model == "moe":
-        return folder if folder.exists() else tiny_checkpoint(folder, "mixtral")
+    if file.model == "biases":
+        return folder if folder.exists() else tiny_checkpoint(folder, "qwen2", tie_word_embeddings=False)
     shared = _SHARED / "models" / file.model
     if not shared.is_dir():
         pytest.skip("real models are not beside the repository (set QUANTPRESS_SHARED)")
