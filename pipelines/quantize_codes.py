@@ -11,6 +11,7 @@ from quantpress.convert.checkpoint import Checkpoint
 from quantpress.convert.experts_apart import experts_apart
 from quantpress.convert.preflight import Preflight, preflight
 from quantpress.pipelines.default_text import BUILT_IN_NOTE
+from quantpress.pipelines.hashing import hash_file
 from quantpress.pipelines.machine import peak_memory
 from quantpress.pipelines.merge_stage import merge_records
 from quantpress.pipelines.quantize_plan import main_type, plan_weights
@@ -155,7 +156,7 @@ class WeightsJob:
             **described,
             "options": options,
             "merged": merge_records(self.source),
-            "calibration": None if text is None else hashlib.sha256(text.read_bytes()).hexdigest(),
+            "calibration": None if text is None else hash_file(text)[0],
             "environment": environment(context.device),
             "codes": None if origin is None else origin.key,
         }
