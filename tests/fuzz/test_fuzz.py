@@ -180,10 +180,12 @@ def _cut_open(data: bytes, rng: random.Random) -> bytes:
     return next(changed for surgeon in SURGEONS if (changed := surgeon(data, rng, ())) is not None)
 
 
-@pytest.mark.parametrize("engine", ["own", "hypothesis"])
+@pytest.mark.parametrize("engine", ["own", "hypothesis", "atheris"])
 def test_program_reports(engine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if engine == "atheris":
+        pytest.importorskip("atheris", reason="atheris is not installed: quantpress[fuzz]")
     report = tmp_path / "report.json"
-    code = main(["imatrix", "--seconds", "0.5", "--engine", engine, "--report", str(report)])
+    code = main(["imatrix", "--seconds", "1", "--engine", engine, "--report", str(report)])
     (one,) = json.loads(report.read_text())["targets"]
     assert code == 0
     assert one["target"] == "imatrix"
