@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from quantpress.convert.checkpoint import Checkpoint
 
-__all__ = ["ContentProof", "Finding", "prove_content"]
+__all__ = ["ContentProof", "Finding", "chosen_keys", "prove_content"]
 
 _FOLDERS = "quantpress.pipelines.checkpoint_proof"
 
@@ -71,6 +71,18 @@ class ContentProof:
                 for each in self.findings
             ],
         }
+
+
+def chosen_keys(stages: Any) -> frozenset[str]:
+    """Gives the metadata keys that a user has set with --override-kv, of the `stages` that a sidecar names.
+
+    Args:
+        stages: as they are in the sidecar; a damaged one names none.
+    """
+    options = [each.get("options") for each in stages if isinstance(each, dict)] if isinstance(stages, list) else []
+    given = [each.get("override_kv") for each in options if isinstance(each, dict)]
+    texts = [text for each in given if isinstance(each, (list, tuple)) for text in each]
+    return frozenset(text.partition("=")[0] for text in texts if isinstance(text, str))
 
 
 def prove_content(source: Checkpoint, artifact: Path, chosen: Iterable[str] = ()) -> ContentProof | None:

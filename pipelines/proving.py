@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from quantpress.pipelines.candidate import ftype_of
+from quantpress.pipelines.content_proof import chosen_keys
 from quantpress.pipelines.machine import peak_rss
 from quantpress.pipelines.reference import Reference
 from quantpress.pipelines.sidecar import rounded, write_sidecar
@@ -37,7 +38,8 @@ def prove_again(
     """
     _check_sizes(output, contents)
     start = time.perf_counter()
-    parity = reference.judge(output, judged_as or ftype_of(output))
+    chosen = chosen_keys(contents.get("stages"))
+    parity = reference.judge(output, judged_as or ftype_of(output), chosen=chosen)
     step = {"seconds": round(time.perf_counter() - start, 3), "peak_rss": peak_rss()}
     renewed = {
         **contents,

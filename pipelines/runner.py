@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from quantpress.convert.arch.registry import find_arch
 from quantpress.convert.checkpoint import Checkpoint
 from quantpress.convert.open import open_checkpoint
+from quantpress.pipelines.content_proof import chosen_keys
 from quantpress.pipelines.hashing import BackgroundHashes
 from quantpress.pipelines.judging import JudgeOptions
 from quantpress.pipelines.machine import peak_rss
@@ -116,9 +117,10 @@ class _Judge:
         if self._problem:
             log.warning("the output will not be judged: %s", self._problem)
 
-    def __call__(self, artifact: Artifact) -> Parity:
+    def __call__(self, artifact: Artifact, stage: Stage) -> Parity:
         if self._reference is not None:
-            return self._reference.judge(artifact.path, artifact.judged_as or artifact.ftype)
+            chosen = chosen_keys([stage_record(stage)])
+            return self._reference.judge(artifact.path, artifact.judged_as or artifact.ftype, chosen=chosen)
         from quantpress.pipelines.parity import unjudged
 
         limits = self._options.limits(artifact.judged_as or artifact.ftype, self._source.parameters)
@@ -212,7 +214,7 @@ def press(
         clock.step(stage.name, artifact.timings)
         parity = None
         if judged is not None:
-            parity = judged(artifact)
+            parity = judged(artifact, stage)
             clock.step("verify")
         contents = statement(
             inputs=[{"name": names[path], "sha256": sha256, "bytes": size} for path, (sha256, size) in hashed.items()],

@@ -9,6 +9,7 @@ in onnxruntime, whole chunks at once, and the end of the first one also token by
 from __future__ import annotations
 
 import dataclasses
+import json
 import threading
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -22,6 +23,7 @@ from quantpress.convert.open import open_checkpoint
 from quantpress.convert.tokenizer import Tokenizer, TokenizerFiles
 from quantpress.pipelines.cancel import cancellable
 from quantpress.pipelines.candidate import check_runtime, ftype_of, open_runtime
+from quantpress.pipelines.content_proof import chosen_keys
 from quantpress.pipelines.judging import JudgeOptions
 from quantpress.pipelines.parity import Parity
 from quantpress.pipelines.perplexity import Perplexity
@@ -29,6 +31,7 @@ from quantpress.pipelines.perplexity import perplexity as score_windows
 from quantpress.pipelines.progress import Progress, no_progress
 from quantpress.pipelines.reference import Reference
 from quantpress.pipelines.references import reference_for
+from quantpress.pipelines.sidecar import sidecar_path
 from quantpress.pipelines.windows import DEFAULT_CONTEXT, default_chunks, read_text, text_windows
 from quantpress.quant.errors import InputError
 
@@ -73,7 +76,16 @@ def verify(
         source = merge_lora(source, adapter, weight)
     check_runtime(Path(artifact), chosen.runtime)
     ftype = ftype_of(Path(artifact))
-    return reference_for(source, chosen, progress).judge(Path(artifact), ftype)
+    return reference_for(source, chosen, progress).judge(Path(artifact), ftype, chosen=_set_by_hand(Path(artifact)))
+
+
+def _set_by_hand(artifact: Path) -> frozenset[str]:
+    """Gives the metadata keys that the file's sidecar says were set with --override-kv; none where there is none."""
+    try:
+        contents = json.loads(sidecar_path(artifact).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return frozenset()
+    return chosen_keys(contents.get("stages")) if isinstance(contents, dict) else frozenset()
 
 
 def perplexity(

@@ -70,3 +70,16 @@ def test_verify_passes_the_good_file(made: Path, capsys: pytest.CaptureFixture[s
     code, found = verified(good_file(FILES[1], made), model_of(FILES[1], made), capsys)
     assert (code, found["failures"]) == (0, [])
     assert found["content"]["tensors"] > 10  # type: ignore[index]
+
+
+def test_a_setting_that_was_chosen_by_hand_is_no_damage(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, out = model_of(FILES[0], made), tmp_path / "chosen.gguf"
+    few = ("--chunks", "1", "--context", "32")
+    code = run(["-q", "convert", str(model), str(out), *few, "--override-kv", "llama.context_length=int:64"])
+    assert code == 0
+    assert verified(out, model, capsys)[0] == 0
+    Path(f"{out}.quantpress.json").unlink()  # then nothing says that it was meant
+    code, found = verified(out, model, capsys)
+    assert (code, found["failures"]) == (4, ["settings"])

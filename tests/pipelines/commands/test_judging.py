@@ -19,7 +19,7 @@ needs_llama_cpp = pytest.mark.skipif(find_llama_cpp() is None, reason="llama.cpp
 Run = Callable[..., Any]
 PARITY_KEYS = {
     "text_sha256", "tokens", "context", "baseline", "candidate", "ppl_ratio", "mean_kld", "kld_p99", "max_kld",
-    "top1_agreement", "limits", "passed", "reason", "failures",
+    "top1_agreement", "limits", "passed", "reason", "failures", "content",
 }  # fmt: skip
 PERPLEXITY_KEYS = {"model", "runtime", "perplexity", "stderr", "tokens", "context", "chunks", "seconds"}
 
