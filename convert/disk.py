@@ -12,7 +12,18 @@ __all__ = ["remove", "sync_folder", "sync_tree"]
 
 
 def remove(path: Path) -> None:
-    """Removes a file or a folder if it is there; what cannot be removed is left for the next run."""
+    """Removes a file or a folder if it is there; what cannot be removed is left for the next run.
+
+    A signal that comes while it is at work does not leave half of it: it goes on and is stopped afterwards.
+    """
+    try:
+        _remove(path)
+    except BaseException:
+        _remove(path)
+        raise
+
+
+def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

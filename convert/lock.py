@@ -35,9 +35,19 @@ def locked(path: Path, what: Path, wait: float) -> Iterator[None]:
         yield
     finally:
         # Removed while still held. Whoever waits on the removed file sees that and starts again with a new one.
-        with contextlib.suppress(OSError):
-            path.unlink()
-        os.close(descriptor)
+        try:
+            _unlink(path)
+        except BaseException:  # a signal just here; once the name is gone it may be another run's
+            if _is_current(descriptor, path):
+                _unlink(path)
+            raise
+        finally:
+            os.close(descriptor)
+
+
+def _unlink(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def _acquire(path: Path, what: Path, deadline: float) -> int:

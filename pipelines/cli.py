@@ -18,8 +18,9 @@ from typing import NoReturn
 
 import click
 
+from quantpress.pipelines.machine import machine_error
 from quantpress.pipelines.progress import Progress, terminal_progress
-from quantpress.quant.errors import QuantpressError
+from quantpress.quant.errors import OutputError, QuantpressError
 
 COMMANDS = {
     "architectures": "model families and what works for each",
@@ -130,7 +131,8 @@ def _report(message: str, exit_code: int, arguments: Sequence[str]) -> int:
         line = json.dumps({"event": "error", "message": line, "exit_code": exit_code}, ensure_ascii=False)
     else:
         line = f"error: {line}"
-    click.echo(line, err=True)
+    with contextlib.suppress(OSError):  # standard error cannot be written: the exit code still tells
+        click.echo(line, err=True)
     return exit_code
 
 
@@ -156,6 +158,12 @@ def run(arguments: Sequence[str]) -> int:
         # the reader of our output has gone (`| head`): nothing is left to say, and the flush at exit must not say it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except (OSError, MemoryError, RuntimeError) as error:
+        # the machine gave way where nobody knew which file it was for; what was begun is removed on the way here
+        said = machine_error(error)
+        if debug or said is None:
+            raise
+        return _report(said, OutputError.exit_code, arguments)
 
 
 def main() -> NoReturn:
@@ -165,13 +173,31 @@ def main() -> NoReturn:
     gc.set_threshold(100_000, 50, 100)
     sys.setswitchinterval(0.0005)  # threads that hash and convert wait less for one that imports
     signal.signal(signal.SIGTERM, _terminate)
+    _open_streams()
     _leave(run(sys.argv[1:]))
+
+
+def _open_streams() -> None:
+    """Opens what was closed before the start (`2>&-`), so that no file of an output gets the number of a stream."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            if descriptor != number:
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+            os.set_inheritable(number, True)
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
 
 
 def _leave(code: int) -> NoReturn:
     """Ends the process without taking the interpreter apart, which takes 0.3 s after a merge and changes nothing."""
     logging.shutdown()
-    with contextlib.suppress(BrokenPipeError):
+    try:
         sys.stdout.flush()
+    except BrokenPipeError:
+        pass
+    except OSError as error:
+        code = code or _report(f"standard output: cannot be written: {error.strerror}", OutputError.exit_code, ())
+    with contextlib.suppress(OSError):
         sys.stderr.flush()
     os._exit(code)

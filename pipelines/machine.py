@@ -11,6 +11,8 @@ BASE_BYTES = 150 << 20  # interpreter, numpy, tokenizer and the chunks in flight
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # malloc.h
 _MAPPED_BYTES = 2 << 20  # smaller: less memory in vain, but more time to get it from the system (1 MiB: 5 % of a run)
 
+_NO_ROOM = ("can't start new thread", "can't allocate memory", "out of memory")  # Python's threads, torch, CUDA
+
 
 def available_threads() -> int:
     """Gives the number of processors this process may use."""
@@ -71,3 +73,13 @@ def save_memory() -> None:
         library.malloc_trim(0)
     except (OSError, AttributeError):
         return  # another C library
+
+
+def machine_error(error: Exception) -> str | None:
+    """Says in words what the machine did not give, where nobody knew which file it was for; None for other errors."""
+    if isinstance(error, OSError):
+        reason = error.strerror or str(error) or type(error).__name__
+        return f"{error.filename}: {reason}" if error.filename is not None else f"{reason} (errno {error.errno})"
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in _NO_ROOM)):
+        return "memory or threads are used up; close other programs, or see --max-memory and --threads"
+    return None

@@ -42,8 +42,13 @@ class PlainProgress:
             line = json.dumps({"event": "progress", "phase": phase, "done": done, "total": total})
         else:
             line = f"{phase}: {100 * done / total if total else 100.0:.0f} %"
-        self._stream.write(line + "\n")
-        self._stream.flush()
+        try:
+            self._stream.write(line + "\n")
+            self._stream.flush()
+        except BrokenPipeError:
+            raise
+        except OSError:  # the disk of a log is full: hours of work do not end for that
+            return
 
 
 class BarProgress:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from quantpress.pipelines.batch.tasks import Task, TaskResult
-from quantpress.pipelines.machine import peak_rss
+from quantpress.pipelines.machine import machine_error, peak_rss
 from quantpress.pipelines.progress import Progress
 from quantpress.quant.errors import CancelledError, OutputError, QuantpressError
 
@@ -60,8 +60,11 @@ def attempt(
     except MemoryError:
         result = TaskResult(task.id, "failed", error=_out_of_memory(task), exit_code=OutputError.exit_code)
     except Exception as error:  # the edge of a job: a bug in it, or in a plug-in, ends this job only
-        log.exception("an error that nobody expected")
-        result = TaskResult(task.id, "failed", error=_bug(error), exit_code=QuantpressError.exit_code)
+        said = machine_error(error)
+        if said is None:
+            log.exception("an error that nobody expected")
+        code = QuantpressError.exit_code if said is None else OutputError.exit_code
+        result = TaskResult(task.id, "failed", error=said or _bug(error), exit_code=code)
     if result.state == "failed" and result.exit_code == CancelledError.exit_code:
         result = dataclasses.replace(result, state="cancelled")
     return dataclasses.replace(

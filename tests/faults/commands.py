@@ -1,4 +1,4 @@
-"""The commands that are spoiled, on a model that is small enough for hundreds of runs, and what an undisturbed run left."""
+"""The commands that are spoiled, on a model that is small enough for hundreds of runs, and what a run leaves."""
 
 from __future__ import annotations
 
@@ -57,7 +57,11 @@ COMMANDS = {
         Command("split", (*_CONVERT, "--no-verify", "--split-max-tensors", "6")),
         Command("onnx", ("convert", "model", "out/onnx", "--to", "onnx", "--precision", "int4", "--no-verify")),
         Command("merge", ("merge", "model", "adapter", "out/merged", "--no-verify", "--threads", "2")),
-        Command("rtn", ("quantize", "model", "out/rtn", "--method", "rtn", "--group-size", "32", "--no-verify")),
+        Command(
+            "rtn",
+            ("quantize", "model", "out/rtn", "--method", "rtn", "--group-size", "32", "--no-verify"),
+            resumes=True,
+        ),
         Command(
             "gptq",
             ("quantize", "model", "out/gptq", "--method", "gptq", "--group-size", "32", *_CALIBRATION, "--no-verify"),
@@ -91,17 +95,17 @@ def lay_out(inputs: Path, folder: Path) -> Path:
     return folder
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below `out`; of sidecars what may not differ between runs."""
+def contents(folder: Path, out: str = "out") -> dict[str, bytes]:
+    """Every file below `out` that has its final name; of sidecars what may not differ between runs."""
     found = {}
-    for path in sorted((folder / "out").rglob("*")):
-        if path.is_file():
+    for path in sorted((folder / out).rglob("*")):
+        if path.is_file() and not any(part.startswith(".quantpress-") for part in path.parts):
             data = path.read_bytes()
             if path.name.endswith("quantpress.json"):
                 record = json.loads(data)
                 record.pop("timings")
                 data = json.dumps(record).encode()
-            found[path.relative_to(folder / "out").as_posix()] = data
+            found[path.relative_to(folder / out).as_posix()] = data
     return found
 
 

@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,7 +31,7 @@ class Surroundings:
         stderr: likewise.
     """
 
-    spoil: shim.Spoil = shim.Spoil()
+    spoil: shim.Spoil = field(default_factory=shim.Spoil)
     limits: tuple[tuple[str, int], ...] = ()
     stdout: str = "file"
     stderr: str = "file"
@@ -104,7 +104,7 @@ def in_child(work: Callable[[], None], log: Path) -> None:
                 os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
             work()
             code = 0
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - the child ends here
             traceback.print_exc()
         finally:
             sys.stdout.flush()
@@ -120,7 +120,7 @@ def preload(names: Path) -> None:
         if name.partition(".")[0] in ("quantpress", "torch", "numpy", "numba", "onnx_ir", "onnx", "tokenizers", "yaml"):
             try:
                 importlib.import_module(name)
-            except Exception:  # modules that make themselves and cannot be imported by name
+            except Exception:  # noqa: BLE001 - modules that make themselves and cannot be imported by name
                 continue
 
 
@@ -132,7 +132,7 @@ def _child(folder: Path, arguments: Sequence[str], around: Surroundings, logs: P
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         watched = shim.Shim(folder, around.spoil, _act)
-        _exit, failed = os._exit, False
+        _exit = os._exit
 
         def leave(code: int) -> NoReturn:
             _note(logs, watched)
@@ -150,7 +150,7 @@ def _child(folder: Path, arguments: Sequence[str], around: Surroundings, logs: P
             main()
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else 1
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - a traceback is what the program would show
             code = 1
             if sys.stderr is not None:
                 traceback.print_exc()
@@ -202,4 +202,3 @@ def _act(what: str, folder: Path) -> None:
         "text": "echo more >> text.txt",
     }[what]
     subprocess.run(["sh", "-c", program], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
-

@@ -12,7 +12,7 @@ from tests.faults.plan import Fault
 _STOPPED = {"SIGKILL": (-9,), "SIGINT": (130,), "SIGTERM": (143,)}
 _ALLOWED = {  # exit codes beside 0, by kind; a batch may say 7 instead
     "open-files": (3, 5),
-    "memory": (3, 5, -6, -11),  # native code that finds no memory ends the process
+    "memory": (3, 5, -6, -11, 127),  # native code that finds no memory ends the process, the C library with 127
     "input": (3,),
     "together": (2, 6),
     "streams": (1, 5),
@@ -32,10 +32,14 @@ def spoiled(fault: Fault, command: Command, folder: Path, ended: Ended, whole: M
     """What does not hold after a run that was spoiled."""
     wrong = _ending(fault, ended)
     found = contents(folder)
-    wrong += half(found, whole, killed=-9 in codes(fault))
-    if ended.code == 0 and fault.kind != "together" and found != whole:
+    if fault.kind == "folder":  # what was written lies where the folder was moved to, or beside it
+        found |= contents(folder, "gone") | contents(folder, "other")
+    moved = fault.around.spoil.act in ("gone", "moved", "link")
+    wrong += half(found, whole, killed=-9 in codes(fault) or moved)
+    deleted = fault.around.spoil.act == "gone"  # perhaps when all was done
+    if ended.code == 0 and fault.kind != "together" and not deleted and found != whole:
         wrong.append(f"exit 0 with other outputs: {_differing(found, whole)}")
-    if -9 not in codes(fault) and not _cannot_clean(fault):
+    if ended.code in (0, 1, 2, 3, 5, 6, 7, 130, 143) and -9 not in codes(fault) and not _cannot_clean(fault):
         left = [name for name in unfinished(folder) if not (command.resumes and ".work" in name)]
         wrong += [f"left behind: {name}" for name in left]
     return wrong
@@ -43,11 +47,10 @@ def spoiled(fault: Fault, command: Command, folder: Path, ended: Ended, whole: M
 
 def half(found: Mapping[str, bytes], whole: Mapping[str, bytes], *, killed: bool) -> list[str]:
     """Outputs of which only a part is there, or not what should be."""
-    final = {name: data for name, data in found.items() if ".quantpress-" not in name}
-    wrong = [f"{name} is not what it should be" for name, data in final.items() if whole.get(name) != data]
-    for group in {_group(name) for name in final}:
+    wrong = [f"{name} is not what it should be" for name, data in found.items() if whole.get(name) != data]
+    for group in {_group(name) for name in found}:
         members = [name for name in whole if _group(name) == group and not name.endswith("quantpress.json")]
-        missing = sorted(name for name in members if name not in final)
+        missing = sorted(name for name in members if name not in found)
         if missing and not (killed and members[0] in missing and "-of-" in members[0]):
             wrong.append(f"half an output: {group} lacks {', '.join(missing)}")
     return wrong

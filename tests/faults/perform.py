@@ -114,7 +114,9 @@ def _again(
             path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)
     shutil.copytree(material / "inputs", place, dirs_exist_ok=True)
     ends.append(run(place, command.arguments, folder / "again"))
-    if ends[-1].code == 2 and "exist" in ends[-1].said:  # it was whole, and nothing is replaced without --force
+    if (
+        ends[-1].code in (2, 7 if fault.forced else 2) and "exist" in ends[-1].said
+    ):  # it was whole, and nothing is replaced without --force
         ends.append(run(place, command.forced().arguments, folder / "forced"))
     return judge.repeated(place, ends[-1], golden.files)
 
@@ -123,7 +125,7 @@ def _mount(place: Path, inputs: Path, free: int) -> None:
     """Mounts a small disk that has so many bytes left beside the inputs."""
     place.mkdir()
     page = 4096
-    files = [path for path in inputs.rglob("*")]
+    files = list(inputs.rglob("*"))
     used = sum(page + -(-path.stat().st_size // page) * page for path in files)
     done = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={used + free}", "faults", place], check=False, capture_output=True

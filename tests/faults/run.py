@@ -22,6 +22,7 @@ from tests.faults.commands import COMMANDS, make_inputs  # noqa: E402
 from tests.faults.forked import in_child, preload  # noqa: E402
 from tests.faults.perform import Verdict, perform, undisturbed  # noqa: E402
 from tests.faults.plan import KINDS, Fault, Golden, fault, pairs  # noqa: E402
+from tests.faults.planted import PLANTED  # noqa: E402
 
 
 def prepare(material: Path, names: Sequence[str]) -> dict[str, Golden]:
@@ -65,8 +66,14 @@ def work(faults: Sequence[Fault], golden: dict[str, Golden], root: Path, jobs: i
 def _one(each: Fault, golden: dict[str, Golden], root: Path) -> Verdict:
     verdict = perform(each, golden[each.command], root / "material", root / each.id)
     if verdict.wrong:
-        print(f"BROKEN {each.id} {each.text}", *verdict.wrong, sep="\n    ", flush=True)
+        say("\n    ".join((f"BROKEN {each.id} {each.text}", *verdict.wrong)))
     return verdict
+
+
+def say(text: str) -> None:
+    """Writes at once, for several processes write."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
 
 
 def table(verdicts: Sequence[Verdict]) -> str:
@@ -100,6 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", help="one fault by its id, with the --kind of the run that named it")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--report", type=Path, help="JSON of every fault and of what held")
+    parser.add_argument("--plant", choices=list(PLANTED), help="break the product so, to see that it is found")
     parser.add_argument("--keep", type=Path, help="a new folder for the work, which stays")
     options = parser.parse_args(arguments)
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -110,14 +118,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="faults-") as place:
         root = options.keep or Path(place)
         golden = prepare(root / "material", names)
+        if options.plant:
+            PLANTED[options.plant].plant()
         verdicts = work(planned(options, golden), golden, root, options.jobs)
-    print(table(verdicts))
+    say(table(verdicts))
     if options.report:
         options.report.write_text(json.dumps([_record(verdict) for verdict in verdicts], indent=1))
     broken = [verdict.fault.id for verdict in verdicts if verdict.wrong]
     if broken:
         again = "".join(f" --kind {kind}" for kind in options.kind or ())
-        print(f"{len(broken)} broken; again: python -m tests.faults.run{again} --only {broken[0]}", file=sys.stderr)
+        say(f"{len(broken)} broken; again: python -m tests.faults.run{again} --only {broken[0]}")
     return 1 if broken else 0
 
 

@@ -59,11 +59,11 @@ class Shim:
         """Whether a step is below the folder; names of terminals and devices are not."""
         try:
             if isinstance(place, int):
-                path = os.readlink(f"/proc/self/fd/{place}")
+                path = os.readlink(f"/proc/self/fd/{place}")  # noqa: PTH115
             elif dir_fd is not None:
-                path = os.readlink(f"/proc/self/fd/{dir_fd}") + "/" + os.fsdecode(place)
+                path = os.readlink(f"/proc/self/fd/{dir_fd}") + "/" + os.fsdecode(place)  # noqa: PTH115
             else:
-                path = os.path.abspath(os.fsdecode(place))
+                path = os.path.abspath(os.fsdecode(place))  # noqa: PTH100
         except (OSError, TypeError):
             return False
         return path.startswith(self.folder + "/")
