@@ -1,33 +1,35 @@
 """Re-hashes the files that a sidecar speaks of: what was written, and, where they are given, what it was made from.
 
-A sidecar that lies beside an output may come from a stranger as the output does, so it is read as all input is: bounded, checked field
-by field, and no file is opened that it names outside its own folder.
+A sidecar that lies beside an output may come from a stranger as the output does, so it is read as all input is:
+bounded, checked field by field, and no file is opened that it names outside its own folder.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantpress.convert.files import inside, open_regular, shown
+from quantpress.convert.files import check_name, inside, open_regular, shown
 from quantpress.convert.json_reader import read_json
+from quantpress.pipelines.cancel import cancellable
 from quantpress.pipelines.hashing import hash_file
 from quantpress.pipelines.progress import Progress, no_progress
-from quantpress.pipelines.sidecar import SCHEMA, sidecar_path
+from quantpress.pipelines.sidecar import SCHEMA, STATEMENT, sidecar_path
 from quantpress.quant.errors import InputError
 
 __all__ = ["ManifestFile", "ManifestReport", "verify_manifest"]
 
-_STATEMENT = "https://in-toto.io/Statement/v1"
+_KIND = {"_type": STATEMENT, "predicateType": SCHEMA, "schema": SCHEMA}
 _SUFFIX = ".quantpress.json"
 _IN_FOLDER = "quantpress.json"
 _HASH = re.compile(r"[0-9a-f]{64}")
 _MOST_FILES = 100_000
-_TEMPORARY = ".quantpress-"  # what a run that was killed left; the next one removes it
+_PART = re.compile(r"(.+)-\d{5}(-of-\d{5}\.gguf)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,24 +109,29 @@ def verify_manifest(
     against: Path | str | None = None,
     adapters: Sequence[Path | str] = (),
     progress: Progress = no_progress,
+    cancel: threading.Event | None = None,
 ) -> ManifestReport:
     """Hashes every file of a sidecar again.
 
     Args:
         manifest: the sidecar, or the output that it lies beside or in.
         against: folder or file of the model that the output was made from; without it its files are not looked for.
-        adapters: folders of the adapters that were merged, by their names.
+        adapters: folders of the adapters that were merged, found by their names, or tried in turn where none has it.
         progress: told the bytes that have been read.
+        cancel: set from another thread, stops the work.
 
     Raises:
-        InputError: not a sidecar of this program, or a file cannot be read.
+        InputError: not a sidecar of this program, that of another file, or a file cannot be read.
+        CancelledError: `cancel` was set.
     """
     path = _find(Path(manifest))
     contents = read_json(path)
     outputs, sources = _read(contents, path)
     folder, whole = path.parent, path.name == _IN_FOLDER
-    total = sum(each.nbytes for each in outputs)
-    done = 0
+    _check_owner(path, outputs)
+    model, folders = None if against is None else Path(against), [Path(each) for each in adapters]
+    total, done = sum(each.nbytes for each in (*outputs, *(sources if model or folders else ()))), 0
+    progress = cancellable(progress, cancel)
 
     def read(nbytes: int) -> None:
         nonlocal done
@@ -134,8 +141,7 @@ def verify_manifest(
     found = [_compared(each, inside(folder, each.name), read) for each in outputs]
     if whole:
         found += _unexpected(folder, {each.name for each in outputs})
-    model, folders = None if against is None else Path(against), [Path(each) for each in adapters]
-    return ManifestReport(path, tuple(found), tuple(_source(each, model, folders) for each in sources))
+    return ManifestReport(path, tuple(found), tuple(_source(each, model, folders, read) for each in sources))
 
 
 def _find(path: Path) -> Path:
@@ -143,14 +149,31 @@ def _find(path: Path) -> Path:
     if path.is_dir():
         path = path / _IN_FOLDER
     elif not path.name.endswith((_SUFFIX, _IN_FOLDER)):
-        path = sidecar_path(path)
+        first = _PART.fullmatch(path.name)
+        own = sidecar_path(path)
+        path = own if first is None or own.exists() else sidecar_path(path.with_name(f"{first[1]}-00001{first[2]}"))
     with open_regular(path):
         return path
 
 
+def _check_owner(path: Path, outputs: Sequence[ManifestFile]) -> None:
+    """Checks that a sidecar speaks of the file that it lies beside: another's would pass for one that nobody looks at.
+
+    Raises:
+        InputError: it speaks of others.
+    """
+    owner = path.name.removesuffix(_SUFFIX)
+    if owner not in (path.name, *(each.name for each in outputs)):
+        raise InputError(
+            f"{path}: it speaks of {shown(outputs[0].name)}, not of {shown(owner)}: files and sidecars keep the names"
+            " with which they were written"
+        )
+
+
 def _read(contents: Any, path: Path) -> tuple[list[ManifestFile], list[ManifestFile]]:
     """Checks everything that is used of a sidecar."""
-    if not isinstance(contents, dict) or contents.get("_type") != _STATEMENT or contents.get("schema") != SCHEMA:
+    said = [contents.get(key) for key in _KIND] if isinstance(contents, dict) else None
+    if said != list(_KIND.values()):
         raise InputError(f"{path}: not a sidecar of quantpress: wanted an in-toto statement with schema {SCHEMA}")
     outputs, inputs = (_files(contents.get(key), key, path) for key in ("outputs", "inputs"))
     if not outputs:
@@ -187,6 +210,7 @@ def _file(entry: Any, key: str, path: Path) -> ManifestFile:
         raise InputError(f"{path}: {key}: {name}: sha256 must be 64 hexadecimal digits, found {shown(digest)}")
     if type(nbytes) is not int or nbytes < 0:
         raise InputError(f"{path}: {key}: {name}: bytes must be a number of bytes, found {shown(nbytes)}")
+    check_name(path, name)
     return ManifestFile(name, digest, nbytes, "missing")
 
 
@@ -213,18 +237,23 @@ def _unexpected(folder: Path, known: set[str]) -> list[ManifestFile]:
         path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()
     )
     more = sorted(name for name in names if name not in known and name != _IN_FOLDER)
-    return [ManifestFile(name, "", 0, "unexpected") for name in more if not name.startswith(_TEMPORARY)]
+    return [ManifestFile(name, "", 0, "unexpected") for name in more]
 
 
-def _source(file: ManifestFile, against: Path | None, adapters: Sequence[Path]) -> ManifestFile:
+def _source(
+    file: ManifestFile, against: Path | None, adapters: Sequence[Path], on_read: Callable[[int], object]
+) -> ManifestFile:
     """Looks for an input where it should lie: in the model's folder, or in that of its adapter."""
     folder, _, rest = file.name.rpartition("/")
-    places = [inside(each, rest) for each in adapters if folder and each.resolve().name == folder]
+    named = [each for each in adapters if folder and each.resolve().name == folder]
+    places = [inside(each, rest) for each in (named or adapters) if folder]
     if against is not None and against.is_file():
         places = [against, *places] if against.name == file.name else places
-    elif against is not None and (not folder or not places):
+        if not folder and not places:
+            places = [inside(against.parent, file.name)]  # another part of a file that is split
+    elif against is not None and (not folder or not named):
         places = [inside(against, file.name), *places]
-    for place in places:
-        if place.exists():
-            return _compared(file, place)
-    return file if places else dataclasses.replace(file, state="not looked for")
+    found = [_compared(file, place, on_read) for place in places if place.exists()]
+    if not found:
+        return file if places else dataclasses.replace(file, state="not looked for")
+    return next((each for each in found if each.state == "same"), found[0])

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from quantpress.convert.hub import download, download_adapter, is_hub_id
 from quantpress.pipelines.cli import Session
 from quantpress.pipelines.commands.adapters import adapter_option, parse_adapter
 from quantpress.pipelines.commands.options import (
@@ -20,11 +21,12 @@ from quantpress.pipelines.commands.options import (
     resolve_device,
     text_options,
 )
+from quantpress.pipelines.commands.showing import plain_console
 from quantpress.pipelines.judging import RUNTIMES, JudgeOptions
 from quantpress.pipelines.manifest import ManifestReport, verify_manifest
 from quantpress.pipelines.parity import Parity
 from quantpress.pipelines.verification import verify
-from quantpress.quant.errors import ParityError, UsageError
+from quantpress.quant.errors import InputError, ParityError, UsageError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -84,14 +86,14 @@ def _add_vocabulary(table: Table, parity: Parity) -> None:
 
 def show_manifest(report: ManifestReport) -> None:
     """Prints what became of every file of a sidecar as a table."""
-    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table("file", "bytes", "is")
     for what, files in (("output", report.outputs), ("input", report.inputs)):
         for each in files:
-            table.add_row(f"{what} {each.name}", f"{each.nbytes:,}" if each.sha256 else "", each.state)
-    console = Console()
+            table.add_row(Text(f"{what} {each.name}"), f"{each.nbytes:,}" if each.sha256 else "", each.state)
+    console = plain_console()  # names are a stranger's
     console.print(table)
     console.print(f"{'passed' if report.passed else 'FAILED'}: {report.reason}")
 
@@ -102,7 +104,7 @@ def show_manifest(report: ManifestReport) -> None:
 @adapter_option
 @click.option(
     "--manifest", type=click.Path(path_type=Path), metavar="FILE",
-    help="Hash the files of this sidecar again; of --against and --adapter too, where they are folders here.",
+    help="Hash the files of this sidecar again, and those of --against and --adapter where these are given.",
 )  # fmt: skip
 @click.option("--runtime", type=click.Choice(RUNTIMES), default="auto", show_default=True, help="What runs ARTIFACT.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
@@ -151,9 +153,13 @@ def command(
 
 
 def _here(model: str | None) -> Path | None:
-    """Gives the place of a model that lies on this machine: files of the Hub are not fetched to be hashed."""
-    return Path(model) if model is not None and Path(model).exists() else None
+    """Gives the place of a model, of one on the Hub that of its copy in the cache."""
+    if model is None or Path(model).exists():
+        return None if model is None else Path(model)
+    if not is_hub_id(model):
+        raise InputError(f"{model}: no such file or folder, and not the form of a Hub id")
+    return download(model)
 
 
 def _folders(adapters: tuple[tuple[Any, float], ...]) -> list[Path]:
-    return [Path(folder) for folder, _ in adapters if Path(folder).is_dir()]
+    return [Path(folder) if Path(folder).exists() else download_adapter(str(folder)) for folder, _ in adapters]

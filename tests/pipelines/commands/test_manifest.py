@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,10 @@ CHANGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "one more": (lambda folder: (folder / "modeling.py").write_text("x"), "modeling.py is unexpected"),
     "one more below": (lambda folder: _below(folder), "sub/modeling.py is unexpected"),
+    "one that looks like a leftover": (
+        lambda folder: (folder / ".quantpress-x").write_text("x"),
+        ".quantpress-x is unexpected",
+    ),
     "a link more": (lambda folder: (folder / "x.json").symlink_to("/etc/hostname"), "x.json is unexpected"),
 }
 
@@ -155,6 +160,58 @@ def test_an_input_that_is_given_and_another_one_fails_and_one_that_is_not_given_
     )
 
 
+def test_inputs_are_found_where_adapters_have_other_names_and_models_lie_elsewhere(folder: Path) -> None:
+    (folder / "adapter").rename(folder / "tone")
+    (folder / "model").rename(folder / "base")
+    report = qp.verify_manifest(folder / "adapted.gguf", against=folder / "base", adapters=[folder / "tone"])
+    assert {each.state for each in report.inputs} == {"same"}
+    _append(folder / "tone" / "adapter_config.json")
+    report = qp.verify_manifest(folder / "adapted.gguf", against=folder / "base", adapters=[folder / "tone"])
+    assert report.problems == ("adapter/adapter_config.json is different",)
+    assert run(["verify", "--manifest", str(folder / "adapted.gguf"), "--against", str(folder / "model")]) == 3
+
+
+def test_any_part_of_a_split_file_leads_to_its_sidecar(folder: Path) -> None:
+    report = qp.verify_manifest(folder / "part-00003-of-00003.gguf")
+    assert report.passed
+    assert len(report.outputs) == 3
+
+
+def test_the_sidecar_of_another_file_proves_nothing(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (folder / "other.gguf").write_bytes(b"GGUF")
+    shutil.copy(sidecar(folder, "q8_0.gguf"), folder / "other.gguf.quantpress.json")
+    assert run(["verify", "--manifest", str(folder / "other.gguf")]) == 3
+    assert "it speaks of 'q8_0.gguf', not of 'other.gguf'" in capfd.readouterr().err
+
+
+def test_names_with_marks_of_a_terminal_library_are_shown_as_they_are(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "merged" / "[red]x[_red].json").write_text("x")
+    (folder / "merged" / "[").mkdir()
+    (folder / "merged" / "[" / "bold]").write_text("x")
+    assert run(["verify", "--manifest", str(folder / "merged")]) == 4
+    said = capfd.readouterr().out
+    assert "[red]x[_red].json" in said
+    assert "[/bold]" in said
+
+
+def test_hashing_stops_when_it_is_told_to_and_says_how_far_it_is(folder: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    report = qp.verify_manifest(
+        folder / "adapted.gguf",
+        against=folder / "model",
+        adapters=[folder / "adapter"],
+        progress=lambda phase, done, total: seen.append((done, total)),
+    )
+    total = sum(each.nbytes for each in (*report.outputs, *report.inputs))
+    assert seen[-1] == (total, total)
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(qp.CancelledError):
+        qp.verify_manifest(folder / "adapted.gguf", cancel=stop)
+
+
 def test_a_run_and_a_manifest_go_together(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     words = [
         "verify",
@@ -174,6 +231,8 @@ def test_a_run_and_a_manifest_go_together(folder: Path, capfd: pytest.CaptureFix
 
 SPOILT: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no schema": (lambda said: said.pop("schema"), "not a sidecar"),
+    "another predicate": (lambda said: said.update(predicateType="x"), "not a sidecar"),
+    "an input that climbs": (lambda said: said["inputs"][0].update(name="../x"), "leaves the model folder"),
     "another statement": (lambda said: said.update(_type="x"), "not a sidecar"),
     "no outputs": (lambda said: said.update(outputs=[], subject=[]), "speaks of no file"),
     "outputs that are text": (lambda said: said.update(outputs="x"), "outputs: wanted a list"),
