@@ -24,8 +24,8 @@ from tests.fuzz.surgery import SURGEONS
 from tests.fuzz.target import Target
 
 INPUTS = 200  # changed seeds of each target
-# processor seconds after which a target has had its share: 25 of them stay under a minute on a machine that is slow
-SHARE = 1.5
+# processor seconds after which a target has had its share: forty of them stay under a minute on a machine that is slow
+SHARE = 1.0
 TARGETS = targets()
 
 
