@@ -41,7 +41,8 @@ _LATENT_NORMS = {  # beginnings of slots -> the norm before them
     "attn_v_b": "attn_kv_a_norm.weight",
 }  # fmt: skip
 _BEHIND_ROWS = ("attn_output", "ffn_down")
-_NO_WORSE = 1.1  # that squared errors may be with factors that come from codes
+_BETTER = 0.9  # of squared errors of a weight that did not fit before
+_NO_WORSE = 1.01  # that squared errors of either weight may be with factors that come from codes
 
 
 @dataclass
@@ -171,7 +172,9 @@ class Comparison:
             first = self._measure(before, pairs[before], columns.get(before), scale)
             second = self._measure(after, pairs[after], 1 / scale[place])
             judged = [self._judge(key, each, nearest=False) for key, each in ((before, first), (after, second))]
-            if any(judged) or first.square.mean() > _NO_WORSE * figures[before].square.mean():
+            pair = ((before, first), (after, second))
+            limits = {key: _BETTER if found[key] else _NO_WORSE for key, _ in pair}
+            if any(judged) or any(new.square.mean() > limits[key] * figures[key].square.mean() for key, new in pair):
                 continue
             found[after] = found[before] = []
             if found.get(bias):

@@ -34,7 +34,7 @@ _LEAST_STEP = {"FLOAT16": 2.0**-24, "FLOAT": 2.0**-126}  # a scale of 0 stands f
 _SUBNORMAL = 2.0**-25
 _FARTHEST = 1e4  # steps that an error is counted as at most
 # bits -> how far the factor may be from 1, and the relative error; measured x 2, and for 4 bits below 1.1's 0.085
-_FACTOR = {8: 0.02, 4: 0.065, 3: 0.15, 2: 0.4}
+_FACTOR = {8: 0.02, 4: 0.065, 3: 0.25, 2: 0.5}
 _RELATIVE = {8: 0.1, 4: 0.7, 3: 0.9, 2: 1.2}
 _SPREAD, _SPREADS = 0.75, 0.45  # steps of errors that are no factor, and how far the factor goes with what is above
 _SHRINKS = 0.6  # of the squared relative error: values with errors in them are longer by as much
