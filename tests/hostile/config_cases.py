@@ -50,7 +50,6 @@ _SETTINGS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         _config(model_type="nobody", architectures=["NobodyForCausalLM"]),
         ("NobodyForCausalLM", "not implemented"),
     ),
-    "a model_type that is a list": (_config(model_type=["llama"]), ("model_type",)),
     "no hidden_size": (_without("hidden_size"), ("hidden_size",)),
     "heads that do not divide": (_config(num_attention_heads=5), ("num_attention_heads",)),
     "heads that their keys do not divide": (_config(num_key_value_heads=3), ("num_key_value_heads",)),
