@@ -6,6 +6,7 @@ Usage: python -m tests.faults.run [--faults N] [--seed N] [--kind NAME]... [--co
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -44,13 +45,10 @@ def planned(options: argparse.Namespace, golden: dict[str, Golden]) -> list[Faul
     if options.only:
         seed, number = options.only.split("-")
         return [fault(int(number), int(seed), kinds, golden)]
-    found, number = [], 0
-    while len(found) < options.faults:
-        each = fault(number, options.seed, kinds, golden)
-        if not options.command or each.command in options.command:
-            found.append(each)
-        number += 1
-    return found
+    order = pairs(kinds, options.seed)
+    wanted = [place for place, pair in enumerate(order) if not options.command or pair[1] in options.command]
+    numbers = (place + rounds * len(order) for rounds in itertools.count() for place in wanted)
+    return [fault(number, options.seed, kinds, golden) for number in itertools.islice(numbers, options.faults)]
 
 
 def work(faults: Sequence[Fault], golden: dict[str, Golden], root: Path, jobs: int) -> list[Verdict]:
