@@ -115,10 +115,12 @@ def find_arch(config: Mapping[str, Any]) -> ArchSpec:
         isinstance(classes, list | tuple) and all(isinstance(name, str) for name in classes)
     ):
         raise InputError(f"config.json: 'architectures' is {short(classes)}, wanted a list of names")
+    model_type = config.get("model_type")
+    if model_type is not None and not isinstance(model_type, str):
+        raise InputError(f"config.json: 'model_type' is {short(model_type)}, wanted a name")
     if classes:
         return _by_name("architectures", classes[0], {name: spec for spec in ARCHITECTURES for name in spec.classes})
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str):
+    if model_type is None:
         raise InputError("config.json: neither 'architectures' nor 'model_type' says what family the model is of")
     return _by_name("model_type", model_type, {name: spec for spec in ARCHITECTURES for name in spec.model_types})
 

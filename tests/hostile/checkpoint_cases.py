@@ -152,6 +152,13 @@ def _held(change: Callable[[dict[str, np.ndarray]], object], **config: Any) -> C
     return make
 
 
+def bad_weights(model: Path, change: Callable[[dict[str, np.ndarray]], object]) -> None:
+    """Writes other weights into a model."""
+    held = weights()
+    change(held)
+    save_file(held, model / "model.safetensors", metadata={"format": "pt"})
+
+
 def _set(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Callable[[dict[str, np.ndarray]], object]:
     return lambda held: held.update({name: change(held[name])})
 
