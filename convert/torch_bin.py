@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import re
 import struct
 import warnings
 import zipfile
@@ -15,7 +16,7 @@ import numpy as np
 from quantpress.convert.checkpoint import DTYPES, Array, LazyTensor, SourceFile
 from quantpress.convert.files import FileStamp, open_regular, read_at, shown
 from quantpress.convert.safetensors_reader import Shard
-from quantpress.quant.errors import InputError
+from quantpress.quant.errors import InputError, OutputError
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +26,7 @@ __all__ = ["open_bin"]
 _MAX_DIRECTORY = 16 << 20  # bytes of the archive's table of contents, about 200,000 tensors
 _MAX_PICKLE = 64 << 20  # bytes of data.pkl, which names the tensors
 _TAIL = 98  # bytes at the end in which a ZIP archive without a comment says where its table of contents is
+_OLDEST = (2, 10)  # of torch; its weights-only loader could be made to write past its memory before: CVE-2026-24747
 _NAMES = {
     "float64": "F64",
     "float32": "F32",
@@ -64,6 +66,7 @@ def open_bin(path: Path, *, label: str = "") -> Shard:
         label: what messages call it; its path by default.
 
     Raises:
+        OutputError: torch is too old to be shown a stranger's file.
         InputError: another format, an archive that grows when unpacked, code in it, or contents other than a mapping
             from names to dense tensors.
     """
@@ -71,6 +74,7 @@ def open_bin(path: Path, *, label: str = "") -> Shard:
     nbytes = _check_archive(path, label)
     import torch
 
+    _check_version(torch.__version__, label)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, of what a file holds; a refusal says it in one line
@@ -82,6 +86,20 @@ def open_bin(path: Path, *, label: str = "") -> Shard:
         raise InputError(f"{label}: must hold a mapping from names to tensors, found {type(state).__name__}")
     tensors = {name: _lazy(name, value, label) for name, value in state.items()}
     return Shard(tensors=tensors, metadata={}, file=SourceFile(path=path, nbytes=nbytes))
+
+
+def _check_version(version: str, label: str) -> None:
+    """Checks that the loader may be shown a stranger's file.
+
+    Raises:
+        OutputError: it is one that such files can break.
+    """
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if found is None or (int(found[1]), int(found[2])) < _OLDEST:
+        raise OutputError(
+            f"{label}: opened with torch 2.10 or newer only, this is {version}, whose weights-only loader a hostile"
+            " file can make corrupt memory; upgrade torch, or save the model as safetensors with the tool that made it"
+        )
 
 
 def _check_archive(path: Path, label: str) -> int:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from quantpress.convert.torch_bin import open_bin
-from quantpress.quant.errors import InputError
+from quantpress.quant.errors import InputError, OutputError
 
 
 def test_tensors_are_those_that_torch_saved(tmp_path: Path) -> None:
@@ -117,3 +117,14 @@ def test_hostile_and_damaged_files_are_refused_and_their_code_does_not_run(tmp_p
 def test_the_code_in_the_hostile_file_would_have_run_through_pickle(tmp_path: Path) -> None:
     pickle.loads(pickle.dumps({"x": _Evil()}, protocol=2))
     assert _RAN.pop() == "code of the file"
+
+
+def test_a_torch_whose_loader_can_be_broken_is_not_shown_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model.bin")
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was shown the file"))
+    for version in ("2.9.1+cu128", "2.6.0", "1.13", "nightly"):
+        monkeypatch.setattr(torch, "__version__", version)
+        with pytest.raises(OutputError, match=r"torch 2\.10 or newer"):
+            open_bin(tmp_path / "pytorch_model.bin")
