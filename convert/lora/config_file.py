@@ -67,8 +67,7 @@ class _File:
         return value
 
     def alpha(self, key: str, default: float) -> float:
-        value = self.values.get(key)
-        return default if value is None else self.check_alpha(key, value)
+        return self.check_alpha(key, self.values[key]) if key in self.values else default  # null is no default in PEFT
 
     def check_alpha(self, key: str, value: Any) -> float:
         if type(value) not in (int, float) or not math.isfinite(float(value)):
