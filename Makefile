@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# seconds for each target of `make fuzz`; the faults of `make faults`
+FUZZ_SECONDS ?= 600
+FAULTS ?= 1000
 # the programs that `make gpu` runs; an environment that has torch for the GPU already: make gpu GPU_BIN=/path/to/bin
 GPU_BIN ?= $(BIN)
 
@@ -32,8 +35,8 @@ bench: $(VENV)/.dev
 # what lands is proved by this too: the longer tests, a hundred faults, a minute of made-up bytes for every parser
 smoke: $(VENV)/.dev
 	OMP_NUM_THREADS=1 QUANTPRESS_SMOKE=1 $(BIN)/pytest -n 2 --dist worksteal $$(cat tests/smoke_tests.txt)
-	$(BIN)/python -m tests.faults.run --faults 100 --jobs 2
-	$(BIN)/python -m tests.fuzz.run --seconds 60 --jobs 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.run --faults 100 --jobs 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.run --seconds 60 --jobs 2
 
 # the tests that make test leaves out for their length, every option of every family, and the longer form of those that it
 # shortens: whole texts in llama.cpp, longer ones by onnxruntime-genai
@@ -42,13 +45,17 @@ proofs: $(VENV)/.dev
 	OMP_NUM_THREADS=1 QUANTPRESS_LONG=1 $(BIN)/pytest -n 2 --dist loadscope tests/pipelines/test_every_family.py
 	OMP_NUM_THREADS=2 QUANTPRESS_LONG=1 QUANTPRESS_WHOLE_TEXTS=1 $(BIN)/pytest tests/pipelines/test_adapter_proof.py tests/pipelines/test_onnx_real_models.py
 
-# batches and caches that are killed again and again, 50 times each, and must end with the bytes of undisturbed ones; full
-# disks; a cluster that loses a node
+# a thousand faults of all kinds; batches and caches that are killed again and again, 50 times each, and must end with the
+# bytes of undisturbed ones; a cluster that loses a node
 faults: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.run --faults $(FAULTS) --jobs 2
 	OMP_NUM_THREADS=1 QUANTPRESS_LONG=1 QUANTPRESS_KILLS=50 $(BIN)/pytest tests/pipelines/batch/test_batch_kills.py tests/pipelines/batch/test_batch_program.py tests/pipelines/cache/test_killed.py tests/pipelines/executors/test_ray_pool.py
 
+# made-up bytes for every parser, guided by coverage where atheris installs; what breaks one is kept in build/fuzz. Then
 # the tests that make up their examples, with other examples each time
 fuzz: $(VENV)/.dev
+	mkdir -p build/fuzz
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.run --seconds $(FUZZ_SECONDS) --seed 0 --jobs 2 --report build/fuzz/report.json
 	OMP_NUM_THREADS=1 QUANTPRESS_LONG=1 QUANTPRESS_FUZZ=1 $(BIN)/pytest -n 2 --dist worksteal -m "not slow" $$(grep -rl "from hypothesis" tests --include="test_*.py")
 
 # kernels compiled for a GPU that is not there, as they are launched for random shapes and types
@@ -78,4 +85,5 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.demo
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[fuzz]' || echo "atheris is not available: fuzzing is not guided by coverage"
 	touch $@

@@ -60,7 +60,8 @@ def initializer(model: ModelProto, *ends: str) -> TensorProto:
     for end in ends:
         for each in model.graph.initializer:
             if each.name.endswith(end):
-                return each
+                found: TensorProto = each
+                return found
     raise NotHereError(ends)
 
 
@@ -106,11 +107,11 @@ def swapped(one: str, other: str) -> Callable[[Path], None]:
         found = {each.name: each for each in model.graph.initializer}
         done = 0
         for name in [name for name in found if one in name]:
-            pair = found[name], found.get(name.replace(one, other))
-            if pair[1] is not None and pair[0].dims == pair[1].dims:
-                values = [values_of(each) for each in pair]
-                put(pair[0], values[1])
-                put(pair[1], values[0])
+            first, second = found[name], found.get(name.replace(one, other))
+            if second is not None and first.dims == second.dims:
+                values = values_of(first), values_of(second)
+                put(first, values[1])
+                put(second, values[0])
                 done += 1
         if not done:
             raise NotHereError(one)

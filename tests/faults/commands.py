@@ -102,11 +102,18 @@ def contents(folder: Path, out: str = "out") -> dict[str, bytes]:
         if path.is_file() and not any(part.startswith(".quantpress-") for part in path.parts):
             data = path.read_bytes()
             if path.name.endswith("quantpress.json"):
-                record = json.loads(data)
-                record.pop("timings")
-                data = json.dumps(record).encode()
+                data = _without_timings(data)
             found[path.relative_to(folder / out).as_posix()] = data
     return found
+
+
+def _without_timings(data: bytes) -> bytes:
+    try:
+        record = json.loads(data)
+    except ValueError:  # half a sidecar, which will be told from the whole one
+        return data
+    record.pop("timings", None)
+    return json.dumps(record).encode()
 
 
 def unfinished(folder: Path) -> list[str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,11 @@ def _no_rename() -> None:
     """Files are written under their final name."""
     from quantpress.convert import atomic
 
-    atomic.temporary_name = lambda target: target
+    @contextlib.contextmanager
+    def temporary_beside(target: Path) -> Iterator[Path]:
+        yield target
+
+    atomic.temporary_beside = temporary_beside
 
 
 def _leaves() -> None:
@@ -26,11 +31,14 @@ def _leaves() -> None:
 
 
 def _trusting() -> None:
-    """The cache takes every entry for whole."""
+    """The cache takes every entry for whole whose files have their sizes."""
     from quantpress.pipelines.cache import store
 
+    real = store.check_files
+
     def check_files(entry: Any, **options: Any) -> None:
-        del entry, options
+        del options
+        real(entry, contents=False)
 
     store.check_files = check_files
 
