@@ -30,19 +30,6 @@ def _leaves() -> None:
     atomic.remove = remove
 
 
-def _trusting() -> None:
-    """The cache takes every entry for whole whose files have their sizes."""
-    from quantpress.pipelines.cache import store
-
-    real = store.check_files
-
-    def check_files(entry: Any, **options: Any) -> None:
-        del options
-        real(entry, contents=False)
-
-    store.check_files = check_files
-
-
 def _swallowing() -> None:
     """A write that failed is taken for one that was done."""
     from quantpress.convert import atomic
@@ -70,6 +57,5 @@ class Planted:
 PLANTED = {
     "no-rename": Planted(_no_rename, "kill", "gguf"),
     "leaves": Planted(_leaves, "short", "gguf"),
-    "trusting": Planted(_trusting, "cache", "batch"),
     "swallowing": Planted(_swallowing, "short", "gguf"),
 }
