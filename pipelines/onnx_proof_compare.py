@@ -159,7 +159,7 @@ class Comparison:
     ) -> None:  # fmt: skip
         """Two weights of which the second makes up for the rows of the first are right, by the row's own factors."""
         for after in [key for key in found if key[0].startswith(_BEHIND_ROWS) and key[0].endswith(".weight")]:
-            before = self._before(after, pairs)
+            before = self._before(after, pairs) if len(pairs[after].shape) == 2 else None  # BERT's norms are called so
             if before is None or not figures[before].bits:
                 continue
             bias = before[0].replace(".weight", ".bias"), before[1]
