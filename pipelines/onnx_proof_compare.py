@@ -129,6 +129,8 @@ class Comparison:
         slot, layer = key
         if self.roles.get(slot) not in (Role.LINEAR, Role.ROUTER) or slot.startswith(_BEHIND_ROWS):
             return None
+        if self.checked.spec.kind == "encoder_decoder":  # no method scales these
+            return None
         traits = traits_of(self.checked.spec, self.checked.hyper, layer)
         before = {**_LATENT_NORMS, "attn_": f"{traits.attention_norm}.weight", "ffn_": f"{traits.mlp_norm}.weight"}
         for begins, norm in before.items():
