@@ -25,7 +25,6 @@ from quantpress.pipelines.commands.showing import plain_console
 from quantpress.pipelines.judging import RUNTIMES, JudgeOptions
 from quantpress.pipelines.manifest import ManifestReport, verify_manifest
 from quantpress.pipelines.parity import Parity
-from quantpress.pipelines.verification import verify
 from quantpress.quant.errors import InputError, ParityError, UsageError
 
 if TYPE_CHECKING:
@@ -138,6 +137,8 @@ def command(
             problem, said = "" if report.passed else f"{report.manifest}: {report.reason}", report.to_json()
             shows.append(partial(show_manifest, report))
         if artifact is not None and against is not None and not problem:
+            from quantpress.pipelines.verification import verify  # brings torch
+
             options = JudgeOptions(device=resolve_device(device), **flags)
             parity = verify(artifact, against, adapters=weighted, options=options, progress=progress)
             problem = "" if parity.passed else f"{artifact}: {parity.reason}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -19,7 +20,7 @@ from quantpress.pipelines.cli import run
 from tests.pipelines.commands.peft_adapters import make_adapter
 from tests.tiny import tiny_checkpoint
 
-FLIPS = 120
+FLIPS = 200
 KINDS = {
     "q8_0.gguf": ["convert", "MODEL", "OUT", "--outtype", "q8_0"],
     "adapted.gguf": ["convert", "MODEL", "OUT", "--outtype", "q4_0", "--adapter", "ADAPTER"],
@@ -210,6 +211,56 @@ def test_hashing_stops_when_it_is_told_to_and_says_how_far_it_is(folder: Path) -
     stop.set()
     with pytest.raises(qp.CancelledError):
         qp.verify_manifest(folder / "adapted.gguf", cancel=stop)
+
+
+def test_outputs_of_a_batch_are_as_their_sidecars_say(folder: Path) -> None:
+    stages = [{"rtn": {"bits": 4, "group_size": 32}}, {"safetensors": {"format": "gptq", "output": "out/int4"}}]
+    stages.append({"gguf": {"outtype": "q4_0", "output": "out/int4.gguf"}})
+    batch = {"version": 1, "defaults": {"verify": False}, "jobs": [{"name": "a", "model": "model", "stages": stages}]}
+    (folder / "batch.yaml").write_text(json.dumps(batch))
+    qp.run_pipeline(folder / "batch.yaml", workers=0).require_success()
+    for name in ("int4", "int4.gguf"):
+        report = qp.verify_manifest(folder / "out" / name, against=folder / "model")
+        assert {each.state for each in (*report.outputs, *report.inputs)} == {"same"}
+        _append(_place(folder / "out", name, report.outputs[0].name))
+        assert not qp.verify_manifest(folder / "out" / name).passed
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_sidecar_is_a_statement_of_in_toto(made: Path, name: str) -> None:
+    text = sidecar(made, name).read_text()
+    said = json.loads(text)
+    assert [(each["name"], each["sha256"]) for each in said["outputs"]] == [
+        (each["name"], each["digest"]["sha256"]) for each in said["subject"]
+    ]
+    assert said["predicate"]["buildDefinition"]["externalParameters"]["stages"] == said["stages"]
+    assert [each["digest"]["sha256"] for each in said["predicate"]["buildDefinition"]["resolvedDependencies"]] == [
+        each["sha256"] for each in said["inputs"]
+    ]
+    assert said["environment"]["device"] == "cpu"
+    official = pytest.importorskip("in_toto_attestation.v1.statement", reason="in-toto-attestation is not installed")
+    parsed = importlib.import_module("google.protobuf.json_format").Parse(
+        text, importlib.import_module("in_toto_attestation.v1.statement_pb2").Statement(), ignore_unknown_fields=True
+    )
+    official.Statement.copy_from_pb(parsed).validate()
+
+
+def test_a_signature_over_the_folder_notices_what_no_hash_of_the_sidecar_is_over(folder: Path) -> None:
+    signing = pytest.importorskip("model_signing", reason="model-signing is not installed")
+    keys = importlib.import_module("cryptography.hazmat.primitives.asymmetric.ec")
+    forms = importlib.import_module("cryptography.hazmat.primitives.serialization")
+    key = keys.generate_private_key(keys.SECP256R1())
+    (folder / "key").write_bytes(key.private_bytes(forms.Encoding.PEM, forms.PrivateFormat.PKCS8, forms.NoEncryption()))
+    public = key.public_key().public_bytes(forms.Encoding.PEM, forms.PublicFormat.SubjectPublicKeyInfo)
+    (folder / "pub").write_bytes(public)
+    signing.signing.Config().use_elliptic_key_signer(private_key=folder / "key").sign(folder / "merged", folder / "sig")
+    check = signing.verifying.Config().use_elliptic_key_verifier(public_key=folder / "pub")
+    check.verify(folder / "merged", folder / "sig")
+    path = sidecar(folder, "merged")
+    path.write_text(path.read_text().replace('"device": "cpu"', '"device": "cuda"'))
+    assert qp.verify_manifest(folder / "merged").passed
+    with pytest.raises(ValueError, match=r"quantpress\.json"):
+        check.verify(folder / "merged", folder / "sig")
 
 
 def test_a_run_and_a_manifest_go_together(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
