@@ -9,7 +9,6 @@ in onnxruntime, whole chunks at once, and the end of the first one also token by
 from __future__ import annotations
 
 import dataclasses
-import json
 import threading
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from quantpress.convert.arch.registry import find_arch
 from quantpress.convert.checkpoint import Checkpoint
+from quantpress.convert.json_reader import read_json
 from quantpress.convert.lora.merge import merge_lora
 from quantpress.convert.onnx.read_folder import is_onnx
 from quantpress.convert.open import open_checkpoint
@@ -82,8 +82,8 @@ def verify(
 def _set_by_hand(artifact: Path) -> frozenset[str]:
     """Gives the metadata keys that the file's sidecar says were set with --override-kv; none where there is none."""
     try:
-        contents = json.loads(sidecar_path(artifact).read_bytes())
-    except (OSError, ValueError, RecursionError):
+        contents = read_json(sidecar_path(artifact))  # a stranger's, as the file is
+    except InputError:
         return frozenset()
     return chosen_keys(contents.get("stages")) if isinstance(contents, dict) else frozenset()
 

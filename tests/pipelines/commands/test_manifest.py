@@ -31,6 +31,9 @@ KINDS = {
 }  # fmt: skip
 
 
+LOOSE = ["--context", "32", "--chunks", "2", "--max-kld", "9", "--max-ppl-change", "9", "--min-top1", "0"]
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, an adapter, and an output of every kind; copied before anything is changed."""
@@ -272,12 +275,18 @@ def test_a_run_and_a_manifest_go_together(folder: Path, capfd: pytest.CaptureFix
         "--manifest",
         str(folder / "q8_0.gguf"),
     ]
-    loose = ["--context", "32", "--chunks", "2", "--max-kld", "9", "--max-ppl-change", "9", "--min-top1", "0"]
-    assert run([*words, *loose, "--json"]) == 0
+    assert run([*words, *LOOSE, "--json"]) == 0
     said = json.loads(capfd.readouterr().out)
     assert said["passed"]
     assert said["manifest"]["passed"]
     assert {each["state"] for each in said["manifest"]["inputs"]} == {"same"}
+
+
+def test_a_pipe_in_place_of_a_sidecar_is_not_waited_for(folder: Path) -> None:
+    sidecar(folder, "q8_0.gguf").unlink()
+    os.mkfifo(sidecar(folder, "q8_0.gguf"))
+    assert run(["verify", "--manifest", str(folder / "q8_0.gguf")]) == 3
+    assert run(["verify", str(folder / "q8_0.gguf"), "--against", str(folder / "model"), *LOOSE]) == 0
 
 
 SPOILT: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
