@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from quantpress.convert.chat_templates import template_texts
 from quantpress.convert.files import shown
 from quantpress.convert.json_reader import parse_json
 from quantpress.convert.tokenizer_remote import (
@@ -40,7 +41,6 @@ TOKENIZER_FILE_NAMES = (
     "chat_template.json",
 )
 _DIGITS = re.compile(r"[0-9]{1,10}")
-_EXTRA_TEMPLATES = "additional_chat_templates/"  # transformers writes named templates into this folder
 
 # tokenizer classes that exist without tokenizer.json -> the split of vocab.json + merges.txt they mean
 _GPT2_CLASSES = frozenset({"", "GPT2Tokenizer", "GPT2TokenizerFast", "CodeGenTokenizer", "CodeGenTokenizerFast"})
@@ -195,6 +195,10 @@ class TokenizerFiles:
                 value = value.get("content")
             if isinstance(value, str):
                 return value
+            if isinstance(value, list | int | float) and not isinstance(value, bool):
+                raise InputError(
+                    f"{self.where('tokenizer_config.json')}: '{kind}_token' is {shown(value)}, wanted a text"
+                )
         if "tokenizer.json" not in self.files and self._sentencepiece is not None:
             form = form_of(self.tokenizer_class, self._model_config.get("model_type"), where=self.name)
             return form.names.get(kind)
@@ -217,20 +221,8 @@ class TokenizerFiles:
     @cached_property
     def chat_templates(self) -> dict[str, str]:
         """Chat templates by name; "default" is the one to use. Jinja files win over tokenizer_config.json."""
-        templates: dict[str, str] = {}
         stored = self.config.get("chat_template", self.json_object("chat_template.json").get("chat_template"))
-        if isinstance(stored, str):
-            templates["default"] = stored
-        elif isinstance(stored, list):
-            for entry in stored:
-                if isinstance(entry, dict) and isinstance(entry.get("template"), str):
-                    templates[str(entry.get("name", ""))] = entry["template"]
-        for file in sorted(self.files):
-            if file.startswith(_EXTRA_TEMPLATES) and file.endswith(".jinja"):
-                templates[file[len(_EXTRA_TEMPLATES) : -len(".jinja")]] = self.text(file)
-        if "chat_template.jinja" in self.files:
-            templates["default"] = self.text("chat_template.jinja")
-        return templates
+        return template_texts(stored, self.files, self.text, self.where)
 
     @cached_property
     def _special_map(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from quantpress.convert.files import shown
 from quantpress.convert.tokenizer_files import TokenizerFiles
+from quantpress.convert.tokenizer_steps import check_steps
 from quantpress.quant.errors import InputError
 
 __all__ = ["CANNOT_CUT", "HuggingFace", "library_errors"]
@@ -18,10 +19,6 @@ CANNOT_CUT = "the tokenizer cannot cut this text"
 
 _PANIC = "PanicException"  # of PyO3; derived from BaseException, and no module has it to be imported from
 
-_STEPS = {  # part of the file -> where a sequence has its steps
-    "normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "post_processor": "processors",
-    "decoder": "decoders",
-}  # fmt: skip
 _MAX_SIZE = 1 << 31  # ids are int32 in every runtime
 
 
@@ -46,21 +43,6 @@ def library_errors(where: str, what: str) -> Iterator[None]:
         raise InputError(f"{where}: {what}: {shown(str(error), 200)}") from error
 
 
-def _check_parts(tokenizer_json: Mapping[str, Any], where: str) -> None:
-    """Refuses steps that are lists, which the library reads by the order of their fields and nobody else does.
-
-    Raises:
-        InputError: a part of the file is neither an object nor null.
-    """
-    steps = [(part, tokenizer_json.get(part)) for part in _STEPS]
-    while steps:
-        part, step = steps.pop()
-        if step is not None and not isinstance(step, dict):
-            raise InputError(f"{where}: not a tokenizer: {part} is {shown(step)}, wanted an object")
-        inner = (step or {}).get(_STEPS[part])
-        steps += [(part, each) for each in (inner if isinstance(inner, list) else [])]
-
-
 class HuggingFace:
     """A tokenizer.json in the library.
 
@@ -77,7 +59,7 @@ class HuggingFace:
         from tokenizers import Tokenizer as Library
 
         self._where = where = files.where("tokenizer.json")
-        _check_parts(tokenizer_json, where)
+        check_steps(tokenizer_json, where)
         with library_errors(where, "not a tokenizer"):
             self._library = Library.from_str(json.dumps(tokenizer_json, ensure_ascii=False))
             self._library.no_padding()

@@ -29,7 +29,7 @@ _GOOD: Mapping[str, tuple[str, ...]] = {
     "quantize": ("out",),
     "merge": ("out",),
 }
-"""The commands that end well within a second, and what they write; the others run the model, which has its own tests."""
+"""The commands that end well within a second, and what they write; the others run the model."""
 
 
 def _pipe(path: Path) -> None:

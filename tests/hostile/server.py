@@ -94,7 +94,7 @@ def _import() -> None:
 
 
 def _resident() -> float:
-    """Gives the megabytes that a child has from its start: not those of mapped files, which it maps again when it reads.
+    """Gives the megabytes that a child has from its start; files that are mapped it maps again when it reads them.
 
     What a child is said to take is thus too much rather than too little.
     """
