@@ -22,12 +22,13 @@ from quantpress.pipelines.progress import Progress, no_progress
 from quantpress.pipelines.sidecar import SCHEMA, STATEMENT, sidecar_path
 from quantpress.quant.errors import InputError
 
-__all__ = ["ManifestFile", "ManifestReport", "verify_manifest"]
+__all__ = ["ManifestFile", "ManifestReport", "changed_weights", "verify_manifest"]
 
 _KIND = {"_type": STATEMENT, "predicateType": SCHEMA, "schema": SCHEMA}
 _SUFFIX = ".quantpress.json"
 _IN_FOLDER = "quantpress.json"
 _HASH = re.compile(r"[0-9a-f]{64}")
+_WEIGHTS = (".gguf", ".safetensors", ".onnx", ".onnx.data")
 _MOST_FILES = 100_000
 _PART = re.compile(r"(.+)-\d{5}(-of-\d{5}\.gguf)")
 
@@ -142,6 +143,24 @@ def verify_manifest(
     if whole:
         found += _unexpected(folder, {each.name for each in outputs})
     return ManifestReport(path, tuple(found), tuple(_source(each, model, folders, read) for each in sources))
+
+
+def changed_weights(artifact: Path, progress: Progress = no_progress) -> str:
+    """Says which file of weights is not the one that the sidecar beside it speaks of.
+
+    Args:
+        artifact: GGUF file, ONNX model or folder.
+        progress: told the bytes that have been read.
+
+    Returns:
+        In words; "" where all are, or where no sidecar that can be read lies there.
+    """
+    try:
+        report = verify_manifest(artifact.parent if artifact.suffix == ".onnx" else artifact, progress=progress)
+    except InputError:
+        return ""
+    changed = [each.name for each in report.outputs if each.state == "different" and each.name.endswith(_WEIGHTS)]
+    return f"{changed[0]}: not the bytes that were written, says {report.manifest.name}" if changed else ""
 
 
 def _find(path: Path) -> Path:

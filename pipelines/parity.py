@@ -58,7 +58,7 @@ class Parity:
         vectors: of an encoder, how far the vectors of texts are from the source's; else None.
         content: what the file holds beside what the source holds; None where that was not looked at.
         failures: the measures that did not pass: "mean_kld", "ppl_change", "top1", "not_finite", "adapter_share",
-            "vectors", "tokenizer", "cache", "padding", "weights", "settings", "vocabulary", "unjudged".
+            "vectors", "tokenizer", "cache", "padding", "weights", "settings", "vocabulary", "manifest", "unjudged".
     """
 
     text_sha256: str

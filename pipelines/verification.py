@@ -25,6 +25,7 @@ from quantpress.pipelines.cancel import cancellable
 from quantpress.pipelines.candidate import check_runtime, ftype_of, open_runtime
 from quantpress.pipelines.content_proof import chosen_keys
 from quantpress.pipelines.judging import JudgeOptions
+from quantpress.pipelines.manifest import changed_weights
 from quantpress.pipelines.parity import Parity
 from quantpress.pipelines.perplexity import Perplexity
 from quantpress.pipelines.perplexity import perplexity as score_windows
@@ -32,6 +33,7 @@ from quantpress.pipelines.progress import Progress, no_progress
 from quantpress.pipelines.reference import Reference
 from quantpress.pipelines.references import reference_for
 from quantpress.pipelines.sidecar import sidecar_path
+from quantpress.pipelines.verdicts import failed
 from quantpress.pipelines.windows import DEFAULT_CONTEXT, default_chunks, read_text, text_windows
 from quantpress.quant.errors import InputError
 
@@ -76,7 +78,9 @@ def verify(
         source = merge_lora(source, adapter, weight)
     check_runtime(Path(artifact), chosen.runtime)
     ftype = ftype_of(Path(artifact))
-    return reference_for(source, chosen, progress).judge(Path(artifact), ftype, chosen=_set_by_hand(Path(artifact)))
+    parity = reference_for(source, chosen, progress).judge(Path(artifact), ftype, chosen=_set_by_hand(Path(artifact)))
+    problem = changed_weights(Path(artifact), progress)
+    return failed(parity, problem, "manifest") if problem else parity
 
 
 def _set_by_hand(artifact: Path) -> frozenset[str]:

@@ -346,3 +346,16 @@ def test_links_pipes_and_files_that_are_no_sidecars_are_refused(
     assert run(["verify", "--manifest", str(folder / "nothing")]) == 3
     assert run(["verify"]) == 2
     assert run(["verify", str(folder / "q8_0.gguf")]) == 2
+
+
+def test_a_bit_of_the_weights_that_no_other_figure_shows_fails_a_file_that_is_run(folder: Path) -> None:
+    file = folder / "q8_0.gguf"
+    loose = qp.JudgeOptions(context=32, chunks=2, max_kld=9, max_ppl_change=9, min_top1=0)
+    assert qp.verify(file, folder / "model", options=loose).passed
+    _flip(file, file.stat().st_size - 30, 1)  # the lowest bit of a code
+    found = qp.verify(file, folder / "model", options=loose)
+    assert not found.passed
+    assert found.failures == ("manifest",)
+    assert "q8_0.gguf: not the bytes that were written" in found.reason
+    sidecar(folder, "q8_0.gguf").unlink()
+    assert qp.verify(file, folder / "model", options=loose).passed
