@@ -8,7 +8,7 @@ FAULTS ?= 1000
 # the programs that `make gpu` runs; an environment that has torch for the GPU already: make gpu GPU_BIN=/path/to/bin
 GPU_BIN ?= $(BIN)
 
-.PHONY: demo test check quick format bench smoke proofs faults fuzz builds gpu clean
+.PHONY: demo test check quick format bench smoke audit proofs faults fuzz builds gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/quantpress demo demo
@@ -57,6 +57,13 @@ fuzz: $(VENV)/.dev
 	mkdir -p build/fuzz
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.run --seconds $(FUZZ_SECONDS) --seed 0 --jobs 2 --report build/fuzz/report.json
 	OMP_NUM_THREADS=1 QUANTPRESS_LONG=1 QUANTPRESS_FUZZ=1 $(BIN)/pytest -n 2 --dist worksteal -m "not slow" $$(grep -rl "from hypothesis" tests --include="test_*.py")
+
+# known faults of the pinned versions, asked of a service on the network; a package that it does not know is a failure
+audit: $(VENV)/.torch
+	$(BIN)/pip install --quiet pip-audit
+	mkdir -p build
+	grep -v '^#' constraints.txt > build/pins.txt
+	$(BIN)/pip-audit --strict --no-deps --disable-pip --requirement build/pins.txt
 
 # kernels compiled for a GPU that is not there, as they are launched for random shapes and types
 builds: $(VENV)/.dev

@@ -160,6 +160,19 @@ class LlamaQuantize:
         assert len(found) == len(gguf.GGUFReader(source).tensors), text
         return None if "will require an imatrix" in text else found
 
+    def quantize(self, source: Path, out: Path, ftype: str) -> Path:
+        """Writes a file of another type.
+
+        Raises:
+            RuntimeError: llama.cpp fails, with its words.
+        """
+        parameters = self._library.llama_model_quantize_default_params()
+        parameters.nthread, parameters.ftype = 1, _ftype(ftype)
+        self.log.clear()
+        if self._library.llama_model_quantize(str(source).encode(), str(out).encode(), c.byref(parameters)):
+            raise RuntimeError("".join(self.log))
+        return out
+
 
 def quantizer(library: Path) -> LlamaQuantize | None:
     """Gives llama-quantize of a library, None where it has none or one with other parameters."""

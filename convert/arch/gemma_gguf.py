@@ -136,8 +136,8 @@ def gemma2_from_gguf(
         **sizes,
         **rope_config(metadata, "gemma2", factors),
         **_layers_from_gguf(metadata, "gemma2", sizes, pattern=2, window=4096, own_scale=_GEMMA2_27B_LAYERS),
-        "attn_logit_softcapping": plain_float(metadata.get("gemma2.attn_logit_softcapping", 50.0)),
-        "final_logit_softcapping": plain_float(metadata.get("gemma2.final_logit_softcapping", 30.0)),
+        "attn_logit_softcapping": real(metadata, "gemma2.attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": real(metadata, "gemma2.final_logit_softcapping", 30.0),
     }
 
 
@@ -153,7 +153,7 @@ def gemma3_from_gguf(
         **sizes,
         "rope_theta": ropes["rope_theta"],
         "rope_scaling": ropes["rope_scaling"],
-        "rope_local_base_freq": plain_float(metadata.get("gemma3.rope.freq_base_swa", 10000.0)),
+        "rope_local_base_freq": real(metadata, "gemma3.rope.freq_base_swa", 10000.0),
         **_layers_from_gguf(metadata, "gemma3", sizes, pattern=6, window=0, own_scale=_GEMMA3_27B_LAYERS),
         "final_logit_softcapping": plain_float(cap) if cap else None,
     }

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from quantpress.convert.arch.fields import LARGEST, plain_float, short
-from quantpress.convert.arch.gguf_rotary import Entries, Metadata, rope_metadata
+from quantpress.convert.arch.fields import short
+from quantpress.convert.arch.gguf_rotary import Entries, rope_metadata
+from quantpress.convert.arch.gguf_values import Metadata, real, whole
 from quantpress.convert.arch.spec import Hyperparameters
 from quantpress.quant.errors import InputError
 
@@ -44,34 +45,6 @@ def size_metadata(hyper: Hyperparameters, *, norm: str, context: int | None = No
     return entries
 
 
-def whole(metadata: Metadata, key: str, default: int | None = None) -> int:
-    """Gives a size from GGUF metadata.
-
-    Raises:
-        InputError: the key is missing without default, no whole number (an array: sizes that differ by layer), absurd.
-    """
-    value = metadata.get(key, default)
-    if value is None:
-        raise InputError(f"GGUF: key {key!r} is missing")
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InputError(f"GGUF: key {key!r} is {short(value)}, wanted one whole number for all layers")
-    if not 1 <= value <= LARGEST:
-        raise InputError(f"GGUF: key {key!r} is {value}, wanted 1 to {LARGEST}")
-    return value
-
-
-def real(metadata: Metadata, key: str) -> float:
-    """Gives a number from GGUF metadata, as the shortest decimal that has the same float32 value.
-
-    Raises:
-        InputError: the key is missing or no number.
-    """
-    value = metadata.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise InputError(f"GGUF: key {key!r} is {short(value)}, wanted a number")
-    return plain_float(value)
-
-
 def general_config(metadata: Metadata, names: frozenset[str], class_name: str, model_type: str) -> dict[str, Any]:
     """Gives the keys of config.json that do not depend on the family.
 
@@ -91,7 +64,7 @@ def general_config(metadata: Metadata, names: frozenset[str], class_name: str, m
     }
     for kind in _IDS:
         token = metadata.get(f"tokenizer.ggml.{kind}_token_id")
-        if isinstance(token, int):
+        if isinstance(token, int) and 0 <= token < config["vocab_size"]:  # llama.cpp passes over others, too
             config[f"{'pad' if kind == 'padding' else kind}_token_id"] = token
     return config
 
@@ -100,9 +73,11 @@ def vocabulary(metadata: Metadata) -> int:
     """Gives the number of embedding rows: as many as the file's tokenizer has tokens.
 
     Raises:
-        InputError: the file has neither a token list nor `vocab_size`.
+        InputError: the file has neither a token list nor `vocab_size`, or its tokens are no list.
     """
     tokens = metadata.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, str):
+        raise InputError(f"GGUF: key 'tokenizer.ggml.tokens' is {short(tokens)}, wanted an array of texts")
     if tokens is not None and hasattr(tokens, "__len__") and len(tokens):
         return len(tokens)
     return whole(metadata, f"{metadata.get('general.architecture')}.vocab_size")

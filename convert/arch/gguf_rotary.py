@@ -10,15 +10,17 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from quantpress.convert.arch.fields import plain_float
+from quantpress.convert.arch.fields import plain_float, short
+from quantpress.convert.arch.gguf_values import Metadata, real, whole
 from quantpress.convert.arch.rotary import attention_factor, llama3_factors, llama3_parameters
 from quantpress.convert.arch.spec import Hyperparameters, Rope
 from quantpress.quant.errors import InputError
 
-Metadata = Mapping[str, Any]
 Entries = dict[str, tuple[str, Any]]
 
 SCALABLE = ("default", "linear", "dynamic", "yarn")  # kinds that every rotary graph of llama.cpp computes
+
+_STORED_KINDS = ("none", "linear", "yarn", "longrope")  # LLAMA_ROPE_SCALING_TYPES; llama.cpp reads no others
 
 
 def check_rope(rope: Rope, family: str, kinds: tuple[str, ...] = SCALABLE) -> None:
@@ -110,14 +112,20 @@ def rope_config(metadata: Metadata, arch: str, factors: Mapping[str, tuple[float
         metadata: the file's metadata, full keys and plain values.
         arch: `general.architecture`.
         factors: values of those tensors of `GGUF_FACTORS` that the file holds.
+
+    Raises:
+        InputError: naming a key whose value makes no sense.
     """
-    theta = plain_float(metadata.get(f"{arch}.rope.freq_base", 10000.0))
-    context = int(metadata[f"{arch}.context_length"])
-    original = int(metadata.get(f"{arch}.rope.scaling.original_context_length", context))
-    kind = str(metadata.get(f"{arch}.rope.scaling.type", "linear"))
-    factor = metadata.get(f"{arch}.rope.scaling.factor", metadata.get(f"{arch}.rope.scale_linear", 0.0))
-    factor = plain_float(factor) or 1.0  # llama.cpp reads 0 as none
-    magnitude = plain_float(metadata.get(f"{arch}.rope.scaling.attn_factor", 1.0))
+    start = f"{arch}.rope."
+    theta = real(metadata, f"{start}freq_base", 10000.0)
+    context = whole(metadata, f"{arch}.context_length")
+    original = whole(metadata, f"{start}scaling.original_context_length", context)
+    kind = metadata.get(f"{start}scaling.type", "linear")
+    if kind not in _STORED_KINDS:
+        raise InputError(f"GGUF: key '{start}scaling.type' is {short(kind)}, wanted one of {', '.join(_STORED_KINDS)}")
+    older = real(metadata, f"{start}scale_linear", 0.0)
+    factor = real(metadata, f"{start}scaling.factor", older) or 1.0  # llama.cpp reads 0 as none
+    magnitude = real(metadata, f"{start}scaling.attn_factor", 1.0)
     scaling: dict[str, Any] | None = None
     if "rope_freqs.weight" in factors:
         scaling = llama3_parameters(factors["rope_freqs.weight"], theta)

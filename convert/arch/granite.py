@@ -103,7 +103,7 @@ def _granite_from_gguf(
     sizes = decoder_sizes(metadata, "granite")
 
     def scale(key: str, absent: float) -> float:
-        return plain_float(metadata.get(f"granite.{key}", 0.0)) or absent  # llama.cpp reads 0 as none
+        return real(metadata, f"granite.{key}", 0.0) or absent  # llama.cpp reads 0 as none
 
     return {
         **general_config(metadata, names, "GraniteForCausalLM", "granite"),
@@ -127,7 +127,7 @@ def _minicpm_from_gguf(
     hidden, layers = sizes["hidden_size"], sizes["num_hidden_layers"]
 
     def scale(key: str, absent: float) -> float:
-        return plain_float(metadata.get(f"minicpm.{key}", absent))
+        return real(metadata, f"minicpm.{key}", absent)
 
     return {
         **general_config(metadata, names, "GraniteForCausalLM", "granite"),

@@ -50,7 +50,8 @@ def open_gguf(path: Path | str) -> Checkpoint:
         hyper = arch.read_config(config)
         tensors = {tensor.name: tensor for tensor in _tensors(file, arch, hyper)}
     except InputError as error:
-        raise type(error)(f"{path}: {error}") from error
+        said = str(error).replace("config.json: ", "its metadata, by config.json's names: ", 1)
+        raise type(error)(f"{path}: {said}") from error
     return Checkpoint(
         name=str(metadata.get("general.name") or path.stem),
         config=config,

@@ -271,3 +271,13 @@ def test_smollm2_file_of_llama_cpp_gives_the_published_config() -> None:
         "vocab_size": 49152,
     }
     assert {key: config[key] for key in published} == published
+
+
+def test_ids_of_tokens_that_are_not_there_are_passed_over_as_llama_cpp_does() -> None:
+    config = tiny_config("llama")
+    spec = find_arch(config)
+    metadata = as_file(spec, spec.read_config(config), config)
+    metadata |= {"tokenizer.ggml.bos_token_id": config["vocab_size"], "tokenizer.ggml.padding_token_id": (1 << 32) - 1}
+    found = spec.config_from_gguf(metadata, frozenset(), {})
+    assert found["eos_token_id"] == 3
+    assert not {"bos_token_id", "pad_token_id"} & found.keys()

@@ -11,7 +11,7 @@ from tests.hostile.checkpoint_cases import bad_weights
 from tests.hostile.model import CONVERT, adapter, edit, good_model, write_adapter
 
 _ONNX = ("convert", "model", "out-onnx", "--to", "onnx", "--no-verify")
-_COMMANDS: Mapping[str, tuple[str, ...]] = {
+COMMANDS: Mapping[str, tuple[str, ...]] = {
     "inspect": ("inspect", "model"),
     "inspect --json": ("inspect", "model", "--json"),
     "convert to ONNX": _ONNX,
@@ -63,7 +63,7 @@ _SPOILT: Mapping[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
 _DESCRIBED = ("a tensor less", "a layer more than there is")  # `inspect` shows what is there, and what is wrong with it
 
 
-def _made(change: Callable[[Path], object], arguments: Sequence[str]) -> Callable[[Path], Sequence[str]]:
+def made(change: Callable[[Path], object], arguments: Sequence[str]) -> Callable[[Path], Sequence[str]]:
     def make(folder: Path) -> Sequence[str]:
         model = good_model(folder)
         if "merge" in arguments:
@@ -76,8 +76,8 @@ def _made(change: Callable[[Path], object], arguments: Sequence[str]) -> Callabl
 
 def _cases() -> list[Case]:
     return [
-        Case("commands", f"{command}: {what}", _made(change, arguments), words=words)
-        for command, arguments in _COMMANDS.items()
+        Case("commands", f"{command}: {what}", made(change, arguments), words=words)
+        for command, arguments in COMMANDS.items()
         for what, (change, words) in _SPOILT.items()
         if not (command.startswith("inspect") and what in _DESCRIBED)
     ]
@@ -85,7 +85,7 @@ def _cases() -> list[Case]:
 
 CASES: tuple[Case, ...] = (
     *(
-        Case("commands", f"good: {name}", _made(lambda model: None, _COMMANDS[name]), code=0, writes=writes)
+        Case("commands", f"good: {name}", made(lambda model: None, COMMANDS[name]), code=0, writes=writes)
         for name, writes in _GOOD.items()
     ),
     *_cases(),

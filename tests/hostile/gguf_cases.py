@@ -172,9 +172,33 @@ _KEYS: dict[str, Said] = {
     ),
     "a rope base of infinity": (
         lambda w: w.set("llama.rope.freq_base", 6, struct.pack("<f", float("inf"))),
-        ("freq_base",),
+        ("rope", "inf"),
     ),
-    "a rope base below nought": (lambda w: w.set("llama.rope.freq_base", 6, struct.pack("<f", -1.0)), ("freq_base",)),
+    "a rope base below nought": (
+        lambda w: w.set("llama.rope.freq_base", 6, struct.pack("<f", -1.0)),
+        ("rope_theta", "-1.0"),
+    ),
+    "a rope base that is a text": (lambda w: w.set("llama.rope.freq_base", STRING, text("x")), ("freq_base",)),
+    "a scaling of rope that is a number": (_number("llama.rope.scaling.type", 7), ("rope",)),
+    "a scaling of rope that nobody knows": (
+        lambda w: w.set("llama.rope.scaling.type", STRING, text("magic")),
+        ("magic",),
+    ),
+    "a factor of rope of NaN": (
+        lambda w: (
+            w.set("llama.rope.scaling.type", STRING, text("linear")),
+            w.set("llama.rope.scaling.factor", 6, struct.pack("<f", float("nan"))),
+        ),
+        ("factor",),
+    ),
+    "an epsilon that is a text": (
+        lambda w: w.set("llama.attention.layer_norm_rms_epsilon", STRING, text("x")),
+        ("epsilon",),
+    ),
+    "heads by layer": (
+        lambda w: w.set("llama.attention.head_count", ARRAY, array(U32, 2, bytes(8))),
+        ("head_count",),
+    ),
     "a context of nought": (_number("llama.context_length", 0), ("context_length",)),
 }
 
@@ -190,7 +214,7 @@ _VOCAB: dict[str, Said] = {
     "tokens that are a text": (lambda w: w.set("tokenizer.ggml.tokens", STRING, text("a")), ("tokenizer.ggml.tokens",)),
     "merges that make no sense": (
         lambda w: w.set("tokenizer.ggml.merges", ARRAY, array(STRING, 1, text("nothing"))),
-        ("merges",),
+        ("merge 'nothing'",),
     ),
     "merges of tokens that are not there": (
         lambda w: w.set("tokenizer.ggml.merges", ARRAY, array(STRING, 1, text("qqq zzz"))),
@@ -204,7 +228,6 @@ _VOCAB: dict[str, Said] = {
         lambda w: w.set("tokenizer.ggml.token_type", ARRAY, array(5, 1, bytes(4))),
         ("token_type",),
     ),
-    "a start outside the vocabulary": (_number("tokenizer.ggml.bos_token_id", 9999), ("9999",)),
     "a template that is a number": (_number("tokenizer.chat_template", 7), ("tokenizer.chat_template",)),
     "scores missing": (lambda w: w.set("tokenizer.ggml.model", STRING, text("llama")), ("scores",)),
 }
@@ -318,6 +341,13 @@ CASES: tuple[Case, ...] = (
     Case("GGUF", "good, looked at", _changed(lambda w: None, INSPECT), code=0),
     Case("GGUF", "good, in parts", _parts(), code=0, writes=WRITTEN),
     Case("GGUF", "good, version 2", _changed(lambda w: setattr(w, "start", b"GGUF\x02\0\0\0")), code=0, writes=WRITTEN),
+    Case(
+        "GGUF",
+        "good, a start outside the vocabulary is passed over",  # as llama.cpp does
+        _changed(_number("tokenizer.ggml.bos_token_id", 9999), UNPACK),
+        code=0,
+        writes=("out",),
+    ),
     *(Case("GGUF", name, _file(data), words=words) for name, (data, words) in _BYTES.items()),
     *_many(_TABLE, CONVERT),
     *_many(_TENSORS, CONVERT),
