@@ -7,7 +7,8 @@ from typing import Any
 
 from quantpress.convert.arch import fields
 from quantpress.convert.arch.gguf_fields import whole
-from quantpress.convert.arch.gguf_rotary import Entries, Metadata
+from quantpress.convert.arch.gguf_rotary import Entries
+from quantpress.convert.arch.gguf_values import Metadata
 from quantpress.convert.arch.spec import Hyperparameters, Layout, Role, TensorSpec
 from quantpress.quant.errors import InputError
 

@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from quantpress.convert.arch.fields import Config, plain_float
+from quantpress.convert.arch.fields import Config
 from quantpress.convert.arch.gguf_fields import decoder_sizes, general_config, size_metadata, whole
 from quantpress.convert.arch.gguf_rotary import Entries, check_rope, rope_config, rope_notes
+from quantpress.convert.arch.gguf_values import real
 from quantpress.convert.arch.spec import Hyperparameters
 from quantpress.quant.errors import InputError
 
@@ -147,7 +148,6 @@ def gemma3_from_gguf(
     """Gives a config.json for a `gemma3` file, as of the text model alone."""
     sizes = decoder_sizes(metadata, "gemma3")
     ropes = rope_config(metadata, "gemma3", factors)
-    cap = metadata.get("gemma3.final_logit_softcapping", 0.0)
     return {
         **general_config(metadata, names, "Gemma3ForCausalLM", "gemma3_text"),
         **sizes,
@@ -155,7 +155,7 @@ def gemma3_from_gguf(
         "rope_scaling": ropes["rope_scaling"],
         "rope_local_base_freq": real(metadata, "gemma3.rope.freq_base_swa", 10000.0),
         **_layers_from_gguf(metadata, "gemma3", sizes, pattern=6, window=0, own_scale=_GEMMA3_27B_LAYERS),
-        "final_logit_softcapping": plain_float(cap) if cap else None,
+        "final_logit_softcapping": real(metadata, "gemma3.final_logit_softcapping", 0.0) or None,
     }
 
 

@@ -13,6 +13,20 @@ from quantpress.convert.arch.gguf_values import Metadata, real, whole
 from quantpress.convert.arch.spec import Hyperparameters
 from quantpress.quant.errors import InputError
 
+__all__ = [
+    "capped_context",
+    "capped_note",
+    "decoder_sizes",
+    "epsilon_config",
+    "general_config",
+    "layer_types",
+    "real",
+    "size_metadata",
+    "turned_share",
+    "vocabulary",
+    "whole",
+]
+
 # LlamaFileType (llama.h) of files that are one type throughout -> torch's name; anything else was quantized, and
 # float16 is what its values are usually kept in
 _FILE_TYPES: Mapping[int, str] = MappingProxyType({0: "float32", 1: "float16", 32: "bfloat16"})

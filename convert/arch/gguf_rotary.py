@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from quantpress.convert.arch.fields import plain_float, short
+from quantpress.convert.arch.fields import plain_float
 from quantpress.convert.arch.gguf_values import Metadata, real, whole
 from quantpress.convert.arch.rotary import attention_factor, llama3_factors, llama3_parameters
 from quantpress.convert.arch.spec import Hyperparameters, Rope
@@ -122,7 +122,7 @@ def rope_config(metadata: Metadata, arch: str, factors: Mapping[str, tuple[float
     original = whole(metadata, f"{start}scaling.original_context_length", context)
     kind = metadata.get(f"{start}scaling.type", "linear")
     if kind not in _STORED_KINDS:
-        raise InputError(f"GGUF: key '{start}scaling.type' is {short(kind)}, wanted one of {', '.join(_STORED_KINDS)}")
+        raise InputError(f"GGUF: key '{start}scaling.type' is {kind!r:.60}, wanted one of {', '.join(_STORED_KINDS)}")
     older = real(metadata, f"{start}scale_linear", 0.0)
     factor = real(metadata, f"{start}scaling.factor", older) or 1.0  # llama.cpp reads 0 as none
     magnitude = real(metadata, f"{start}scaling.attn_factor", 1.0)

@@ -13,10 +13,10 @@ from typing import Any
 from quantpress.convert.arch import fields
 from quantpress.convert.arch.decoder_fields import read_decoder
 from quantpress.convert.arch.decoder_rows import gated_mlp, separate_attention, trunk
-from quantpress.convert.arch.fields import plain_float
-from quantpress.convert.arch.gguf_fields import decoder_sizes, general_config, real, size_metadata
+from quantpress.convert.arch.gguf_fields import decoder_sizes, general_config, size_metadata
 from quantpress.convert.arch.gguf_limits import require_activation
 from quantpress.convert.arch.gguf_rotary import SCALABLE, Entries, check_rope, rope_config, rope_notes, rope_tensors
+from quantpress.convert.arch.gguf_values import real
 from quantpress.convert.arch.spec import ArchSpec, Hyperparameters
 from quantpress.quant.errors import InputError
 
