@@ -8,6 +8,7 @@ import re
 import struct
 import warnings
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ __all__ = ["open_bin"]
 
 _MAX_DIRECTORY = 16 << 20  # bytes of the archive's table of contents, about 200,000 tensors
 _MAX_PICKLE = 64 << 20  # bytes of data.pkl, which names the tensors
+_MAX_CONTAINERS, _BYTES_PER_CONTAINER = 1 << 18, 8
 _TAIL = 98  # bytes at the end in which a ZIP archive without a comment says where its table of contents is
 _OLDEST = (2, 10)  # of torch; its weights-only loader could be made to write past its memory before: CVE-2026-24747
 _NAMES = {
@@ -80,12 +82,18 @@ def open_bin(path: Path, *, label: str = "") -> Shard:
             warnings.simplefilter("ignore")  # torch's, of what a file holds; a refusal says it in one line
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except _REFUSALS as error:
-        reason = shown((str(error).splitlines() or [""])[0], 160)
+        reason = shown(_reason(str(error)), 160)
         raise InputError(f"{label}: refused by torch's weights-only loader: {type(error).__name__} {reason}") from error
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise InputError(f"{label}: must hold a mapping from names to tensors, found {type(state).__name__}")
     tensors = {name: _lazy(name, value, label) for name, value in state.items()}
     return Shard(tensors=tensors, metadata={}, file=SourceFile(path=path, nbytes=nbytes))
+
+
+def _reason(message: str) -> str:
+    """Gives what was wrong: torch puts advice before it on how to run the file's code all the same."""
+    found = re.search(r"((?:Unsupported|Trying to) .+?)(?: was not an allowed|$)", message, re.MULTILINE)
+    return found[1] if found else (message.splitlines() or [""])[0]
 
 
 def _check_version(version: str, label: str) -> None:
@@ -118,8 +126,17 @@ def _check_archive(path: Path, label: str) -> int:
         try:
             with zipfile.ZipFile(file) as archive:
                 infos = archive.infolist()
+                _check_infos(infos, nbytes, label)
+                for info in infos:
+                    if info.filename.endswith(".pkl"):
+                        _check_containers(archive.read(info), label)
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
             raise InputError(f"{label}: damaged or cut short: {error}") from error
+    return nbytes
+
+
+def _check_infos(infos: Sequence[zipfile.ZipInfo], nbytes: int, label: str) -> None:
+    """Checks that nothing in the archive grows when it is unpacked."""
     for info in infos:
         if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
             raise InputError(f"{label}: {shown(info.filename)} in it is compressed, which torch.save never does")
@@ -127,7 +144,18 @@ def _check_archive(path: Path, label: str) -> int:
             raise InputError(f"{label}: {shown(info.filename)} in it has {info.file_size} bytes, at most {_MAX_PICKLE}")
     if sum(info.file_size for info in infos) > nbytes:
         raise InputError(f"{label}: parts of the archive overlap")
-    return nbytes
+
+
+def _check_containers(data: bytes, label: str) -> None:
+    """Bounds the lists, mappings and marks of a pickle: one byte each makes an object of 56 bytes or more.
+
+    What torch.save writes has about five in the 200 bytes for a tensor; bytes of other meaning are counted too.
+    """
+    number = sum(data.count(code) for code in (b"(", b"]", b"}"))
+    if number > _MAX_CONTAINERS and number > len(data) // _BYTES_PER_CONTAINER:
+        raise InputError(
+            f"{label}: damaged: its pickle has {number} lists in {len(data)} bytes, more than tensors need"
+        )
 
 
 def _check_directory_size(tail: bytes, label: str) -> None:

@@ -76,14 +76,16 @@ def _hostile(folder: Path) -> Iterator[tuple[Path, str]]:
     evil = pickle.dumps({"x": _Evil()}, protocol=2)
     torch.save({"x": _Evil()}, folder / "evil.bin")
     yield folder / "evil.bin", "refused by torch's weights-only loader"
-    yield _zip_with(folder / "evil2.bin", evil), "refused"
+    yield _zip_with(folder / "evil2.bin", evil), "'Unsupported global: GLOBAL .*'$"
     (folder / "pickle.bin").write_bytes(evil)
     yield folder / "pickle.bin", "plain pickles"
     torch.save({"x": torch.zeros(2)}, folder / "legacy.bin", _use_new_zipfile_serialization=False)
     yield folder / "legacy.bin", "plain pickles"
     yield _write_tar(folder / "tar.bin", evil), "tar files"
     yield _zip_with(folder / "bomb.bin", b"\0" * 30_000_000, compression=zipfile.ZIP_DEFLATED), "compressed"
-    yield _zip_with(folder / "deep.bin", b"\x80\x02" + b"(" * 1_000_000), "refused"
+    yield _zip_with(folder / "deep.bin", b"\x80\x02" + b"(" * 200_000), "refused"
+    yield _zip_with(folder / "marks.bin", b"\x80\x02" + b"(" * 1_000_000), "1000000 lists in 1000002 bytes"
+    yield _zip_with(folder / "system.bin", b"\x80\x02cposix\nsystem\n."), "unsupported GLOBAL posix.system"
     torch.save([torch.zeros(2)], folder / "list.bin")
     yield folder / "list.bin", "mapping from names to tensors, found list"
     torch.save({"x": 1}, folder / "int.bin")
