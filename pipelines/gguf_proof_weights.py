@@ -21,6 +21,7 @@ __all__ = ["WeightsFound", "compare_weights"]
 
 _FLOATS = ("F32", "F16", "BF16", "F64")
 _PLAIN = 1.15  # times a type's own error that a tensor has at most that was rounded to nearest
+_FACTORS = 1e-5  # relative: converters compute them in float32, in some steps
 _MOST, _FEW = 0.1, 2  # share, and number, of tensors that may have more in a file that was
 
 
@@ -98,6 +99,7 @@ def compare_weights(
         wanted, found = weights("token_embd.weight", -1), read.weight("output.weight", -1)
         if wanted is not None and found is not None:
             work.add("output.weight", head, wanted, found)
+    _compare_factors(work, checked)
     return _judged(work, weights, checked)
 
 
@@ -119,6 +121,19 @@ def _compare_one(work: _Comparison, weights: CheckpointWeights, row: TensorSpec,
         work.differs(name, "missing", "a tensor as in the source")
         return
     work.add(name, work.read.types[name], wanted, found)
+
+
+def _compare_factors(work: _Comparison, checked: Preflight) -> None:
+    """Compares what rotary frequencies are divided by, which only GGUF files have as tensors."""
+    for name, values in checked.spec.gguf_tensors(checked.hyper).items():
+        found = work.read.weight(name, -1) if name in work.read.types else None
+        if found is None:
+            work.differs(name, "missing", "factors as the source's settings give them")
+            continue
+        work.found.tensors += 1
+        held, wanted = found.numpy().reshape(-1), np.asarray(values, np.float32)
+        if held.shape != wanted.shape or not np.allclose(held, wanted, rtol=_FACTORS, atol=0):
+            work.differs(name, "other factors", "those that the source's settings give")
 
 
 def _judged(work: _Comparison, weights: CheckpointWeights, checked: Preflight) -> WeightsFound:

@@ -257,6 +257,7 @@ DAMAGES: dict[str, Plant] = {
     "one value of a norm": _on("ffn_norm.weight")(_one_value),
     "bias dropped": _on("attn_k.bias", "attn_q.bias", "attn_v.bias")(_zero),
     "head zeroed": _on("output.weight")(_zero_row),
+    "one rope factor": _on("rope_freqs.weight")(_one_value),
     "rope base": _set("rope.freq_base", lambda value: value * 2),
     "norm epsilon": _set("attention.layer_norm_rms_epsilon", lambda value: value * 10),
     "context": _set("context_length", lambda value: value * 2),

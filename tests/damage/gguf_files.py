@@ -24,6 +24,10 @@ _SHARED = Path(os.environ.get("QUANTPRESS_SHARED", Path(__file__).resolve().pare
 _GPTQ: dict[str, Any] = {"method": "gptq", "samples": 8, "sequence_length": 64}
 # of a model that is trained on the spot in some seconds: rows that divide into super-blocks, and biases
 _TRAINED = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "attention_bias": True}
+_LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
 _STEPS, _BATCH = 24, 4
 
 
@@ -32,7 +36,7 @@ class File:
     """A file to make.
 
     Attributes:
-        model: "trained" on the spot, "biases" (random, with a head of its own), or a folder of the shared models.
+        model: "trained" on the spot, "biases" or "factors" (random ones), or a folder of the shared models.
         name: type and method.
         options: of the stage.
     """
@@ -59,6 +63,7 @@ _LONG = _kinds(
 _MODELS = "stories260k-hf", "glasslm-en-hf", "mix6m-hf"
 FILES = [File("trained", name, options) for name, options in _SHORT.items()]
 FILES += [File("biases", name, {"outtype": name}) for name in ("f16", "q8_0")]
+FILES += [File("factors", "f16", {"outtype": "f16"})]
 FILES += [File(model, name, _SHORT[name]) for model in _MODELS for name in ("f16", "q8_0", "q4_0", "q4_k_m")]
 LONG_FILES = [File(model, name, options) for model in ("trained", *_MODELS) for name, options in _LONG.items()]
 
@@ -70,6 +75,8 @@ def model_of(file: File, scratch: Path) -> Path:
         return folder if folder.exists() else trained(folder)
     if file.model == "biases":
         return folder if folder.exists() else tiny_checkpoint(folder, "qwen2", tie_word_embeddings=False)
+    if file.model == "factors":
+        return folder if folder.exists() else tiny_checkpoint(folder, "llama", rope_scaling=_LLAMA3)
     shared = _SHARED / "models" / file.model
     if not shared.is_dir():
         pytest.skip("real models are not beside the repository (set QUANTPRESS_SHARED)")

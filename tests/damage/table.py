@@ -1,4 +1,4 @@
-"""Prints which measure notices which damage in which type of file: python -m tests.damage.table > table.md."""
+"""Prints which measure notices which damage in which type of file: python -m tests.damage.table [onnx]."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from quantpress.pipelines.judging import JudgeOptions
 from quantpress.pipelines.reference import Reference
 from tests.damage.gguf_damages import DAMAGES, flipped_scale, planted
 from tests.damage.gguf_files import FILES, File, findings_of, good_file, model_of, opened
+from tests.damage.onnx_rows import onnx_rows
 
 __all__ = ["bit_rows", "gguf_rows", "main"]
 
@@ -62,7 +63,10 @@ def _numbers(bits: list[int]) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Prints the tables; models other than the one that is trained on the spot are named by their folder."""
+    """Prints the tables of GGUF files, of a shared model if one is named; with "onnx" those of ONNX models."""
+    if list(argv) == ["onnx"]:
+        sys.stdout.write(markdown(onnx_rows()) + "\n")
+        return 0
     model = File(argv[0] if argv else "trained", "").model
     with tempfile.TemporaryDirectory() as folder:
         lines = [markdown(list(gguf_rows(Path(folder), model))), ""]

@@ -16,7 +16,15 @@ from tests.gguf_exports import export
 from tests.llama_quantize import quantizer
 
 LONG = bool(os.environ.get("QUANTPRESS_LONG"))
-SHORT = "trained-f16", "trained-q4_0", "trained-q4_k_m", "trained-q8_0-gptq", "biases-q8_0", "mix6m-hf-q4_k_m"
+SHORT = (
+    "trained-f16",
+    "trained-q4_0",
+    "trained-q4_k_m",
+    "trained-q8_0-gptq",
+    "biases-q8_0",
+    "factors-f16",
+    "mix6m-hf-q4_k_m",
+)
 DAMAGED = [*FILES, *LONG_FILES] if LONG else [file for file in FILES if str(file) in SHORT]
 
 
