@@ -15,6 +15,7 @@ from quantpress.convert.lora.merge import merge_lora
 from quantpress.convert.open import open_checkpoint
 from quantpress.pipelines import demo_model
 from quantpress.pipelines.gguf_proof import gguf_content
+from quantpress.quant.errors import InputError
 from tests.gguf_exports import export
 from tests.tiny import tiny_checkpoint
 
@@ -111,5 +112,8 @@ def opened(model: Path, *adapters: Path) -> Checkpoint:
 
 def findings_of(path: Path, model: Path, *adapters: Path) -> list[str]:
     """Gives what is wrong with what a file holds, each with the measure that found it."""
-    content = gguf_content(opened(model, *adapters), path)
+    try:
+        content = gguf_content(opened(model, *adapters), path)
+    except InputError as error:  # as `verify` says it: could not be judged
+        return [f"unjudged: {error}"]
     return [f"{each.measure}: {each}" for each in content.findings]
