@@ -112,7 +112,7 @@ def test_family_is_found_by_class_and_by_model_type(spec: ArchSpec) -> None:
         ({}, "neither 'architectures' nor 'model_type'"),
         ({"architectures": "LlamaForCausalLM"}, "wanted a list"),
         ({"architectures": [7]}, "wanted a list"),
-        ({"architectures": [], "model_type": 5}, "neither"),
+        ({"architectures": [], "model_type": 5}, "'model_type' is 5"),
         ({"architectures": ["x" * 100_000]}, r"'xxx.*\.\.\."),
     ],
 )
