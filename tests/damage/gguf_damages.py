@@ -249,7 +249,7 @@ DAMAGES: dict[str, Plant] = {
     "q rows not turned": _unpermuted("attn_q.weight", "head_count"),
     "k rows not turned": _unpermuted("attn_k.weight", "head_count_kv"),
     "gate and up swapped": _exchange("ffn_gate.", "ffn_up."),
-    "q of two layers swapped": _exchange("blk.0.attn_q.", "blk.1.attn_q."),
+    "q of two layers swapped": _exchange("blk.0.attn_q.weight", "blk.1.attn_q.weight"),
     "layers swapped": _layers,
     "one expert twice": _copy_expert,
     "norm + 1": _on("attn_norm.weight")(_shift_norm),
