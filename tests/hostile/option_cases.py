@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tests.hostile.case import Case
-from tests.hostile.model import CONVERT, good_model
+from tests.hostile.model import CONVERT, adapter, good_model, write_adapter
 
 WRITTEN = ("out.gguf", "out.gguf.quantpress.json")
 _PERPLEXITY = ("perplexity", "model", "--context", "32", "--text", "text.txt")
@@ -47,10 +47,15 @@ def _to(
     return _words("convert", "model", out, "--to", "gguf", "--outtype", "q8_0", "--no-verify", *more, before=before)
 
 
+def _adapted(*arguments: str) -> Callable[[Path], Sequence[str]]:
+    return _words(*arguments, before=lambda folder: write_adapter(folder, *adapter()))
+
+
 def _file(name: str, data: bytes) -> Callable[[Path], object]:
     return lambda folder: (folder / name).write_bytes(data)
 
 
+_AS_ONNX = ("--to", "onnx", "--no-verify")
 _TEXTS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "missing": (lambda folder: None, ("text.txt",)),
     "a pipe": (lambda folder: os.mkfifo(folder / "text.txt"), ("text.txt", "named pipe")),
@@ -71,6 +76,10 @@ _OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "an override of nothing": (("--override-kv", "=int:5"), ("",)),
     "no threads": (("--threads", "0"), ("threads",)),
     "threads below zero": (("--threads", "-1"), ("threads",)),
+    "no memory": (("--max-memory", "0"), ("max-memory",)),
+    "a pattern that explodes and fits nothing": (("--tensor-type", "((a+)+)+$=f16"), ("((a+)+)+$", "no name")),
+    "parts without an end": (("--split-max-tensors", "-1"), ("split-max-tensors",)),
+    "a type of embedding that nobody knows": (("--token-embedding-type", "x"), ("x",)),
     "memory of no size": (("--max-memory", "lots"), ("lots",)),
     "memory below zero": (("--max-memory", "-5G"), ("max-memory",)),
     "parts of no size": (("--split-max-size", "x"), ("split-max-size",)),
@@ -93,6 +102,10 @@ CASES: tuple[Case, ...] = (
         if said != ("",)
     ),
     Case("options", "metadata that are a list", _metadata(b"[]"), words=("more.json",)),
+    Case("options", "metadata of another architecture", _metadata(b'{"general.architecture": "x"}'), words=("'x'",)),
+    Case("options", "metadata with a line break", _metadata(b'{"a\\nb": 1}'), words=("more.json", "unknown")),
+    Case("options", "metadata that hold objects", _metadata(b'{"general.name": {"a": 1}}'), words=("general.name",)),
+    Case("options", "metadata that hold a key twice", _metadata(b'{"a": 1, "a": 2}'), words=("more.json", "twice")),
     Case("options", "metadata that are deep", _metadata(b"[" * 9999), words=("more.json", "deeper")),
     Case("options", "metadata that are missing", _more("--metadata", "more.json"), words=("more.json",)),
     Case(
@@ -146,6 +159,69 @@ CASES: tuple[Case, ...] = (
         _words("convert", "model", ".", "--to", "onnx", "--force", "--no-verify"),
         code=2,
         words=(".",),
+    ),
+    Case(
+        "places",
+        "good, a link is followed",
+        _to("out.gguf", before=lambda folder: (folder / "out.gguf").symlink_to("out-there.gguf")),
+        code=0,
+        writes=("out-there.gguf", "out.gguf.quantpress.json"),
+    ),
+    Case(
+        "places",
+        "a folder of other things",
+        _words(
+            "convert",
+            "model",
+            "mine",
+            "--to",
+            "onnx",
+            "--force",
+            "--no-verify",
+            before=lambda folder: ((folder / "mine").mkdir(), (folder / "mine" / "x").touch()),
+        ),
+        code=2,
+        words=("mine", "not a model folder"),
+    ),
+    Case(
+        "places",
+        "good, a folder inside the model",
+        _words("convert", "model", "model/sub", *_AS_ONNX),
+        code=0,
+        writes=("model/sub",),
+    ),
+    Case("places", "good, a file inside the model", _to("model/x.gguf"), code=0, writes=("model/x.gguf",)),
+    Case(
+        "places",
+        "the text",
+        _words(
+            *CONVERT[:2], "text.txt", "--to", "gguf", "--force", "--text", "text.txt", before=_file("text.txt", b"x")
+        ),
+        code=2,
+        words=("text.txt", "input"),
+        seconds=20,
+        megabytes=2000,
+    ),
+    Case(
+        "places",
+        "the importance matrix",
+        _to("m.gguf", "--force", "--imatrix", "m.gguf", before=_file("m.gguf", b"x")),
+        code=2,
+        words=("m.gguf", "input"),
+    ),
+    Case(
+        "places",
+        "the metadata",
+        _to("m.json", "--force", "--metadata", "m.json", before=_file("m.json", b'{"general.author": "x"}')),
+        code=2,
+        words=("m.json", "input"),
+    ),
+    Case(
+        "places",
+        "the adapter",
+        _adapted("convert", "model", "adapter", *_AS_ONNX, "--adapter", "adapter", "--force"),
+        code=2,
+        words=("adapter", "input"),
     ),
     Case("places", "a name too long", _to("x" * 300 + ".gguf"), code=5, words=("xxx",)),
     Case("places", "/proc", _to("/proc/out.gguf"), code=5, words=("/proc/out.gguf",)),
