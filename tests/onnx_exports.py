@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import quantpress as qp
+from quantpress.convert.checkpoint import Checkpoint
 from quantpress.convert.open import open_checkpoint
 from quantpress.pipelines.onnx_stage import Onnx
 from quantpress.pipelines.runner import Pressed, press
@@ -18,7 +19,7 @@ LAYERS = 3  # of the tiny models
 
 
 def export(
-    model: Path,
+    model: Path | Checkpoint,
     out: Path,
     *,
     judge: qp.JudgeOptions | None = None,
@@ -30,7 +31,8 @@ def export(
     """Runs the stage as the program does."""
     stage = Onnx(output=out, **{"precision": "int4", **options})
     context = RunContext(progress=progress, threads=threads, force=force)
-    return press(open_checkpoint(model), stage, context, judge=judge)
+    source = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+    return press(source, stage, context, judge=judge)
 
 
 def files(folder: Path) -> dict[str, bytes]:

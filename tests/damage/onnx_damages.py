@@ -221,6 +221,19 @@ def bit_of_scales(bit: int, blocks: int | None) -> Callable[[Path], None]:
     return on_values(change, "layers.1.mlp.up_proj.scales")
 
 
+def bit_flipped(good: Path, target: Path, end: str, bit: int) -> Path:
+    """Copies a folder, sidecar and all, and flips a bit of the first number of a tensor where it lies."""
+    shutil.copytree(good, target)
+    tensor = initializer(onnx.load(target / "model.onnx", load_external_data=False), end)
+    place = {each.key: each.value for each in tensor.external_data}
+    with (target / place["location"]).open("r+b") as data:
+        data.seek(int(place["offset"]) + bit // 8)
+        byte = data.read(1)[0]
+        data.seek(-1, 1)
+        data.write(bytes([byte ^ 1 << bit % 8]))
+    return target
+
+
 def zeros_off(folder: Path) -> None:
     """Adds one to every zero point of a matrix."""
 
@@ -264,7 +277,7 @@ def _turned(values: Array) -> Array:
 UP, NORM = "layers.1.mlp.up_proj", "layers.1.post_attention_layernorm.weight"
 _MATRIX = (f"{UP}.scales", f"{UP}.weight")
 _ROWS = (f"{UP}.qweight", f"{UP}.weight")
-_NORMS = (
+NORMS = (
     "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization", "RMSNormalization", "LayerNormalization",
     "SkipLayerNormalization",
 )  # fmt: skip
@@ -292,7 +305,7 @@ WEIGHTS = (
     Damage("a sum left out", bypassed("attn_q/Add")),
 )
 SETTINGS = (
-    Damage("epsilon of norms times 10", attribute("epsilon", lambda each: each * 10, *_NORMS)),
+    Damage("epsilon of norms times 10", attribute("epsilon", lambda each: each * 10, *NORMS)),
     Damage("angles of another base", on_values(lambda each: each[:, ::-1], "cos_cache")),
     Damage("angles one place late", on_values(lambda each: np.roll(each, 1, axis=0), "sin_cache")),
     Damage("scale of attention times 1.1", attribute("scale", lambda each: each * 1.1, *_ATTENTION)),
