@@ -189,7 +189,8 @@ class Comparison:
             old, new = self._rows(key)(0, bias.shape[0]), bias.read(0, bias.shape[0]).numbers.reshape(-1)
             factors = np.where(old != 0, np.divide(new, old, out=np.ones_like(new), where=old != 0), factors)
         scale = np.ones(len(factors), np.float32)
-        scale[used] = factors[used]
+        with np.errstate(over="ignore"):  # not usable then
+            scale[used] = factors[used]
         usable = (scale > 1 / _GREATEST_SCALE) & (scale < _GREATEST_SCALE)
         return scale if usable.all() else None
 

@@ -43,6 +43,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "half": {"precision": "int4", "compute_type": "fp16"},
 }
 SHARED = "stories260k-hf"
+BRIEFLY = "--chunks", "1"  # what a file holds does not hang on the text
 ADAPTERS = "lora-shakespeare-r8", "lora-wikitext-rslora-r16-attn", "dora-shakespeare-r4"
 
 
@@ -100,10 +101,15 @@ DAMAGES = (
     Damage("wrong epsilon", damages.attribute("epsilon", lambda each: each * 10, *damages.NORMS)),
     Damage("two tokens exchanged", damages.two_tokens),
     Damage("a bias zeroed", damages.on_values(np.zeros_like, "layers.0.self_attn.k_proj.bias")),
+    Damage("sign of a scale", damages.bit_of_scales(31, 1)),
+    Damage("a scale without bounds", damages.bit_of_scales(30, 1)),
+)
+# of one block; a method that makes up for errors may leave one that is off by so much
+NEAREST = (
     Damage("highest bit of a scale's fraction", damages.bit_of_scales(22, 1)),
     Damage("lowest bit of a scale's exponent", damages.bit_of_scales(23, 1)),
-    Damage("sign of a scale", damages.bit_of_scales(31, 1)),
 )
+CALIBRATED = "gptq", "gptq-8", "awq"
 
 
 class Files:
@@ -154,18 +160,20 @@ def check_damages(files: Files, name: str, kind: str, scratch: Path, verified: V
     """Plants everything that has a place in a file; all must end with 4."""
     good, missed, places = files.good(name, kind), [], 0
     assert verified(good, files.model(name)) == (0, [])
-    for number, damage in enumerate(DAMAGES):
+    for number, damage in enumerate(DAMAGES if kind in CALIBRATED else (*DAMAGES, *NEAREST)):
         try:
             bad = damage.copy(good, scratch / str(number))
         except damages.NotHereError:
             continue
         places += 1
-        code, failures = verified(bad, files.model(name))
+        code, failures = verified(bad, files.model(name), *BRIEFLY)
         if code != 4 or not set(failures) & {"weights", "settings", "vocabulary"}:
             missed.append((damage.name, code, failures))
         shutil.rmtree(bad)
     assert not missed
-    assert places >= (9 if "fp" in kind else 12)  # floats have no scales, and not every model has biases
+    assert places >= (
+        9 if kind.startswith(("fp", "bf")) else 11
+    )  # floats have no scales, and not every model has biases
 
 
 @pytest.mark.parametrize("kind", ["fp32", "int4", "int4-standard"])
@@ -173,7 +181,7 @@ def test_verify_notices_every_damage(kind: str, files: Files, tmp_path: Path, ve
     check_damages(files, "trained", kind, tmp_path, verified)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *METHODS])
 @pytest.mark.parametrize("name", ["trained", SHARED])
 def test_verify_notices_every_damage_in_all_files(
     name: str, kind: str, files: Files, tmp_path: Path, verified: Verified
@@ -191,7 +199,7 @@ def test_good_files_pass(kind: str, files: Files, verified: Verified) -> None:
 def test_an_adapter_that_was_left_out(
     kind: str, adapter: str, files: Files, shared: Path, tmp_path: Path, verified: Verified
 ) -> None:
-    model, given = files.model(SHARED), ("--adapter", str(shared / "adapters" / adapter))
+    model, given = files.model(SHARED), ("--adapter", str(shared / "adapters" / adapter), "--context", "256")
     export(merge_lora(open_checkpoint(model), Path(given[1])), tmp_path / "merged", threads=1, **KINDS[kind])
     assert verified(tmp_path / "merged", model, *given) == (0, [])
     for code, failures in (verified(files.good(SHARED, kind), model, *given), verified(tmp_path / "merged", model)):
@@ -207,7 +215,7 @@ def test_every_bit_of_a_scale_is_noticed_beside_its_sidecar(
     good = files.good("trained", kind)
     for bit in (0, 1, 4, 8, 12, 16, 20, 22, 25, 30, 31):
         bad = damages.bit_flipped(good, tmp_path / str(bit), f"{_UP}.scales", bit)
-        code, failures = verified(bad, files.model("trained"))
+        code, failures = verified(bad, files.model("trained"), *BRIEFLY)
         assert code == 4
         assert "manifest" in failures
         (bad / "quantpress.json").unlink()
