@@ -29,7 +29,7 @@ ERRORS = {
 _ROUNDING = {"F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8, "F64": 2.0**-24}
 _SUBNORMAL = {"F16": 2.0**-25}
 _MERGED = 2.0**-7  # of a value, where adapters were merged: in bfloat16 by other programs
-_BLOCK, _SUPER = 32, 256
+_BLOCK, _SUPER, _SUPERS = 32, 256, ("_K", "_XS", "_S", "_XXS")
 _CHUNK = 1 << 20  # values that are compared at once
 
 
@@ -60,11 +60,12 @@ class Limits:
             plain: the file's codes were chosen by rounding to nearest.
         """
         error = ERRORS[kind]
-        coarse = 0.085 if error >= 0.2 else 0.06
-        if plain:
-            return cls(2 * error, min(0.003 + error / 2, coarse), 4 * error, 0.005 + 2.5 * error, 0.01 + 6 * error)
-        wide = error >= 0.15
-        return cls(0.8 if wide else 0.6, coarse if wide else 0.05, 0.9, 0.4 if wide else 0.25, 1.8 if wide else 1.2)
+        coarse, wide, many = 0.085 if error >= 0.2 else 0.06, error >= 0.15, kind.endswith(_SUPERS)
+        if plain:  # 256 values tell a scale more exactly than 32
+            block = 0.003 + (0.8 if many else 1.7) * error
+            return cls(2 * error, min(0.003 + error / 2, coarse), 4 * error, block, 0.01 + 6 * error)
+        block = 0.4 if wide else 0.15 if many else 0.25
+        return cls(0.8 if wide else 0.6, coarse if wide else 0.05, 0.9, block, 1.8 if wide else 1.2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +118,7 @@ def measure(wanted: Array, found: Array, kind: str) -> Figures:
     """
     count, width = wanted.shape
     size = _BLOCK if width % _BLOCK == 0 else width
-    wide = _SUPER if kind.endswith(("_K", "_XS", "_S", "_XXS")) and width % _SUPER == 0 else size
+    wide = _SUPER if kind.endswith(_SUPERS) and width % _SUPER == 0 else size
     sums = np.empty((3, count, width // size), np.float64)
     step = max(1, _CHUNK // width)
     for start in range(0, count, step):
