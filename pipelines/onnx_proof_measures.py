@@ -1,10 +1,12 @@
 """What a weight of a file has of its source's: factor, errors of rows and blocks, and codes that are not the nearest.
 
-Errors of codes are counted in steps of their own grid, so that one limit serves every type. A method that rounds to
-nearest (RTN, HQQ's and AWQ's clip search) never leaves a value more than half a step from its code, except where the
-grid ends. A method that makes up for errors (GPTQ) does, by up to 5 steps in single values; of the three trained models
-of 0.3, 0.6 and 6 million parameters on which the limits were measured, its root mean square of a block reached 1.6
-steps, the mean of a tensor 0.02, that of a row 0.2, and the least-squares factor 0.965.
+Errors are counted in steps of the weight's own grid: one limit serves every type. Rounding to nearest (RTN, HQQ) leaves
+no value more than half a step from its code, except where the grid ends; GPTQ and AWQ's folded scales do. The
+most in 72 good files of four trained models of 0.3 to 6 million parameters:
+
+4 bits:  factor 1 +- 0.012, GPTQ 0.050, AWQ 0.062; relative error 0.10, 0.27, 0.20, of a row 0.13, 0.35, 0.55; mean of
+         a tensor 0.012, 0.022, 0.019, row 0.14, 0.29, 0.30, block 0.28, 1.4, 0.90; square of a block 0.54, 2.4, 2.7
+8 bits:  GPTQ: factor 1 +- 0.0004, relative error 0.011, row 0.19, block 0.59, square of a block 1.3
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ _MERGED = 2.0**-20  # of the greatest value: sums of an adapter's products may b
 _LEAST_STEP = {"FLOAT16": 2.0**-24, "FLOAT": 2.0**-126}  # a scale of 0 stands for less than half of these
 _SUBNORMAL = 2.0**-25
 _FARTHEST = 1e4  # steps that an error is counted as at most
-# bits -> how far the factor may be from 1, and the relative error; measured x 2, and for 4 bits below 1.1's 0.085
+# bits -> how far the factor may be from 1 (times 1.1 is 0.091), and the relative error; 3 and 2: of tiny random models
 _FACTOR = {8: 0.02, 4: 0.065, 3: 0.25, 2: 0.5}
 _RELATIVE = {8: 0.1, 4: 0.7, 3: 0.9, 2: 1.2}
 _SPREAD, _SPREADS = 0.75, 0.45  # steps of errors that are no factor, and how far the factor goes with what is above
