@@ -7,7 +7,7 @@ source's, every setting that the runtime reads beside the source's own, every to
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -85,13 +85,19 @@ def chosen_keys(stages: Any) -> frozenset[str]:
     return frozenset(text.partition("=")[0] for text in texts if isinstance(text, str))
 
 
-def prove_content(source: Checkpoint, artifact: Path, chosen: Iterable[str] = ()) -> ContentProof | None:
+def prove_content(
+    source: Checkpoint,
+    artifact: Path,
+    chosen: Iterable[str] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> ContentProof | None:
     """Compares what a file holds with its source; None where nothing compares files of its kind.
 
     Args:
         source: with adapters merged, where there are any.
         artifact: GGUF file (of a split model the first part), ONNX model or checkpoint folder.
         chosen: metadata keys of a GGUF file that the user has set by hand.
+        progress: told the tensors of a GGUF file that have been compared.
 
     Raises:
         InputError: one of the two cannot be read.
@@ -105,7 +111,7 @@ def prove_content(source: Checkpoint, artifact: Path, chosen: Iterable[str] = ()
     if artifact.suffix.lower() == ".gguf":
         from quantpress.pipelines.gguf_proof import gguf_content
 
-        return gguf_content(source, artifact, overridden=frozenset(chosen))
+        return gguf_content(source, artifact, overridden=frozenset(chosen), progress=progress)
     if find_spec(_FOLDERS) is None:
         return None
     from quantpress.pipelines.checkpoint_proof import checkpoint_content

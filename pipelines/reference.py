@@ -148,7 +148,7 @@ class Reference:
                 if tally is not None:
                     parity = with_share(parity, tally.result())
                 parity = self._with_proofs(parity, artifact, candidate)
-            return held(parity, self._source, artifact, chosen)
+            return held(parity, self._source, artifact, chosen, self._progress)
         except CancelledError:
             raise  # no verdict was asked for any more
         except QuantpressError as error:
@@ -189,9 +189,12 @@ class Reference:
         return failed(parity, f"{proof.difference}; is tokenizer.ggml.pre the right one?", "tokenizer")
 
 
-def held(parity: Parity, source: Checkpoint, artifact: Path, chosen: Iterable[str] = ()) -> Parity:
+def held(
+    parity: Parity, source: Checkpoint, artifact: Path, chosen: Iterable[str] = (), progress: Progress = no_progress
+) -> Parity:  # fmt: skip
     """Compares what a file holds with its source, besides what it computes; see `prove_content`."""
-    content = prove_content(source, first_part(artifact) if artifact.suffix.lower() == ".gguf" else artifact, chosen)
+    place = first_part(artifact) if artifact.suffix.lower() == ".gguf" else artifact
+    content = prove_content(source, place, chosen, partial(progress, "compare"))
     return parity if content is None else with_content(parity, content)
 
 
