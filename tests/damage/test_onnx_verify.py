@@ -90,6 +90,17 @@ def _shifted(folder: Path) -> None:
             continue
 
 
+def _bit(place: Callable[[Any], int]) -> Callable[[Path], None]:
+    """A bit of the scale of the first block, of whatever type."""
+
+    def change(values: Array) -> Array:
+        images = values.reshape(-1).view(f"u{values.itemsize}").copy()
+        images[0] ^= images.dtype.type(1 << place(np.finfo(values.dtype)))
+        return images.view(values.dtype).reshape(values.shape)
+
+    return damages.on_values(change, f"{_UP}.scales")
+
+
 DAMAGES = (
     Damage("one tensor zeroed", damages.on_values(np.zeros_like, *_MATRIX)),
     Damage("one tensor times 1.1", damages.on_values(_scaled, *_MATRIX)),
@@ -101,13 +112,13 @@ DAMAGES = (
     Damage("wrong epsilon", damages.attribute("epsilon", lambda each: each * 10, *damages.NORMS)),
     Damage("two tokens exchanged", damages.two_tokens),
     Damage("a bias zeroed", damages.on_values(np.zeros_like, "layers.0.self_attn.k_proj.bias")),
-    Damage("sign of a scale", damages.bit_of_scales(31, 1)),
-    Damage("a scale without bounds", damages.bit_of_scales(30, 1)),
+    Damage("sign of a scale", _bit(lambda each: each.bits - 1)),
+    Damage("a scale without bounds", _bit(lambda each: each.bits - 2)),
 )
 # of one block; a method that makes up for errors may leave one that is off by so much
 NEAREST = (
-    Damage("highest bit of a scale's fraction", damages.bit_of_scales(22, 1)),
-    Damage("lowest bit of a scale's exponent", damages.bit_of_scales(23, 1)),
+    Damage("highest bit of a scale's fraction", _bit(lambda each: each.nmant - 1)),
+    Damage("lowest bit of a scale's exponent", _bit(lambda each: each.nmant)),
 )
 CALIBRATED = "gptq", "gptq-8", "awq"
 
