@@ -73,7 +73,9 @@ DAMAGES: tuple[Callable[[Path, random.Random], None], ...] = (
 
 
 def damage(cache: Path, random: random.Random) -> None:
-    """Damages one to three files of a cache."""
+    """Damages one to three files of a cache, every other one of them kept work itself, which is few among its files."""
     for _ in range(random.randint(1, 3)):
         files = sorted(path for path in cache.rglob("*") if path.is_file() and not path.is_symlink())
-        random.choice(DAMAGES)(random.choice(files), random)
+        kept = [path for path in files if "files" in path.relative_to(cache).parts]
+        chosen = kept if kept and random.random() < 0.5 else files
+        random.choice(DAMAGES)(random.choice(chosen), random)

@@ -56,13 +56,17 @@ def half(found: Mapping[str, bytes], whole: Mapping[str, bytes], *, killed: bool
     return wrong
 
 
-def repeated(folder: Path, ended: Ended, whole: Mapping[str, bytes]) -> list[str]:
-    """What does not hold after the plain command was run again."""
+def repeated(fault: Fault, folder: Path, ended: Ended, whole: Mapping[str, bytes]) -> list[str]:
+    """What does not hold after the plain command was run again.
+
+    A lock that could not be removed binds nobody, for nobody holds it; a batch whose outputs stand does not touch it.
+    """
     wrong = [] if ended.code == 0 else [f"run again: exit {ended.code}: {ended.said[-600:]}"]
     found = contents(folder)
     if found != whole:
         wrong.append(f"run again: other outputs: {_differing(found, whole)}")
-    return wrong + [f"run again: left behind: {name}" for name in unfinished(folder)]
+    left = [name for name in unfinished(folder) if not (_cannot_clean(fault) and name.endswith(".lock"))]
+    return wrong + [f"run again: left behind: {name}" for name in left]
 
 
 def _ending(fault: Fault, ended: Ended) -> list[str]:

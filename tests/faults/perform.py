@@ -118,7 +118,7 @@ def _again(
         ends[-1].code in (2, 7 if fault.forced else 2) and "exist" in ends[-1].said
     ):  # it was whole, and nothing is replaced without --force
         ends.append(run(place, command.forced().arguments, folder / "forced"))
-    return judge.repeated(place, ends[-1], golden.files)
+    return judge.repeated(fault, place, ends[-1], golden.files)
 
 
 def _mount(place: Path, inputs: Path, free: int) -> None:

@@ -45,6 +45,16 @@ def _swallowing() -> None:
     atomic._FailsOnce.write = write  # type: ignore[method-assign]
 
 
+def _trusting() -> None:
+    """The files of a cache entry are taken as they are."""
+    from quantpress.pipelines.cache import store
+
+    def check_files(*entry: Any, **options: Any) -> None:
+        del entry, options
+
+    store.check_files = check_files  # by the name that its only caller knows
+
+
 @dataclasses.dataclass(frozen=True)
 class Planted:
     """A breach, and faults that must find it."""
@@ -58,4 +68,5 @@ PLANTED = {
     "no-rename": Planted(_no_rename, "kill", "gguf"),
     "leaves": Planted(_leaves, "short", "gguf"),
     "swallowing": Planted(_swallowing, "short", "gguf"),
+    "trusting": Planted(_trusting, "cache", "batch"),
 }

@@ -1,7 +1,7 @@
 """Makes the n-th step on the disk of a run go wrong, in the process that runs it.
 
-Everything of the output is written by `io.FileIO`, `open` and the functions of `os` below; `strace -f` of every command
-says so, and the test that compares what the shim counts with what strace sees keeps it so. `io.FileIO` must be replaced
+Everything of the output is written by `io.FileIO`, `open` and the functions of `os` below, so far as the product's own
+code writes it; a write that native code made by itself would be missed. `io.FileIO` must be replaced
 before quantpress is imported, which makes subclasses of it; the rest is replaced in the process that is spoiled.
 """
 

@@ -17,7 +17,7 @@ import pytest
 from tests.faults.plan import KINDS
 from tests.faults.planted import PLANTED
 
-FAULTS = int(os.environ.get("QUANTPRESS_FAULTS", "100"))  # half a second of a processor each
+FAULTS = int(os.environ.get("QUANTPRESS_FAULTS", "20"))  # a second of a processor each; `make smoke` does 100
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -36,8 +36,8 @@ def test_whatever_goes_wrong_every_promise_holds(tmp_path: Path) -> None:
     assert len(records) == FAULTS
     if FAULTS >= 100:  # the first hundred of this seed have every kind
         assert {record["kind"] for record in records} == set(KINDS)
-    ended = {record["code"] for record in records if not record["skipped"]}
-    assert ended >= {0, 5, -9, 130, 143}, "faults that do nothing"
+        ended = {record["code"] for record in records if not record["skipped"]}
+        assert ended >= {0, 5, -9, 130, 143}, "faults that do nothing"
 
 
 @pytest.mark.slow
