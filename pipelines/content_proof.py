@@ -89,6 +89,7 @@ def prove_content(
     source: Checkpoint,
     artifact: Path,
     chosen: Iterable[str] = (),
+    ftype: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> ContentProof | None:
     """Compares what a file holds with its source; None where nothing compares files of its kind.
@@ -97,6 +98,7 @@ def prove_content(
         source: with adapters merged, where there are any.
         artifact: GGUF file (of a split model the first part), ONNX model or checkpoint folder.
         chosen: metadata keys of a GGUF file that the user has set by hand.
+        ftype: type whose limits hold: where it is one of codes, floats of a GGUF file may stand for codes.
         progress: told the tensors of a GGUF file that have been compared.
 
     Raises:
@@ -111,7 +113,7 @@ def prove_content(
     if artifact.suffix.lower() == ".gguf":
         from quantpress.pipelines.gguf_proof import gguf_content
 
-        return gguf_content(source, artifact, overridden=frozenset(chosen), progress=progress)
+        return gguf_content(source, artifact, overridden=frozenset(chosen), ftype=ftype, progress=progress)
     if find_spec(_FOLDERS) is None:
         return None
     from quantpress.pipelines.checkpoint_proof import checkpoint_content

@@ -101,7 +101,7 @@ class EncoderReference:
                 parity = self._vocabulary_parity(candidate, limits)
                 parity = self._with_vectors(parity, candidate, limits)
                 parity = self._with_proofs(parity, artifact, candidate)
-            return held(parity, self._source, artifact, chosen, self._progress)
+            return held(parity, self._source, artifact, ftype, chosen, self._progress)
         except CancelledError:
             raise  # no verdict was asked for any more
         except QuantpressError as error:

@@ -24,6 +24,7 @@ def gguf_content(
     artifact: Path,
     *,
     overridden: frozenset[str] = frozenset(),
+    ftype: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> ContentProof:
     """Compares a file with its source.
@@ -32,6 +33,7 @@ def gguf_content(
         source: with adapters merged, where there are any.
         artifact: the file; of a split model any part.
         overridden: metadata keys that the user has set.
+        ftype: type whose limits hold; "" for that of the file.
         progress: called after each tensor.
 
     Raises:
@@ -42,7 +44,7 @@ def gguf_content(
     if not checked.spec.gguf_opens:
         weights = WeightsFound(skipped=[f"weights: files of {checked.spec.family} cannot be read back"])
     else:
-        weights = compare_weights(source, checked, read, progress)
+        weights = compare_weights(source, checked, read, ftype, progress)
     return ContentProof(
         tensors=weights.tensors,
         settings=metadata.settings,

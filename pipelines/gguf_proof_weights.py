@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ __all__ = ["WeightsFound", "compare_weights"]
 _FLOATS = ("F32", "F16", "BF16", "F64")
 _PLAIN = 1.15  # times a type's own error that a tensor has at most that was rounded to nearest
 _FACTORS = 1e-5  # relative: converters compute them in float32, in some steps
+_COARSEST = "Q2_K"  # limits of floats that stand for codes: of what type is not known
 _MOST, _FEW = 0.1, 2  # share, and number, of tensors that may have more in a file that was
 
 
@@ -47,10 +49,12 @@ class _Comparison:
 
     source: Checkpoint
     read: ReadBack
+    stand_for_codes: bool = False
     found: WeightsFound = field(default_factory=WeightsFound)
     measured: list[_Measured] = field(default_factory=list)
     norms: list[str] = field(default_factory=list)
     unknown: set[str] = field(default_factory=set)
+    rounded: list[_Measured] = field(default_factory=list)
 
     def differs(self, name: str, found: str, wanted: str) -> None:
         self.found.findings.append(Finding("weights", name, found, wanted))
@@ -71,13 +75,23 @@ class _Comparison:
                 self.differs(name, *problem)
                 if "norm" in name and np.isfinite(theirs).all():
                     self.norms.append(name)
+            if problem and ours.ndim > 1:
+                self.rounded.append(_measured(name, _COARSEST, ours, theirs))
             return
-        rows = ours.reshape(-1, ours.shape[-1])
-        self.measured.append(_Measured(name, kind, measure(rows, theirs.reshape(rows.shape), kind)))
+        self.measured.append(_measured(name, kind, ours, theirs))
+
+
+def _measured(name: str, kind: str, ours: np.ndarray[Any, Any], theirs: np.ndarray[Any, Any]) -> _Measured:
+    rows = ours.reshape(-1, ours.shape[-1])
+    return _Measured(name, kind, measure(rows, theirs.reshape(rows.shape), kind))
 
 
 def compare_weights(
-    source: Checkpoint, checked: Preflight, read: ReadBack, progress: Callable[[int, int], None] | None = None
+    source: Checkpoint,
+    checked: Preflight,
+    read: ReadBack,
+    ftype: str = "",
+    progress: Callable[[int, int], None] | None = None,
 ) -> WeightsFound:
     """Compares every tensor of the source with what the file holds for it.
 
@@ -85,9 +99,10 @@ def compare_weights(
         source: with adapters merged, where there are any.
         checked: its table.
         read: the file, as the gguf package reads it.
+        ftype: type whose limits hold; where it is one of codes, floats may stand for codes of an earlier stage.
         progress: called after each tensor.
     """
-    work = _Comparison(source, read)
+    work = _Comparison(source, read, stand_for_codes=ftype not in ("", *_FLOATS))
     weights = CheckpointWeights(source, checked.spec, checked.hyper)
     rows = [(row, layer) for row, layer, _ in checked.bindings if row.gguf]
     for number, (row, layer) in enumerate(rows):
@@ -140,8 +155,12 @@ def _judged(work: _Comparison, weights: CheckpointWeights, checked: Preflight) -
     """Turns figures into findings, now that it is known how the file's codes were chosen."""
     far = [each for each in work.measured if not each.figures.whole <= _PLAIN * ERRORS[each.kind]]
     plain = len(far) <= max(_FEW, _MOST * len(work.measured))
-    wrong = list(_findings(work.measured, plain=plain))
-    work.found.findings += wrong
+    if work.stand_for_codes and work.rounded and not work.measured:
+        names = {each.name for each in work.rounded}
+        work.found.findings = [each for each in work.found.findings if each.name not in names]
+        work.found.findings += _findings(work.rounded, plain=False)
+        work.found.skipped.append(f"{len(names)} matrices: floats of codes, compared as if they were codes")
+    work.found.findings += _findings(work.measured, plain=plain)
     if work.norms:  # AWQ and SmoothQuant change norms and the weights around them so that both changes cancel
         excused = Folds(weights, work.read, checked, {each.name for each in work.found.findings}).excused()
         if excused:

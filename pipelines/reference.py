@@ -148,7 +148,7 @@ class Reference:
                 if tally is not None:
                     parity = with_share(parity, tally.result())
                 parity = self._with_proofs(parity, artifact, candidate)
-            return held(parity, self._source, artifact, chosen, self._progress)
+            return held(parity, self._source, artifact, ftype, chosen, self._progress)
         except CancelledError:
             raise  # no verdict was asked for any more
         except QuantpressError as error:
@@ -190,11 +190,12 @@ class Reference:
 
 
 def held(
-    parity: Parity, source: Checkpoint, artifact: Path, chosen: Iterable[str] = (), progress: Progress = no_progress
+    parity: Parity, source: Checkpoint, artifact: Path, ftype: str, chosen: Iterable[str] = (),
+    progress: Progress = no_progress,
 ) -> Parity:  # fmt: skip
     """Compares what a file holds with its source, besides what it computes; see `prove_content`."""
     place = first_part(artifact) if artifact.suffix.lower() == ".gguf" else artifact
-    content = prove_content(source, place, chosen, partial(progress, "compare"))
+    content = prove_content(source, place, chosen, ftype, partial(progress, "compare"))
     return parity if content is None else with_content(parity, content)
 
 
