@@ -127,8 +127,9 @@ def test_experts_stand_in_memory_one_at_a_time(tmp_path: Path) -> None:
     write_gguf(tmp_path / "m.gguf", {"general.architecture": ("string", "llama")}, plan, threads=1)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    # four tasks wait at most, each with an expert in float32 and in float16, and the header; a stack is 24 experts
-    assert peak < 8 * expert
+    # four tasks wait at most, each with an expert in float32 and in float16, while a fifth is read and looked through
+    # for values that are not finite: 4 * 1.5 + 2.5, the header, and what another thread frees late; a stack is 24
+    assert peak < 12 * expert
 
 
 def test_a_stack_of_another_number_of_experts_is_refused(mixtral: Path, tmp_path: Path) -> None:
