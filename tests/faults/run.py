@@ -61,6 +61,16 @@ def work(faults: Sequence[Fault], golden: dict[str, Golden], root: Path, jobs: i
         return pool.starmap(_one, [(each, golden, root) for each in faults], chunksize=1)
 
 
+def until_broken(faults: Sequence[Fault], golden: dict[str, Golden], root: Path) -> list[Verdict]:
+    """Does faults one by one until one finds something; what is planted may hang in the others."""
+    verdicts: list[Verdict] = []
+    for each in faults:
+        verdicts.append(_one(each, golden, root))
+        if verdicts[-1].wrong:
+            break
+    return verdicts
+
+
 def _one(each: Fault, golden: dict[str, Golden], root: Path) -> Verdict:
     verdict = perform(each, golden[each.command], root / "material", root / each.id)
     if verdict.wrong:
@@ -118,7 +128,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         golden = prepare(root / "material", names)
         if options.plant:
             PLANTED[options.plant].plant()
-        verdicts = work(planned(options, golden), golden, root, options.jobs)
+            verdicts = until_broken(planned(options, golden), golden, root)
+        else:
+            verdicts = work(planned(options, golden), golden, root, options.jobs)
     say(table(verdicts))
     if options.report:
         options.report.write_text(json.dumps([_record(verdict) for verdict in verdicts], indent=1))
