@@ -12,7 +12,9 @@ from tests.faults.shim import STEPS, Spoil
 
 ERRORS = ("ENOSPC", "EIO", "EDQUOT", "EACCES", "EROFS")
 ALL = tuple(COMMANDS)
-DATA_FREE = ("gguf", "split", "onnx", "merge", "rtn")  # torch takes other ways to a product where memory is short
+# Not gptq, imatrix and batch: with little memory one batch gave other GPTQ bytes, and why is not known (torch may take
+# other ways to a product); another waited for ever in CPython for a thread that had no memory to begin.
+DATA_FREE = ("gguf", "split", "onnx", "merge", "rtn")
 FAST = tuple(name for name, command in COMMANDS.items() if not command.slow)
 
 
