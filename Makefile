@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 # seconds for each target of `make fuzz`; the faults of `make faults`
 FUZZ_SECONDS ?= 600
+# what strangers send most; `make fuzz` has all
+PARSERS := safetensors-header safetensors-index gguf gguf-checkpoint imatrix adapter-config config-json tokenizer-json \
+  pipeline-yaml onnx-external-data
 FAULTS ?= 1000
 # the programs that `make gpu` runs; an environment that has torch for the GPU already: make gpu GPU_BIN=/path/to/bin
 GPU_BIN ?= $(BIN)
@@ -32,11 +35,11 @@ format: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/run.py
 
-# what lands is proved by this too: the longer tests, a hundred faults, a minute of made-up bytes for every parser
+# what lands is proved by this too: the longer tests, a hundred faults, a minute of made-up bytes for each of ten parsers
 smoke: $(VENV)/.dev
 	OMP_NUM_THREADS=1 QUANTPRESS_SMOKE=1 $(BIN)/pytest -n 2 --dist worksteal $$(cat tests/smoke_tests.txt)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.run --faults 100 --jobs 2
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.run --seconds 60 --jobs 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.run $(PARSERS) --seconds 60 --jobs 2
 
 # the tests that make test leaves out for their length, every option of every family, and the longer form of those that it
 # shortens: whole texts in llama.cpp, longer ones by onnxruntime-genai
