@@ -110,8 +110,8 @@ def _pipe(folder: Path) -> Sequence[str]:
 
 _WRITTEN = ("out.gguf", "out.gguf.quantpress.json")
 CASES: tuple[Case, ...] = (
-    Case("importance", "good", _made(lambda whole: None), code=0, writes=_WRITTEN),
-    Case("importance", "good, old", _old(_GOOD_OLD), code=0, writes=_WRITTEN),
+    Case("importance", "good", _made(lambda whole: None), code=0, writes=_WRITTEN, megabytes=1000),  # numba compiles
+    Case("importance", "good, old", _old(_GOOD_OLD), code=0, writes=_WRITTEN, megabytes=1000),
     *(Case("importance", name, _made(change), words=words) for name, (change, words) in _NEW.items()),
     *(Case("importance", name, _old(data), words=words) for name, (data, words) in _OLD.items()),
     Case("importance", "a pipe", _pipe, words=("m.gguf", "named pipe")),

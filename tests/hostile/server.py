@@ -20,7 +20,7 @@ from pathlib import Path
 
 __all__ = ["Ended", "Server"]
 
-WALL = 30.0  # seconds after which a child hangs; a busy machine is slow
+WALL = 120.0  # seconds after which a child hangs; a busy machine is slow, and a first run compiles
 _IMPORTS = (
     "convert", "inspect", "merge", "quantize", "verify", "perplexity", "imatrix", "run",
 )  # fmt: skip
