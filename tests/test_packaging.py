@@ -56,3 +56,13 @@ def test_what_tests_need_is_an_extra_with_versions_that_were_tested() -> None:
     assert str(wanted.pop("triton").marker) == 'platform_system == "Linux"'
     for name, each in wanted.items():
         assert each.specifier.contains(str(pinned[name].specifier).removeprefix("==")), name
+
+
+@pytest.mark.parametrize("file", ["long_tests.txt", "smoke_tests.txt"])
+def test_lists_of_longer_tests_name_tests_that_are_there(file: str) -> None:
+    root = Path(__file__).resolve().parents[1]
+    for name in (root / "tests" / file).read_text(encoding="utf-8").split():
+        path, _, test = name.partition("::")
+        assert (root / path).exists(), name
+        if test:  # pytest finds nothing at all where one name is wrong
+            assert f"def {test.partition('[')[0]}(" in (root / path).read_text(encoding="utf-8"), name
