@@ -98,9 +98,8 @@ def test_a_gguf_file_is_judged_and_its_tokenizer_proved_as_by_a_fresh_reference(
 def test_no_layer_is_read_to_be_run(
     merged: Callable[..., Checkpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "quantpress.pipelines.reference.prove_content", lambda *_: None
-    )  # which reads every tensor once, to lay it beside
+    # it reads every tensor once, to lay it beside the file's
+    monkeypatch.setattr("quantpress.pipelines.reference.prove_content", lambda *_: None)
     source = merged()
     artifact, folder = press(source, tmp_path / "file"), kept(source, JUDGE, tmp_path / "kept")
     reads = Counter[str]()
